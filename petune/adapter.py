@@ -1,0 +1,112 @@
+"""What a method is: an `Adapter` around one computation of the frozen model, or an `Unfreeze` of parts of it."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from petune.errors import PetuneError, unknown
+
+if TYPE_CHECKING:
+    from petune.site import Site
+
+Inner = Callable[..., Tensor]
+
+
+class Adapter(nn.Module):
+    """Stands around one computation of the frozen model.
+
+    A method subclasses this. The keyword arguments of `__init__` are its hyperparameters: the saved JSON, the
+    command line and the validation of recipes all come from that signature. `forward` states the equation; what
+    it gets depends on the kind of site:
+
+    * linear, block: `forward(inner, x)`, x and the result (batch, length, features)
+    * attention: `forward(inner, q, k, v, mask)`, q (batch, heads, length, head_dim), k and v with the number of
+      key/value heads; mask is None or broadcastable to (batch, heads, queries, keys). The result is
+      (batch, length, heads, head_dim). Keys that `forward` puts on the left of k are visible to every query:
+      `inner` extends the mask and the position bias itself.
+    * embedding: `forward(inner, ids)`, ids (batch, length)
+    * prompt: `forward()`, the result (length, hidden); the class has an attribute `length`
+
+    `inner` is the frozen computation and whatever is stacked inside it.
+    """
+
+    where: ClassVar[str] = ""
+    """Roles at which the method acts if the user names none, separated by spaces."""
+    mergeable: ClassVar[bool] = False
+    """The adapted layer is an affine map of its input, so it can be folded into the base's weight."""
+
+
+class Unfreeze:
+    """A method that adds nothing and trains parameters of the base.
+
+    The base keeps its own values: what trains is a float32 copy beside them, so that the tuning can be switched,
+    saved and detached like any other, also where the base is quantized.
+    """
+
+    mergeable: ClassVar[bool] = True
+    where: ClassVar[str] = "parameters"
+
+    def modules(self, sites: list[Site]) -> Iterable[str]:
+        """Names of the modules that train, with all that is inside them; "" is the whole model."""
+        raise NotImplementedError
+
+
+class TrainedCopy(Adapter):
+    """A float32 copy of a base module that takes its place: a new task's head, or a layer that `Unfreeze` picked."""
+
+    mergeable = True
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, inner: Inner, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+def arguments(method: type) -> dict[str, inspect.Parameter]:
+    """The hyperparameters of a method by name, those of its parents included where it takes `**kwargs`."""
+    found: dict[str, inspect.Parameter] = {}
+    for cls in method.__mro__:
+        if "__init__" not in vars(cls) or cls in (nn.Module, object):
+            continue
+        hints = typing.get_type_hints(cls.__init__)
+        parameters = inspect.signature(cls.__init__).parameters.values()
+        for p in parameters:
+            if p.kind is p.KEYWORD_ONLY and p.name not in found:
+                found[p.name] = p.replace(annotation=hints.get(p.name, Any))
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return found
+
+
+def check_arguments(name: str, method: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given`, converted to the types of the signature.
+
+    Raises:
+        PetuneError: an argument is unknown, missing or of the wrong type.
+    """
+    from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
+
+    known = arguments(method)
+    checked: dict[str, Any] = {}
+    for key, value in given.items():
+        if key not in known:
+            raise PetuneError(unknown(f"argument of method {name!r}:", key, known))
+        try:
+            checked[key] = TypeAdapter(known[key].annotation).validate_python(value)
+        except PydanticSchemaGenerationError:  # a type that pydantic does not know: the method checks it
+            checked[key] = value
+        except ValidationError as bad:
+            kind = known[key].annotation
+            want = getattr(kind, "__name__", str(kind))
+            raise PetuneError(f"method {name!r}: {key}={value!r}: {bad.errors()[0]['msg']} (wanted: {want}).") from None
+    for key, p in known.items():
+        if p.default is p.empty and key not in given:
+            raise PetuneError(f"method {name!r} needs the argument {key!r} ({p.annotation}).")
+    return checked

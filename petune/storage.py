@@ -1,0 +1,127 @@
+"""A tuning on disk: tensors as safetensors, everything else as JSON. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from petune.errors import PetuneError, unknown
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from transformers import PreTrainedModel
+
+    from petune.tuning import Tuning
+
+VERSION = 1
+WEIGHTS, CONFIG = "adapter.safetensors", "adapter.json"
+
+
+def save(tuning: Tuning, path: str | PathLike[str]) -> None:
+    """Write a tuning into a folder, each file whole or not at all."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tuning.state()}
+    config = {
+        "petune": VERSION,
+        "method": tuning.method,
+        "arguments": tuning.arguments,
+        "where": tuning.where,
+        "train": list(tuning.heads),
+        "base": getattr(tuning.model.config, "name_or_path", "") or None,
+        "architecture": tuning.model.config.model_type,
+    }
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
+        save_file(tensors, Path(scratch, WEIGHTS), metadata={"format": "pt"})
+        Path(scratch, CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        for name in (WEIGHTS, CONFIG):
+            os.replace(Path(scratch, name), folder / name)
+
+
+def load(model: PreTrainedModel, path: str | PathLike[str], *, name: str = "default") -> Tuning:
+    """Attach a saved tuning.
+
+    Raises:
+        PetuneError: no tuning there, its method is not installed, or it does not fit the model; the model is
+            left as it was.
+    """
+    from petune.tuning import attach
+
+    folder = Path(path)
+    config = read_config(folder)
+    tensors = read_tensors(folder / WEIGHTS)
+    tuning = attach(
+        model, config["method"], name=name, where=config["where"], train=config["train"], **config["arguments"]
+    )
+    try:
+        fill(tuning, tensors, folder)
+    except PetuneError:
+        tuning.detach()
+        raise
+    return tuning
+
+
+def fill(tuning: Tuning, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Copy saved tensors into a tuning.
+
+    Raises:
+        PetuneError: a tensor is missing, left over or of another shape; nothing was copied then.
+    """
+    own = dict(tuning.state())
+    missing, extra = own.keys() - tensors.keys(), tensors.keys() - own.keys()
+    if missing or extra:
+        what = f"has no {min(missing)!r}" if missing else f"has {min(extra)!r}, which this model has no place for"
+        raise PetuneError(f"{source} does not fit this model: it {what}. Was it tuned on another architecture?")
+    for key, tensor in own.items():
+        if tensor.shape != tensors[key].shape:
+            shapes = f"{tuple(tensors[key].shape)}, the model needs {tuple(tensor.shape)}"
+            raise PetuneError(f"{source} does not fit this model: {key!r} is {shapes}.")
+    with torch.no_grad():
+        for key, tensor in own.items():
+            tensor.copy_(tensors[key])
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`adapter.json`, checked.
+
+    Raises:
+        PetuneError: the folder holds no tuning, or one of a later version.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+    except OSError:
+        raise PetuneError(f"{folder}: no {CONFIG} there, so no tuning.") from None
+    except ValueError as bad:
+        raise PetuneError(f"{folder / CONFIG}: no JSON: {bad}.") from None
+    needed = {"petune", "method", "arguments", "where", "train"}
+    if not isinstance(config, dict) or needed - config.keys():
+        lacks = unknown("key", min(needed - set(config)), config) if isinstance(config, dict) else "no object"
+        raise PetuneError(f"{folder / CONFIG} is not a tuning's: {lacks}")
+    if config["petune"] > VERSION:
+        raise PetuneError(f"{folder / CONFIG}: format {config['petune']} is newer than this petune; upgrade it.")
+    return config
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        PetuneError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise PetuneError(f"{path}: no such file.") from None
+    except (SafetensorError, OSError) as bad:
+        raise PetuneError(f"{path} is damaged: {bad}.") from None

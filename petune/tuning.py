@@ -1,0 +1,282 @@
+"""A tuning: one method's adapters on one model, under one name."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from petune import storage
+from petune.adapter import Adapter, TrainedCopy, Unfreeze, check_arguments
+from petune.attention import install
+from petune.discovery import children, features, find_sites, walk
+from petune.errors import PetuneError, UnsupportedError, unknown
+from petune.graft import Board, Grafted, Link, add, graft_of, hold, release, remove
+from petune.merge import dense, is_dense, is_quantized, merge
+from petune.plugins import registry
+from petune.prompts import Prompted, Table, is_causal
+from petune.routing import board_of
+from petune.site import KIND_OF, Site, select
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from transformers import PreTrainedModel
+
+Method = type[Adapter] | type[Unfreeze]
+
+
+class Tuning:
+    """What `attach` returns. Attributes: `model`, `name`, `method` (its registered name), `arguments`, `where`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        name: str,
+        method: str,
+        arguments: dict[str, Any],
+        where: str | None,
+        heads: tuple[str, ...],
+        links: list[tuple[Adapter, Site]],
+    ) -> None:
+        self.model, self.name, self.method = model, name, method
+        self.arguments, self.where, self.heads = arguments, where, heads
+        self.links = [Link(adapter, site, self) for adapter, site in links]
+        self.prompts = [link for link in self.links if link.site.kind == "prompt"]
+        self.enabled = True
+
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self.parameters())
+        state = "" if self.enabled else ", disabled"
+        return f"Tuning({self.name!r}, {self.method!r}, {len(self.links)} sites, {count:,} parameters{state})"
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """The adapters by the name of their site."""
+        return {link.site.name: link.adapter for link in self.links}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What trains, each tensor once."""
+        found = {id(p): p for link in self.links for p in link.adapter.parameters() if p.requires_grad}
+        return list(found.values())
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """What is saved, `<site>.<tensor>`, each tensor once."""
+        seen: set[int] = set()
+        for link in self.links:
+            for key, tensor in link.adapter.state_dict(keep_vars=True).items():
+                if id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield f"{link.site.name}.{key}", tensor
+
+    def enable(self) -> None:
+        """Switch the tuning on: one flag, whatever the size of the model."""
+        self.enabled = True
+
+    def disable(self) -> None:
+        """Switch the tuning off: without others the model is the base, exactly."""
+        self.enabled = False
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Off within the context, and afterwards what it was before."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write `adapter.safetensors` and `adapter.json` into the folder `path`."""
+        storage.save(self, path)
+
+    def merge(self) -> None:
+        """Fold the tuning into the base's weights; it is gone then.
+
+        Raises:
+            UnmergeableError: a TypeError: the method has no merged form.
+            PetuneError: the result would not be finite; nothing is changed.
+        """
+        self._here()
+        merge(self)
+
+    def detach(self) -> None:
+        """Take the adapters away. After the last one the model is what it was: same class, keys and logits."""
+        board = self._here()
+        for link in self.links:
+            remove(link)
+            for table in _tables(self.model) if link.site.kind == "prompt" else []:
+                release(table)
+        del board.tunings[self.name]
+        release(self.model)
+        if not board.tunings:
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(board.flags.get(name, parameter.requires_grad))
+            vars(self.model).pop("_hf_peft_config_loaded", None)
+
+    def _here(self) -> Board:
+        board = board_of(self.model)
+        if board is None or board.tunings.get(self.name) is not self:
+            raise PetuneError(f"tuning {self.name!r} is not attached any more.")
+        return board
+
+
+def attach(
+    model: PreTrainedModel,
+    method: str | Method,
+    *,
+    name: str = "default",
+    where: str | None = None,
+    train: Sequence[str] | None = None,
+    **arguments: Any,
+) -> Tuning:
+    """Adapt a model in place: the base is frozen, the method's adapters train.
+
+    Args:
+        method: a registered name (`petune.methods()`) or the class itself.
+        name: the tuning's name on this model.
+        where: the sites, in place of the method's own choice; see `petune.site.select`.
+        train: modules of the base that train along, in a copy of the tuning's own; without it those that
+            `from_pretrained` had to make anew (a classifier).
+        arguments: the method's hyperparameters.
+
+    Raises:
+        PetuneError: an unknown name or argument, a `where` that matches nothing, a name already taken.
+        UnsupportedError: the method can't act on this model.
+    """
+    method_name, cls = resolve(method)
+    checked = check_arguments(method_name, cls, arguments)
+    taken = tunings(model)
+    if name in taken:
+        raise PetuneError(f"a tuning named {name!r} is attached already; give this one another name=…")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise PetuneError(f"name={name!r}: letters, digits, '_' and '-' only.")
+    heads = tuple(getattr(model, "petune_fresh", ()) if train is None else train)
+    sites = find_sites(model)
+    if issubclass(cls, Unfreeze):
+        links = _copies(model, [*cls(**checked).modules(sites), *heads])
+    else:
+        links = _adapters(method_name, cls, sites, where, checked) + _copies(model, heads)
+    return _install(model, Tuning(model, name, method_name, checked, where, heads, links))
+
+
+def tunings(model: PreTrainedModel) -> dict[str, Tuning]:
+    """The tunings attached to a model, in the order in which they act."""
+    board = board_of(model)
+    return dict(board.tunings) if board else {}
+
+
+def methods() -> dict[str, Method]:
+    """Every installed method by name."""
+    return registry().all("petune_methods")
+
+
+def resolve(method: str | Method) -> tuple[str, Method]:
+    """(name, class) of a registered name, or of a class, which need not be registered.
+
+    Raises:
+        PetuneError: no such name, or no method class.
+    """
+    if isinstance(method, str):
+        return method, registry().get("petune_methods", method)
+    if not isinstance(method, type) or not issubclass(method, Adapter | Unfreeze):
+        raise PetuneError(f"{method!r} is neither a method's name nor a class of petune.Adapter or petune.Unfreeze.")
+    name = next((n for n, c in methods().items() if c is method), method.__qualname__)
+    return name, method
+
+
+def _adapters(
+    name: str, cls: type[Adapter], sites: list[Site], where: str | None, arguments: dict[str, Any]
+) -> list[tuple[Adapter, Site]]:
+    try:
+        picked = select(sites, where or cls.where, strict=where is not None)
+    except PetuneError as none:
+        raise PetuneError(f"method {name!r}: {none}") from None
+    accepted = {KIND_OF[role] for role in cls.where.split() if role in KIND_OF}
+    accepted |= {"linear", "block"} if accepted & {"linear", "block"} else set()
+    wrong = [s for s in picked if accepted and s.kind not in accepted]
+    if wrong:
+        kinds = " and ".join(sorted(accepted))
+        raise PetuneError(f"method {name!r} acts on {kinds} sites; where={where!r} picks {wrong[0].kind} sites.")
+    pool: dict[Any, Any] = {}
+    own = [dataclasses.replace(site, _pool=pool) for site in picked]
+    return [(cls(site, **arguments), site) for site in own]  # type: ignore[call-arg]
+
+
+def _copies(model: PreTrainedModel, names: Sequence[str]) -> list[tuple[Adapter, Site]]:
+    """Float32 copies, to be trained, of all the modules with parameters in the modules named."""
+    everything = dict(walk(model))
+    memo: dict[int, Any] = {}  # one for all, so that tied weights stay tied
+    found: dict[str, tuple[Adapter, Site]] = {}
+    for name in names:
+        if name not in everything:
+            raise PetuneError(unknown("module to train:", name, [n for n, _ in children(model)]))
+        for path, module in walk(everything[name], name):
+            if path in found or not list(module.parameters(recurse=False)):
+                continue
+            if features(module) is None and list(children(module)):
+                raise UnsupportedError(f"{path} holds parameters beside submodules; they can't be trained as a copy.")
+            size = features(module) or (0, 0)
+            own = dense(module) if is_quantized(module) else _copy(module, memo)
+            own = own.to(torch.promote_types(torch.float32, next(own.parameters()).dtype))
+            site = Site(path, "module", "parameters", None, *size, module)
+            found[path] = TrainedCopy(own.requires_grad_(True)), site
+    return list(found.values())
+
+
+def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """The module without what petune has put on it."""
+    here = vars(module).get("petune_graft")
+    if here is None:
+        return copy.deepcopy(module, memo)
+    state = {k: v for k, v in vars(module).items() if k != "petune_graft"}
+    plain = object.__new__(type(module).petune_base)  # type: ignore[attr-defined]
+    own = {k: v for k, v in module._modules.items() if k != "petune"}
+    plain.__dict__.update(copy.deepcopy(dict(state, _modules=own), memo))
+    assert isinstance(plain, nn.Module)
+    return plain
+
+
+def _install(model: PreTrainedModel, tuning: Tuning) -> Tuning:
+    """Nothing can fail from here on: the adapters are put in, the base is frozen."""
+    board = board_of(model) or Board()
+    if not board.tunings:
+        board.flags = {n: p.requires_grad for n, p in model.named_parameters()}
+        board.causal = is_causal(model)
+        model.requires_grad_(False)
+        if any(is_quantized(m) for _, m in walk(model)):
+            model._hf_peft_config_loaded = True  # Trainer refuses a quantized model without it
+    hold(model, board, Prompted)
+    board.tunings[tuning.name] = tuning
+    least = torch.float64 if model.dtype == torch.float64 else torch.float32
+    for link in tuning.links:
+        anchor = next((p for p in link.site.module.parameters()), None)
+        link.adapter.to(device=anchor.device if anchor is not None else None, dtype=least)
+        link.adapter.train(model.training)
+        add(link, board, _mixin(link.site, model))
+        if link.site.kind == "prompt":
+            for table in _tables(model):
+                hold(table, board, Table)
+        elif link.site.kind == "attention":
+            install()
+    return tuning
+
+
+def _mixin(site: Site, model: PreTrainedModel) -> type[nn.Module]:
+    if site.module is model:
+        return Prompted
+    return Table if isinstance(site.module, nn.Embedding) else Grafted
+
+
+def _tables(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules that embed input ids: T5's stacks each have one of their own for the shared table."""
+    table = model.get_input_embeddings()
+    return [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is table.weight]
+
+

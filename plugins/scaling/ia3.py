@@ -1,0 +1,21 @@
+import torch
+from torch import Tensor, nn
+
+import petune
+
+
+class IA3(petune.Adapter):
+    """k' = s_k * k, v' = s_v * v, and y = W_down (s_ff * x) in the MLP   (Liu et al. 2022, arXiv:2205.05638).
+
+    The scales start at one. Where q, k and v come out of one projection that interleaves them, all are scaled.
+    """
+
+    where, mergeable = "k v down", True
+
+    def __init__(self, site: petune.Site) -> None:
+        super().__init__()
+        self.before = site.role == "down"
+        self.scale = nn.Parameter(torch.ones(site.in_features if self.before else site.out_features))
+
+    def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
+        return inner(x * self.scale) if self.before else inner(x) * self.scale
