@@ -39,6 +39,8 @@ class Adapter(nn.Module):
     """Roles at which the method acts if the user names none, separated by spaces."""
     mergeable: ClassVar[bool] = False
     """The adapted layer is an affine map of its input, so it can be folded into the base's weight."""
+    starts_at_base: ClassVar[bool] = True
+    """A fresh adapter changes nothing; a prompt or a prefix does."""
 
 
 class Unfreeze:

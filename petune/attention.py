@@ -36,7 +36,7 @@ def install() -> None:
         return partial(attend, ask(self, name, default))
 
     get_interface.petune = True  # type: ignore[attr-defined]
-    AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
+    AttentionInterface.get_interface = get_interface  # type: ignore[method-assign, assignment]
 
 
 def attend(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import os.path
 import re
 from collections.abc import Iterator
 from functools import cache
+from itertools import takewhile
 from typing import Any
 
 from torch import nn
@@ -28,7 +28,8 @@ def find_sites(model: nn.Module) -> list[Site]:
     extra = registry().all("petune_sites").get(kind)
     if extra is not None:
         return list(extra(model))
-    return list(_outside(model)) + [s for name, i, block in blocks(model) for s in _Block(model, name, i, block).sites()]
+    inside = [s for name, i, block in blocks(model) for s in _Block(model, name, i, block).sites()]
+    return [*_outside(model), *inside]
 
 
 def features(module: nn.Module) -> tuple[int, int] | None:
@@ -58,9 +59,13 @@ def linears(module: nn.Module, name: str) -> Named:
     return [(n, m) for n, m in walk(module, name) if features(m)]
 
 
-def is_norm(module: nn.Module) -> bool:
+def is_norm(module: Any) -> bool:
     weight = getattr(module, "weight", None)
     return not list(children(module)) and weight is not None and weight.dim() == 1 and features(module) is None
+
+
+def _width(norm: Any) -> int:
+    return int(norm.weight.shape[0])
 
 
 def blocks(model: nn.Module) -> Iterator[tuple[str, int, nn.Module]]:
@@ -73,13 +78,13 @@ def blocks(model: nn.Module) -> Iterator[tuple[str, int, nn.Module]]:
 
 
 @cache
-def calls_attention_interface(cls: type) -> bool:
+def calls_attention_interface(cls: Any) -> bool:
     """The class asks transformers for its attention function, so that it can be wrapped there."""
     code = getattr(inspect.unwrap(cls.forward), "__code__", None) if hasattr(cls, "forward") else None
     return code is not None and {"ALL_ATTENTION_FUNCTIONS", "get_interface"} <= set(code.co_names)
 
 
-def base_class(module: nn.Module) -> type[nn.Module]:
+def base_class(module: nn.Module) -> Any:
     """The class that the module has without petune."""
     return getattr(type(module), "petune_base", type(module))
 
@@ -127,7 +132,7 @@ class _Block:
         inside = tuple(n + "." for n, m in self.all if self._is_attention(m))
         for name, module in self.all:
             if is_norm(module):
-                width = int(module.weight.shape[0])  # type: ignore[union-attr, operator]
+                width = _width(module)
                 role = "qk-norm" if inside and name.startswith(inside) else "norm"
                 found.append(Site(name, "block", role, self.layer, width, width, module))
         found.append(Site(self.name, "block", "layer", self.layer, hidden, hidden, self.block))
@@ -182,9 +187,10 @@ class _Block:
 
     def _sublayer(self, role: str, name: str, whole: nn.Module, out: tuple[str, nn.Module], entry: nn.Module) -> Site:
         """What a sublayer adds to the residual stream. Where the norm and the sum are inside (BERT), it is seen
-        between the modules: its input at `entry`, its output at the last projection."""
+        between the modules: its input at `entry`, its output at the last projection.
+        """
         width = (features(out[1]) or (0, 0))[1]
-        if name == self.name or any(is_norm(m) and m.weight.shape[0] == width for _, m in walk(whole)):  # type: ignore[union-attr, operator, index]
+        if name == self.name or any(is_norm(m) and _width(m) == width for _, m in walk(whole)):
             return Site(f"{out[0]}#{role}", "block", role, self.layer, width, width, out[1], entry=entry)
         return Site(f"{name}#{role}", "block", role, self.layer, width, width, whole)
 
@@ -200,10 +206,15 @@ class _Block:
                 yield Site(n, "linear", role, self.layer, *(features(m) or (0, 0)), m)
             down = [item for item, role in zip(group, roles, strict=True) if role == "down"]
             if down and len(whole) < 2:  # experts are many MLPs: the block around them is the layer
-                name = os.path.commonprefix([n.split(".") for n, _ in group])
-                path = ".".join(name)
+                path = _common([n for n, _ in group])
                 path = path if path in self.index else self.name
                 yield self._sublayer("mlp", path, self.index[path], down[-1], group[0][1])
+
+
+def _common(names: list[str]) -> str:
+    """The module that holds all of these."""
+    same = takewhile(lambda parts: len(set(parts)) == 1, zip(*(n.split(".") for n in names), strict=False))
+    return ".".join(parts[0] for parts in same)
 
 
 def _letters(name: str) -> str:
@@ -244,7 +255,8 @@ def _mlp_roles(group: Named, hidden: int) -> list[str]:
 
 def _parts(width: int, role: str, core: nn.Module) -> dict[str, slice]:
     """The runs of outputs of a fused projection. Only an attention that says where it splits has known ones: others
-    interleave q, k and v by head."""
+    interleave q, k and v by head.
+    """
     size = getattr(core, "split_size", None)
     if not isinstance(size, int) or role not in ("qkv", "kv") or width != len(role) * size:
         return {}

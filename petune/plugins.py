@@ -137,7 +137,8 @@ def _entry_points() -> Iterator[tuple[Distribution, EntryPoint]]:
     """Our own first, then by name: who owns a name must not depend on the order of the file system."""
     seen = set()
     found = [(d, e) for d in distributions() for e in d.entry_points if e.group == GROUP]
-    for dist, entry in sorted(found, key=lambda f: (f[0].metadata["Name"] != "petune", f[0].metadata["Name"], f[1].name)):
+    found.sort(key=lambda f: (f[0].metadata["Name"] != "petune", f[0].metadata["Name"], f[1].name))
+    for dist, entry in found:
         if entry.name not in seen:  # an editable install can be found twice
             seen.add(entry.name)
             yield dist, entry

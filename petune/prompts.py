@@ -1,5 +1,6 @@
 """Virtual tokens: ids past the vocabulary, which the embedding answers with learned rows. Positions, masks, caches
-and `generate` see ordinary tokens, so they need no code."""
+and `generate` see ordinary tokens, so they need no code.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ class Layout:
     @classmethod
     def of(cls, starts: list[int], counts: list[int], tokens: int, at: int, left: bool, device: torch.device) -> Layout:
         """Row i gets `counts[i]` virtual tokens, rows `starts[i]`… of the table. Shorter rows are padded on the
-        right, where positions stay what they are without the others; on the left for generation."""
+        right, where positions stay what they are without the others; on the left for generation.
+        """
         start = torch.tensor(starts, device=device)[:, None]
         count = torch.tensor(counts, device=device)[:, None]
         most = max(counts)
@@ -90,9 +92,13 @@ class Prompted(Grafted):
         graft = graft_of(self)
         base = graft.hooked or super(Grafted, self).forward
         board = graft.board
-        if board.inserted is not None or not prompts(board):
+        if board.plan is None and (board.inserted is not None or not prompts(board)):
             return base(*args, **kwargs)
         kwargs.update(zip(graft.parameters, args, strict=False))
+        if board.plan is not None and (given := _given(kwargs)) is not None:
+            board.plan.repeated(given.shape[0])  # refuses a batch that does not fit, before anything runs
+        if board.inserted is not None or not prompts(board):
+            return base(**kwargs)
         layout = self._layout(kwargs, left=False)
         if layout is None:
             return base(**kwargs)
@@ -127,8 +133,7 @@ class Prompted(Grafted):
     def _layout(self, kwargs: dict[str, Any], left: bool) -> Layout | None:
         """The layout for this call, None where nothing is to be put in: decoding goes on from a cache that has it."""
         board = graft_of(self).board
-        given = kwargs.get("input_ids")
-        given = kwargs.get("inputs_embeds") if given is None else given
+        given = _given(kwargs)
         if given is None:
             return None
         starts, counts = rows_of(board, given.shape[0])
@@ -184,7 +189,7 @@ class Prompted(Grafted):
         """The base's own: transformers would look for adapters of PEFT behind the flag that Trainer needs."""
         flag = self.__dict__.pop("_hf_peft_config_loaded", None)
         try:
-            return super().save_pretrained(*args, **kwargs)  # type: ignore[misc, operator]
+            return super().save_pretrained(*args, **kwargs)
         finally:
             if flag is not None:
                 self._hf_peft_config_loaded = flag
@@ -206,7 +211,7 @@ class Table(Grafted):
         return torch.where(virtual[..., None], rows[(ids - self.num_embeddings).clamp(min=0)], out)
 
 
-class _PastPrompt(LogitsProcessor):  # type: ignore[misc]
+class _PastPrompt(LogitsProcessor):
     """A logits processor that does not see the virtual tokens, whose ids it could not look up."""
 
     def __init__(self, inner: LogitsProcessor, columns: int) -> None:
@@ -214,6 +219,12 @@ class _PastPrompt(LogitsProcessor):  # type: ignore[misc]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         return self.inner(input_ids[:, self.columns :], scores)
+
+
+def _given(kwargs: dict[str, Any]) -> Tensor | None:
+    """The batch: ids, or what stands for them."""
+    ids = kwargs.get("input_ids")
+    return kwargs.get("inputs_embeds") if ids is None else ids
 
 
 def prompts(board: Board) -> list[Link]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from petune.errors import PetuneError, UnsupportedError, unknown
 from petune.graft import Board, Computation, Link, chain, graft_of
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 class Split(NamedTuple):
     """The rows of a batch by what serves them: (links, rows) of each group, the rows left to the base, and the
-    permutation that puts the concatenated results back in order."""
+    permutation that puts the concatenated results back in order.
+    """
 
     groups: list[tuple[list[Link], Tensor]]
     rest: Tensor
@@ -29,7 +31,8 @@ class Split(NamedTuple):
 
 class Plan:
     """Which tuning serves each row. Rows are grouped once for each set of tunings that meet at a site, not once a
-    layer. A batch that holds each row k times over (beams, flattened tokens) repeats the names."""
+    layer. A batch that holds each row k times over (beams, flattened tokens) repeats the names.
+    """
 
     def __init__(self, names: Sequence[str | None]) -> None:
         self.names = list(names)
@@ -49,8 +52,7 @@ class Plan:
     def split(self, links: list[Link], batch: int, device: torch.device) -> Split:
         by_name: dict[str, list[Link]] = {}
         for link in links:
-            if link.tuning.name in self.names:
-                by_name.setdefault(link.tuning.name, []).append(link)
+            by_name.setdefault(link.tuning.name, []).append(link)
         key = (tuple(by_name), batch, device)
         if key not in self._rows:
             names = self.repeated(batch)
@@ -64,8 +66,14 @@ class Plan:
 
     def run(self, links: list[Link], call: Computation) -> Tensor:
         """An adapted module's forward. The base runs once for all rows that do not change its input."""
+        serving = [link for link in links if link.tuning.name in self.names]
+        for link in serving:
+            if isinstance(link.site.module, nn.Embedding) and re.search(r"\.\d+\.", link.site.name):
+                raise UnsupportedError(f"route(): {link.site.name} is looked up once for all rows.")
+        if serving and call.x.shape[0] == 1:  # positions, say, which the rows share until now
+            call.x = call.x.expand(len(self.names), *call.x.shape[1:])
         x = call.x
-        groups, rest, back = self.split(links, x.shape[0], x.device)
+        groups, rest, back = self.split(serving, x.shape[0], x.device)
         if not groups:
             return call(x)
         if len(groups) == 1 and not len(rest):
@@ -101,7 +109,8 @@ class Plan:
         from petune.attention import around, take
 
         batch = x[0].shape[0]
-        groups, rest, back = self.split(links, batch, x[0].device)
+        serving = [link for link in links if link.tuning.name in self.names]
+        groups, rest, back = self.split(serving, batch, x[0].device)
         out = []
         for own, index in [*groups, *([([], rest)] if len(rest) else [])]:
             rows = [take(t, index, batch) for t in x] if batch > 1 else x

@@ -58,7 +58,8 @@ class Site:
 
     def weight(self) -> Tensor:
         """The dense weight, float32: (out_features, in_features) of a linear layer, read by probing, so that it is
-        right for every quantizer; (vocabulary, hidden) of an embedding or a prompt."""
+        right for every quantizer; (vocabulary, hidden) of an embedding or a prompt.
+        """
         from petune.merge import base_forward, probe
 
         if self.kind in ("embedding", "prompt"):
@@ -115,9 +116,12 @@ def _hits(sites: list[Site], word: str, words: list[str]) -> Iterable[Site]:
             together = {w for w in (x.partition("@")[0] for x in words) if w in FUSED[site.role]}
             whole = site.role in words or len(together) == len(FUSED[site.role]) or what not in site.parts
             yield site if whole else _part(site, what)
-        elif what not in KIND_OF and site.kind in ("linear", "block"):
-            if site.name.endswith("." + what) or fnmatchcase(site.name, what):
-                yield site
+        elif what not in KIND_OF and site.kind in ("linear", "block") and _named(site, what):
+            yield site
+
+
+def _named(site: Site, what: str) -> bool:
+    return site.name.endswith("." + what) or fnmatchcase(site.name, what)
 
 
 def _part(site: Site, role: str) -> Site:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from petune.tuning import Tuning
+    from petune.tuning import Method, Tuning
 
 VERSION = 1
 WEIGHTS, CONFIG = "adapter.safetensors", "adapter.json"
@@ -48,8 +48,17 @@ def save(tuning: Tuning, path: str | PathLike[str]) -> None:
             os.replace(Path(scratch, name), folder / name)
 
 
-def load(model: PreTrainedModel, path: str | PathLike[str], *, name: str = "default") -> Tuning:
+def load(
+    model: PreTrainedModel,
+    path: str | PathLike[str],
+    *,
+    name: str = "default",
+    method: Method | None = None,
+) -> Tuning:
     """Attach a saved tuning.
+
+    Args:
+        method: the method's class, where no plugin brings it under the saved name.
 
     Raises:
         PetuneError: no tuning there, its method is not installed, or it does not fit the model; the model is
@@ -61,7 +70,12 @@ def load(model: PreTrainedModel, path: str | PathLike[str], *, name: str = "defa
     config = read_config(folder)
     tensors = read_tensors(folder / WEIGHTS)
     tuning = attach(
-        model, config["method"], name=name, where=config["where"], train=config["train"], **config["arguments"]
+        model,
+        method or config["method"],
+        name=name,
+        where=config["where"],
+        train=config["train"],
+        **config["arguments"],
     )
     try:
         fill(tuning, tensors, folder)

@@ -17,8 +17,8 @@ from petune.adapter import Adapter, TrainedCopy, Unfreeze, check_arguments
 from petune.attention import install
 from petune.discovery import children, features, find_sites, walk
 from petune.errors import PetuneError, UnsupportedError, unknown
-from petune.graft import Board, Grafted, Link, add, graft_of, hold, release, remove
-from petune.merge import dense, is_dense, is_quantized, merge
+from petune.graft import Board, Grafted, Link, add, hold, release, remove
+from petune.merge import dense, is_quantized, merge
 from petune.plugins import registry
 from petune.prompts import Prompted, Table, is_causal
 from petune.routing import board_of
@@ -206,7 +206,7 @@ def _adapters(
         raise PetuneError(f"method {name!r} acts on {kinds} sites; where={where!r} picks {wrong[0].kind} sites.")
     pool: dict[Any, Any] = {}
     own = [dataclasses.replace(site, _pool=pool) for site in picked]
-    return [(cls(site, **arguments), site) for site in own]  # type: ignore[call-arg]
+    return [(cls(site, **arguments), site) for site in own]
 
 
 def _copies(model: PreTrainedModel, names: Sequence[str]) -> list[tuple[Adapter, Site]]:
@@ -278,5 +278,3 @@ def _tables(model: PreTrainedModel) -> list[nn.Module]:
     """The modules that embed input ids: T5's stacks each have one of their own for the shared table."""
     table = model.get_input_embeddings()
     return [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is table.weight]
-
-

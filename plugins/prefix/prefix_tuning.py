@@ -11,7 +11,7 @@ class PrefixTuning(petune.Adapter):
     included.
     """
 
-    where = "attention cross-attention"
+    where, starts_at_base = "attention cross-attention", False
 
     def __init__(self, site: petune.Site, *, length: int = 20) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ class PromptTuning(petune.Adapter):
     The rows start as those of random entries of the vocabulary.
     """
 
-    where = "prompt"
+    where, starts_at_base = "prompt", False
 
     def __init__(self, site: petune.Site, *, length: int = 20) -> None:
         super().__init__()

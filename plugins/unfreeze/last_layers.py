@@ -4,7 +4,10 @@ import petune
 
 
 class LastLayers(petune.Unfreeze):
-    """The last `layers` blocks of each stack train, in float32, also over a quantized base."""
+    """The last `layers` blocks of each stack train, in float32, also over a quantized base.
+
+    Not routable where a table inside those blocks is looked up once for all rows (T5 with a single layer).
+    """
 
     def __init__(self, *, layers: int = 1) -> None:
         self.layers = layers

@@ -1,0 +1,86 @@
+"""4-bit and 8-bit bases by bitsandbytes, on a GPU or a CPU (Dettmers et al. 2023, arXiv:2305.14314; 2208.07339)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import petune
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class FourBit:
+    """Blocks of 64 weights with a float32 scale each; `nested` quantizes the scales once more."""
+
+    code: str
+    nested: bool
+
+    @property
+    def bits(self) -> float:
+        """4 for the code; the scales add 32 bits a block, or 8 and 32 for every 256 blocks."""
+        return 4 + ((8 + 32 / 256) if self.nested else 32) / 64
+
+    def arguments(self, skip: Sequence[str], dtype: torch.dtype) -> Mapping[str, Any]:
+        """The modules in `skip` stay in `dtype`, in which the others compute."""
+        return _config(
+            skip,
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.code,
+            bnb_4bit_use_double_quant=self.nested,
+            bnb_4bit_compute_dtype=dtype,
+        )
+
+    def prepare(self, model: nn.Module) -> None:
+        """Keep the weights as they are.
+
+        On a CPU with AVX512-BF16 a forward in evaluation mode without gradients packs them for inference, and nothing
+        packs them back: the next training step would read them wrong.
+        """
+        from bitsandbytes.nn.modules import Linear4bit
+
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                module.support_avx512bf16_for_cpu = False
+
+
+@dataclass(frozen=True)
+class EightBit:
+    """LLM.int8(): a scale for each row of a weight; activations beyond a threshold go at full precision."""
+
+    bits: float = 8.0
+
+    def arguments(self, skip: Sequence[str], dtype: torch.dtype) -> Mapping[str, Any]:
+        """The modules in `skip` stay in `dtype`."""
+        return _config(skip, load_in_8bit=True)
+
+    def prepare(self, model: nn.Module) -> None:
+        """Nothing is left to be done."""
+
+
+@petune.hookimpl
+def petune_quantizers() -> Mapping[str, petune.Quantizer]:
+    """QLoRA's nf4, its ablations, and int8."""
+    return {
+        "nf4": FourBit("nf4", nested=True),
+        "nf4-single": FourBit("nf4", nested=False),
+        "fp4": FourBit("fp4", nested=True),
+        "int8": EightBit(),
+    }
+
+
+def _config(skip: Sequence[str], **options: Any) -> Mapping[str, Any]:
+    if find_spec("bitsandbytes") is None:
+        raise petune.PetuneError("this precision needs bitsandbytes: pip install bitsandbytes accelerate")
+    from transformers import BitsAndBytesConfig
+
+    # it warns of kernels that training has no use for, and at each int8 layer's forward that it casts the input
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    config: Any = BitsAndBytesConfig
+    return {"quantization_config": config(llm_int8_skip_modules=list(skip), **options)}

@@ -1,0 +1,70 @@
+"""Discovery: what a model of each family is found to consist of."""
+
+from collections import Counter
+
+import pytest
+
+import petune
+from petune.testing import tiny_model
+
+LINEAR = {
+    "llama": "q k v o gate up down",
+    "qwen": "q k v o gate up down",
+    "gpt2": "qkv o up down",
+    "bert": "q k v o up down",
+    "roberta": "q k v o up down",
+}
+
+
+@pytest.mark.parametrize("family", LINEAR)
+def test_every_block_has_its_linear_layers_by_role(family):
+    sites = petune.sites(tiny_model(family))
+    found = Counter(s.role for s in sites if s.kind == "linear" and s.layer is not None)
+    assert found == dict.fromkeys(LINEAR[family].split(), 3)
+    assert Counter(s.role for s in sites if s.kind == "attention") == {"attention": 3}
+    assert Counter(s.role for s in sites if s.kind == "block")["layer"] == 3
+    assert [s.role for s in sites if s.kind in ("prompt", "embedding")] == ["prompt", "embed"]
+
+
+def test_encoder_decoder():
+    sites = petune.sites(tiny_model("t5"))
+    assert Counter(s.role for s in sites if s.kind == "attention") == {"attention": 6, "cross-attention": 3}
+    assert Counter(s.role for s in sites if s.kind == "linear" and s.layer is not None) == {
+        "q": 9, "k": 9, "v": 9, "o": 9, "up": 6, "down": 6,
+    }  # fmt: skip
+    assert {s.layer for s in sites if s.role == "layer"} == {0, 1, 2}
+    assert [s.name for s in sites if s.role == "embed"] == ["encoder.embed_tokens", "decoder.embed_tokens"]
+
+
+def test_sizes():
+    sites = {s.name: s for s in petune.sites(tiny_model("llama"))}
+    k = sites["model.layers.0.self_attn.k_proj"]
+    assert (k.in_features, k.out_features, k.layer) == (64, 32, 0)
+    attention = sites["model.layers.2.self_attn#attention"]
+    assert (attention.heads, attention.kv_heads, attention.head_dim) == (4, 2, 16)
+
+
+def test_a_new_head_is_a_site_of_its_own():
+    sites = petune.sites(tiny_model("bert"))
+    assert [s.name for s in sites if s.role == "classifier"] == ["classifier"]
+
+
+def test_adapters_are_no_sites():
+    model = tiny_model("llama")
+    before = [s.name for s in petune.sites(model)]
+    petune.attach(model, "houlsby")
+    petune.attach(model, "prompt-tuning", name="prompt")
+    assert [s.name for s in petune.sites(model)] == before
+
+
+def test_weights_are_read_off_any_layer():
+    for family, precision in (("llama", "fp32"), ("gpt2", "fp32"), ("llama", "nf4"), ("llama", "int8")):
+        exact = {s.name: s for s in petune.sites(tiny_model(family))}
+        for site in petune.sites(tiny_model(family, precision)):
+            if site.kind != "linear" or site.role == "head":
+                continue
+            weight, module = site.weight(), exact[site.name].module
+            assert weight.shape == (site.out_features, site.in_features)
+            dense = (module.weight.T if family == "gpt2" else module.weight).detach()
+            error = float((weight - dense).abs().max() / dense.abs().max())
+            assert error < {"fp32": 1e-6, "nf4": 0.2, "int8": 0.02}[precision], (site.name, precision)
