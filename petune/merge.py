@@ -103,6 +103,13 @@ def forget_quantization(model: Any) -> None:
             setattr(model, key, False)
 
 
+def _untie(model: Any) -> None:
+    """Saving a model whose head was tied and now differs must write both."""
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if model.config.tie_word_embeddings and head is not None and head.weight is not table.weight:
+        model.config.tie_word_embeddings = False
+
+
 def _replace(model: nn.Module, name: str, old: nn.Module, new: nn.Module) -> None:
     """Put `new` in the place of `old`; the adapters on it move along."""
     parent, _, child = name.rpartition(".")
@@ -145,6 +152,7 @@ def merge(tuning: Tuning) -> None:
             adapter.train(mode)
     tuning.detach()
     forget_quantization(tuning.model)
+    _untie(tuning.model)
 
 
 def _by_module(tuning: Tuning) -> Iterator[tuple[nn.Module, list[Link]]]:

@@ -59,7 +59,8 @@ class Layout:
         out = tensor[rows, self.source.clamp(min=0)]
         fill = torch.as_tensor(virtual, device=tensor.device, dtype=tensor.dtype)
         out = torch.where((self.virtual >= 0).view(shape), fill, out)
-        return torch.where(((self.virtual < 0) & (self.source < 0)).view(shape), padding, out)
+        empty = torch.as_tensor(padding, device=tensor.device, dtype=tensor.dtype)
+        return torch.where(((self.virtual < 0) & (self.source < 0)).view(shape), empty, out)
 
     def gather(self, tensor: Tensor) -> Tensor:
         """(batch, length, …) -> (batch, tokens, …): the results at the tokens."""
