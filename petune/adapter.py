@@ -74,6 +74,7 @@ class TrainedCopy(Adapter):
 def arguments(method: type) -> dict[str, inspect.Parameter]:
     """The hyperparameters of a method by name, those of its parents included where it takes `**kwargs`."""
     found: dict[str, inspect.Parameter] = {}
+    cls: Any
     for cls in method.__mro__:
         if "__init__" not in vars(cls) or cls in (nn.Module, object):
             continue

@@ -198,7 +198,8 @@ def graft(module: nn.Module, board: Board, mixin: type[nn.Module] = Grafted) -> 
         found = Graft(board, names, hooked=vars(module).pop("forward", None))
         vars(module)["petune_graft"] = found
         kind: Any = type(module)
-        module.__class__ = grafted_class(kind, mixin)
+        around: Any = mixin
+        module.__class__ = grafted_class(kind, around)
     return found
 
 

@@ -202,9 +202,7 @@ def _fold(tuning: Tuning, module: nn.Module, links: list[Link]) -> None:
     name = links[0].site.name.partition("#")[0].partition("[")[0]
     if isinstance(links[0].adapter, TrainedCopy):
         trained, links[0].adapter.module = links[0].adapter.module, nn.Identity()  # moved, so that ties survive
-        weight = getattr(module, "weight", None)
-        is_float = isinstance(weight, Tensor) and weight.is_floating_point()
-        trained.to(weight.dtype if is_float else tuning.model.dtype)
+        trained.to(tuning.model.dtype if is_quantized(module) else next(module.parameters()).dtype)
         _replace(tuning.model, name, module, trained.requires_grad_(False))
     elif isinstance(module, nn.Embedding):
         ids = torch.arange(module.num_embeddings, device=module.weight.device)

@@ -51,5 +51,5 @@ def lowrank_update(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float = 1.
         RuntimeError: a second derivative is asked for.
     """
     with torch.autocast(y.device.type, enabled=False):
-        out: Tensor = _LowRankUpdate.apply(y, x, a, b, scale)
+        out: Tensor = _LowRankUpdate.apply(y, x, a, b, scale)  # type: ignore[no-untyped-call]
     return out

@@ -171,6 +171,8 @@ class Prompted(Grafted):
                 out[key] = torch.where(value >= layout.at, value + layout.count[:, 0], value)
             elif key == "labels" and value.shape == shape and not self.config.is_encoder_decoder:
                 out[key] = layout.spread(value, SKIP, SKIP)
+            elif key == "logits_to_keep" and value.shape == shape:
+                out[key] = layout.spread(value, False, False)
             elif key == "token_type_ids":
                 out[key] = layout.spread(value, value[:, :1], 0)
         return out
@@ -190,7 +192,7 @@ class Prompted(Grafted):
         """The base's own: transformers would look for adapters of PEFT behind the flag that Trainer needs."""
         flag = self.__dict__.pop("_hf_peft_config_loaded", None)
         try:
-            return super().save_pretrained(*args, **kwargs)
+            return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
         finally:
             if flag is not None:
                 self._hf_peft_config_loaded = flag

@@ -226,16 +226,16 @@ def routes(case: Case) -> None:
     """A batch with a row of its own, one of the base and one of another tuning of the same method."""
     model = case.base()
     batch = tiny_batch(case.family, rows=3)
-    want = {None: _rows(model, batch)}
+    want: dict[str | None, list[Tensor]] = {None: _rows(model, batch)}
     for name in ("one", "two"):
         tuning = case.attach(model, name)
         want[name] = _rows(model, batch)
         tuning.disable()
-    names = ["one", None, "two"]
+    names: list[str | None] = ["one", None, "two"]
     with petune.route(model, names):
         got = _rows(model, batch)
-    for i, name in enumerate(names):
-        case.close(got[i], want[name][i], f"row {i} differs from the single run of {name!r}", factor=10)
+    for i, served in enumerate(names):
+        case.close(got[i], want[served][i], f"row {i} differs from the single run of {served!r}", factor=10)
 
 
 @torch.no_grad()

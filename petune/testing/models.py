@@ -13,7 +13,7 @@ import transformers
 import petune
 
 VOCABULARY, LAYERS = 128, 3
-_IDS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_IDS: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _LLAMA = _IDS | {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -56,7 +56,8 @@ def _built(family: str, precision: str, attention: str) -> Any:
     if precision not in DTYPES:  # loaded by its quantizer, as a user's model is
         with tempfile.TemporaryDirectory() as folder:
             _built(family, "fp32", attention).save_pretrained(folder)
-            return petune.from_pretrained(folder, precision=precision, head=head, attn_implementation=attention).eval()
+            made: Any = petune.from_pretrained(folder, precision=precision, head=head, attn_implementation=attention)
+            return made.eval()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = getattr(transformers, config_class)(**arguments)
