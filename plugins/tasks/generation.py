@@ -69,6 +69,7 @@ class Generation(Task):
         greedy = config(
             max_new_tokens=self.recipe.training.max_new_tokens,
             do_sample=False,
+            use_cache=True,  # Trainer turns the model's own setting off
             eos_token_id=sorted(ends) or None,
             pad_token_id=self.pad_id,
             bos_token_id=self.tokenizer.bos_token_id,

@@ -1,0 +1,136 @@
+"""The commands as one program, and how every mistake of a user's ends: in one line, with exit code 2."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+import typer.main
+
+from petune.cli import environment, inspect, runs
+from petune.cli.output import Stopped, complain
+from petune.errors import PetuneError, unknown
+from petune.plugins import registry
+
+COMMANDS = {
+    "methods": inspect.methods,
+    "plugins": inspect.plugins,
+    "sites": inspect.sites,
+    "install": environment.install,
+    "uninstall": environment.uninstall,
+    "train": runs.train,
+    "eval": runs.evaluate,
+    "predict": runs.predict,
+    "merge": runs.merge,
+}
+_PASS_ON = {"ignore_unknown_options": True}  # options that are pip's
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `petune` with these arguments (the process's own by default) and return its exit code."""
+    debug = False
+    cause: BaseException
+    # bitsandbytes warns at import that a kernel it can do without is missing
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        rest, files, debug = _common(list(sys.argv[1:] if argv is None else argv))
+        with warnings.catch_warnings():
+            if not debug and not sys.warnoptions:
+                warnings.simplefilter("ignore")  # a library's word to programmers, not to users
+            for file in files:
+                registry().add_file(file)
+            return _run(rest)
+    except PetuneError as error:
+        message, code, cause = str(error), 2, error
+    except (KeyboardInterrupt, Stopped) as error:
+        message, code, cause = str(error) or "interrupted.", 130, error
+    except Exception as error:
+        # typer's usage errors have no public class of their own in every version, but all can say what is wrong
+        if hasattr(error, "format_message"):
+            message, code, cause = _usage(error), 2, error
+        else:
+            message, code, cause = f"{type(error).__name__}: {error} (--debug shows where.)", 1, error
+    if debug:
+        traceback.print_exception(cause)
+    complain(message)
+    return code
+
+
+def build() -> Any:
+    """The program, the plugins' commands included."""
+    app = typer.Typer(name="petune", no_args_is_help=False, add_completion=False, pretty_exceptions_enable=False)
+    app.callback(invoke_without_command=True)(_top)
+    note = "Also: --plugin FILE.py loads a single-file plugin, --debug shows the traceback of an error."
+    brought = registry().all("petune_commands")
+    for name, function in {**brought, **COMMANDS}.items():
+        passes_on = function in (environment.install, environment.uninstall)
+        app.command(name, epilog=note, context_settings=_PASS_ON if passes_on else None)(function)
+    return typer.main.get_command(app)
+
+
+def _top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    plugin: Annotated[list[str] | None, typer.Option(metavar="FILE.py", help="Load a single-file plugin.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Parameter-efficient tuning of transformers. `petune COMMAND --help` says more about a command."""
+    if version:
+        from petune import __version__
+
+        print(__version__)
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def _run(argv: list[str]) -> int:
+    program = build()
+    name = next((word for word in argv if not word.startswith("-")), None)
+    if name is not None and name not in program.commands:
+        raise PetuneError(unknown("command", name, program.commands))
+    with contextlib.suppress(AttributeError, ValueError):  # a stream that is no text file, in tests
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    done = program.main(argv, prog_name="petune", standalone_mode=False)
+    if done == 130:
+        complain("interrupted.")
+    return done if isinstance(done, int) else 0
+
+
+def _common(argv: list[str]) -> tuple[list[str], list[str], bool]:
+    """(the rest, plugin files, whether to debug): these two options may stand anywhere, and come before all else."""
+    rest: list[str] = []
+    files: list[str] = []
+    debug = False
+    words = iter(argv)
+    for word in words:
+        if word == "--":
+            rest += [word, *words]
+        elif word == "--debug":
+            debug = True
+        elif word == "--plugin":
+            file = next(words, None)
+            if file is None:
+                raise PetuneError("--plugin: name a Python file.")
+            files.append(file)
+        elif word.startswith("--plugin="):
+            files.append(word.partition("=")[2])
+        else:
+            rest.append(word)
+    return rest, files, debug
+
+
+def _usage(error: Any) -> str:
+    message = " ".join(error.format_message().split())
+    context = getattr(error, "ctx", None)
+    option = getattr(error, "option_name", None)
+    if option and context is not None and message.startswith("No such option"):
+        known = [name for parameter in context.command.params for name in parameter.opts if name.startswith("-")]
+        message = unknown("option", option, [*known, "--plugin", "--debug", "--help"])
+    where = f"{context.command_path}: " if context is not None else ""
+    return f"{where}{message}"

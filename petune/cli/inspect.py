@@ -1,0 +1,119 @@
+"""What is installed, and where a model can be adapted."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from petune.cli.output import as_json, table, warn_of_failures
+from petune.plugins import registry
+
+if TYPE_CHECKING:
+    from petune import Site
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def methods(json: AsJson = False) -> None:
+    """List the installed tuning methods with their arguments."""
+    found = [_method(name, cls) for name, cls in sorted(registry().all("petune_methods").items())]
+    warn_of_failures()
+    if json:
+        as_json(found)
+        return
+    rows = [
+        (m["name"], m["plugin"], m["where"], "yes" if m["mergeable"] else "no", _call(m["arguments"])) for m in found
+    ]
+    table(("method", "plugin", "hook points", "mergeable", "arguments"), rows)
+
+
+def plugins(
+    json: AsJson = False,
+    requirements: Annotated[bool, typer.Option("--requirements", help="Print them as pip requirements.")] = False,
+) -> None:
+    """List the installed plugins, and why one could not be loaded."""
+    from petune import hookspecs
+
+    hooks = [name for name in vars(hookspecs) if name.startswith("petune_")]
+    brought: dict[str, list[str]] = {}
+    for hook in hooks:  # a plugin may fail only when it is asked
+        for name in registry().all(hook):
+            brought.setdefault(registry().owner(hook, name), []).append(name)
+    found = sorted(registry().plugins.values(), key=lambda plugin: plugin.name)
+    if requirements:
+        for line in sorted({f"{p.package}=={p.version}" for p in found if p.version != "file"}):
+            print(line)
+    elif json:
+        as_json([{**vars(plugin), "brings": sorted(brought.get(plugin.name, []))} for plugin in found])
+    else:
+        rows = [
+            (p.name, p.package, p.version, f"not loaded: {p.error}" if p.error else ", ".join(brought.get(p.name, [])))
+            for p in found
+        ]
+        table(("plugin", "package", "version", "brings"), rows)
+
+
+def sites(
+    model: Annotated[str, typer.Argument(help="An alias, a local folder, a GGUF file or a Hub id.")],
+    precision: Annotated[str, typer.Option(help="The precision to load it in.")] = "fp32",
+    head: Annotated[str | None, typer.Option(help="The head to put on it; its own by default.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Show where a model can be adapted."""
+    import petune
+
+    found = petune.sites(petune.from_pretrained(model, precision=precision, head=head))
+    if json:
+        keys = ("name", "kind", "role", "layer", "in_features", "out_features")
+        as_json([{key: getattr(site, key) for key in keys} for site in found])
+        return
+    _print_tree(model, found)
+
+
+def _print_tree(model: str, found: list[Site]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+    from rich.tree import Tree
+
+    tree = Tree(Text(model), guide_style="dim")
+    layers: dict[int, Tree] = {}
+    for site in found:
+        branch = tree
+        if site.layer is not None:
+            if site.layer not in layers:
+                layers[site.layer] = tree.add(f"layer {site.layer}")
+            branch = layers[site.layer]
+        shape = f" {site.in_features} -> {site.out_features}" if site.kind in ("linear", "embedding") else ""
+        branch.add(Text(f"{site.role}  {site.kind}{shape}  ({site.name or 'the model'})"))
+    Console(width=None if sys.stdout.isatty() else 10_000).print(tree)
+
+
+def _method(name: str, cls: type) -> dict[str, Any]:
+    from petune.adapter import arguments
+
+    known: Any = cls
+    return {
+        "name": name,
+        "plugin": registry().owner("petune_methods", name),
+        "where": known.where,
+        "mergeable": known.mergeable,
+        "arguments": {
+            key: {"type": _type(p.annotation)} | ({} if p.default is p.empty else {"default": p.default})
+            for key, p in arguments(cls).items()
+        },
+        "about": (inspect.getdoc(cls) or "").partition("\n")[0],
+    }
+
+
+def _type(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+
+
+def _call(arguments: dict[str, dict[str, Any]]) -> str:
+    """`rank: int = 8, ids: list[int]`"""
+    return ", ".join(
+        f"{key}: {a['type']}" + (f" = {a['default']!r}" if "default" in a else "") for key, a in arguments.items()
+    )

@@ -1,0 +1,89 @@
+"""Training, and what is done with its result."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from petune.cli.inspect import AsJson
+from petune.cli.output import Stopped, as_json, number, table, warn_of_failures
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as `petune train` leaves it.")]
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value ...]", help="Such as training.steps=10.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away the run that is there.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    json: AsJson = False,
+) -> None:
+    """Fine-tune a model as a recipe says."""
+    from petune.tune.loop import Interrupted
+    from petune.tune.loop import train as run
+    from petune.tune.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    loaded.check(source=str(recipe))
+    warn_of_failures()
+    try:
+        result = run(loaded, resume=resume, overwrite=overwrite, quiet=quiet)
+    except Interrupted as stop:
+        raise Stopped(str(stop)) from None
+    values = asdict(result)
+    metrics = values.pop("metrics")
+    if json:
+        as_json({**metrics, **values, "run": str(loaded.output)})
+        return
+    shown = {**metrics, **{key: value for key, value in values.items() if key not in ("score", "metric")}}
+    table(("figure", "value"), [(key, number(value)) for key, value in shown.items()])
+    print(f"The run is in {loaded.output}.")
+
+
+def evaluate(
+    run: RunFolder,
+    data: Annotated[Path | None, typer.Option(help="Rows to score; the run's test split by default.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Score a run."""
+    from petune.tune.run import evaluate as score
+
+    metrics = score(run, data, quiet=False)
+    if json:
+        as_json(metrics)
+    else:
+        table(("figure", "value"), [(k, number(v)) for k, v in metrics.items() if k not in ("score", "metric")])
+
+
+def predict(
+    run: RunFolder,
+    data: Annotated[Path, typer.Option(help="The rows to answer.")],
+    out: Annotated[Path | None, typer.Option(help="Write the rows there, one JSON object a line.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Answer the rows of a file, in their order."""
+    from petune.tune.result import finite, write_text
+    from petune.tune.run import predict as ask
+
+    rows = ask(run, data, quiet=False)
+    lines = [jsonlib.dumps(finite(row), ensure_ascii=False, default=str) for row in rows]
+    if out is not None:
+        write_text(out, "".join(line + "\n" for line in lines))
+    if json:
+        print("\n".join(lines))
+    elif out is None:
+        table(list(rows[0]), [list(row.values()) for row in rows])
+
+
+def merge(run: RunFolder, out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")]) -> None:
+    """Fold a run's adapter into its model: a transformers folder that needs no petune."""
+    from petune.tune.run import merge_run
+
+    print(merge_run(run, out))

@@ -1,0 +1,139 @@
+"""A finished run: score it, ask it, fold it into its base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from petune.errors import PetuneError
+from petune.tune import folder
+from petune.tune.data import assign, read_rows
+from petune.tune.recipe import Recipe, load_recipe
+from petune.tune.result import read_json
+from petune.tune.setup import make_model, make_splits, make_task, quietly, sample
+from petune.tune.tasks import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from petune import Tuning
+
+
+@dataclass
+class Run:
+    """A run's folder, its model loaded and adapted."""
+
+    path: Path
+    recipe: Recipe
+    task: Task
+    model: PreTrainedModel
+    tuning: Tuning
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.task.tokenizer
+
+    def evaluate(self, data: str | Path | None = None) -> dict[str, Any]:
+        """`score`, `metric` and all metrics, on the run's test split or on a file's rows.
+
+        Raises:
+            PetuneError: the file can't be read, or lacks a column.
+        """
+        if data is None:
+            rows = make_splits(self.recipe)["test"]
+        else:
+            rows = assign(read_rows(data), self._columns(), (*self.task.inputs, *self.task.targets),
+                          self.task.optional, source=str(data))  # fmt: skip
+        metrics = self.task.score(self.model, sample(rows, self.recipe.training.eval_rows or self.task.eval_rows))
+        return {"score": metrics[self.task.metric], "metric": self.task.metric, **metrics}
+
+    def predict(self, data: str | Path | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The rows of a file or a list, in their order, each with the answer under `prediction`.
+
+        Raises:
+            PetuneError: the file can't be read, or lacks a column.
+        """
+        from datasets import Dataset
+
+        if isinstance(data, str | Path):
+            rows, source = read_rows(data), str(data)
+        else:
+            rows, source = Dataset.from_list([dict(row) for row in data]), "rows"
+        asked = assign(rows, self._columns(), self.task.inputs, self.task.optional, source=source)
+        answers = self.task.predict(self.model, asked)
+        return [{**row, "prediction": answer} for row, answer in zip(rows, answers, strict=True)]
+
+    def merge(self, out: str | Path) -> Path:
+        """Fold the tuning into the base and write a dense transformers folder that needs no petune.
+
+        The run's model is merged afterwards.
+
+        Raises:
+            UnmergeableError: the method has no merged form; nothing is written.
+            PetuneError: `out` exists already.
+        """
+        from petune.merge import dequantize
+
+        out = Path(out)
+        if out.exists() and any(out.iterdir()):
+            raise PetuneError(f"{out}: exists already; name a new folder.")
+        self.tuning.merge()
+        dequantize(self.model)
+        self.model.save_pretrained(out)
+        self.tokenizer.save_pretrained(out)
+        return out
+
+    def _columns(self) -> dict[str, str]:
+        """The names of the training data's columns; a set's own where the recipe says nothing."""
+        from petune.plugins import registry
+
+        known = registry().all("petune_datasets")
+        own = known[self.recipe.data].columns if isinstance(self.recipe.data, str) and self.recipe.data in known else {}
+        return {**own, **self.recipe.columns}
+
+
+def load_run(path: str | Path) -> Run:
+    """Load a finished run's model and adapter.
+
+    Raises:
+        PetuneError: no finished run lies there.
+    """
+    import petune
+
+    path = Path(path)
+    if not (path / folder.ADAPTER).is_dir():
+        what = "an unfinished run" if (path / folder.RECIPE).exists() else "no run"
+        raise PetuneError(f"{path}: {what}; `petune train` leaves one in the recipe's output folder.")
+    recipe = load_recipe(path / folder.RECIPE)
+    with quietly():
+        task = make_task(recipe, read_json(path / folder.TASK))
+        model = make_model(recipe, task)
+        tuning = petune.load(model, path / folder.ADAPTER)
+    return Run(path, recipe, task, model, tuning)
+
+
+def evaluate(run: str | Path, data: str | Path | None = None, *, quiet: bool = True) -> dict[str, Any]:
+    """See `Run.evaluate`."""
+    loaded = load_run(run)
+    loaded.task.quiet = quiet
+    with quietly():
+        return loaded.evaluate(data)
+
+
+def predict(
+    run: str | Path, data: str | Path | Sequence[Mapping[str, Any]], *, quiet: bool = True
+) -> list[dict[str, Any]]:
+    """See `Run.predict`."""
+    loaded = load_run(run)
+    loaded.task.quiet = quiet
+    with quietly():
+        return loaded.predict(data)
+
+
+def merge_run(run: str | Path, out: str | Path) -> Path:
+    """See `Run.merge`."""
+    loaded = load_run(run)
+    with quietly():
+        return loaded.merge(out)

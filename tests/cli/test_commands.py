@@ -1,0 +1,212 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from samples import jsonl, opinions
+
+from petune.cli import main
+from petune.plugins import Plugin, registry
+
+METHOD = '''
+import petune
+from torch import nn
+import torch
+
+class Shift(petune.Adapter):
+    """y = W x + b"""
+    where, mergeable = "q v", True
+    def __init__(self, site, *, scale: float = 2.0):
+        super().__init__()
+        self.b = nn.Parameter(torch.zeros(site.out_features))
+        self.scale = scale
+    def forward(self, inner, x):
+        return inner(x) + self.scale * self.b
+
+def hello(name: str = "you") -> None:
+    """Greet."""
+    print(f"hello {name}")
+
+@petune.hookimpl
+def petune_methods():
+    return {"shift": Shift}
+
+@petune.hookimpl
+def petune_commands():
+    return {"hello": hello}
+'''
+
+
+@pytest.fixture
+def file(recipe: dict[str, Any], tmp_path: Path) -> str:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return str(path)
+
+
+@pytest.fixture
+def plugin(tmp_path: Path) -> Any:
+    path = tmp_path / "shifting.py"
+    path.write_text(METHOD)
+    yield str(path)
+    found = registry()
+    found.manager.unregister(name="shifting")
+    found.plugins.pop("shifting", None)
+    found._found.clear()
+
+
+def test_help_is_quick_and_loads_no_torch() -> None:
+    code = """
+import sys
+from petune.cli import main
+code = main(["--help"])
+assert not {"torch", "transformers"} & set(sys.modules)
+sys.exit(code)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in ("methods", "plugins", "install", "train", "predict"):
+        assert name in done.stdout
+
+
+def test_methods(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split() == ["METHOD", "PLUGIN", "HOOK", "POINTS", "MERGEABLE", "ARGUMENTS"]
+    assert any(line.startswith("lora ") and "rank: int = 8" in line for line in table)
+    assert main(["methods", "--json"]) == 0
+    found = {method["name"]: method for method in json.loads(capsys.readouterr().out)}
+    assert found["lora"]["arguments"]["rank"] == {"type": "int", "default": 8}
+    assert found["lora"]["mergeable"] is True
+    assert found["lora"]["plugin"] == "lowrank"
+    assert "o" in found["lora"]["where"].split()
+
+
+def test_plugins_tells_why_one_was_not_loaded(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = Plugin("rotten", "petune-rotten", "1.2", "ImportError: no module named 'core'")
+    monkeypatch.setitem(registry().plugins, "rotten", broken)
+    assert main(["plugins"]) == 0
+    assert "not loaded: ImportError: no module named 'core'" in capsys.readouterr().out
+    assert main(["plugins", "--json"]) == 0
+    found = {plugin["name"]: plugin for plugin in json.loads(capsys.readouterr().out)}
+    assert found["rotten"]["error"].startswith("ImportError")
+    assert found["lowrank"]["error"] is None
+    assert "lora" in found["lowrank"]["brings"]
+    assert main(["plugins", "--requirements"]) == 0
+    assert "petune-rotten==1.2" in capsys.readouterr().out.splitlines()
+    assert main(["methods"]) == 0
+    said = capsys.readouterr()
+    assert "warning: plugin rotten (petune-rotten) is not loaded: ImportError" in said.err
+    assert "lora" in said.out
+
+
+def test_sites(capsys: pytest.CaptureFixture[str], encoder: Path) -> None:
+    assert main(["sites", str(encoder)]) == 0
+    tree = capsys.readouterr().out
+    assert "layer 0" in tree
+    assert "layer 1" in tree
+    assert "32 -> 64" in tree
+    assert main(["sites", str(encoder), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found[0]) == {"name", "kind", "role", "layer", "in_features", "out_features"}
+    assert {"q", "k", "v", "o"} <= {site["role"] for site in found}
+
+
+def test_train_eval_predict_merge(
+    file: str, recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", file, "training.steps=4", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["steps"] == 4
+    assert main(["eval", recipe["output"], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == pytest.approx(result["score"])
+    rows = opinions(10, seed=3)
+    data = jsonl(tmp_path / "new.jsonl", rows)
+    out = tmp_path / "out" / "answers.jsonl"
+    assert main(["predict", recipe["output"], "--data", str(data), "--json", "--out", str(out)]) == 0
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["id"] for row in printed] == [row["id"] for row in rows]
+    assert all(row["prediction"] in ("neg", "pos") for row in printed)
+    assert [json.loads(line) for line in out.read_text().splitlines()] == printed
+    assert main(["eval", recipe["output"], "--data", str(data)]) == 0
+    assert "accuracy" in capsys.readouterr().out
+    assert main(["merge", recipe["output"], str(tmp_path / "merged")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "merged")
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+
+
+def test_train_again_asks_first(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", file]) == 0
+    shown = capsys.readouterr().out
+    assert "accuracy" in shown
+    assert "The run is in" in shown
+    assert main(["train", file]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert main(["train", file, "--overwrite"]) == 0
+    assert main(["train", file, "--resume"]) == 0
+
+
+def test_a_single_file_plugin(
+    plugin: str, file: str, recipe: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["methods", "--plugin", plugin]) == 0
+    assert "scale: float = 2.0" in capsys.readouterr().out
+    assert main(["train", file, "method=shift", "method_args={scale: 1}", f"--plugin={plugin}"]) == 0
+    assert main(["eval", recipe["output"], "--plugin", plugin]) == 0
+    capsys.readouterr()
+    assert main(["hello", "--name", "there", "--plugin", plugin]) == 0
+    assert capsys.readouterr().out == "hello there\n"
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from petune.tune.trainer import Recorder
+
+    begin = Recorder.on_step_begin
+
+    def interrupt(self: Recorder, args: Any, state: Any, control: Any, **more: Any) -> None:
+        begin(self, args, state, control, **more)
+        self.stopping = state.global_step == 2
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "on_step_begin", interrupt)
+        assert main(["train", file]) == 130
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert "stopped at step 3 of 6; --resume goes on." in said[0]
+    assert main(["train", file, "--resume"]) == 0
+
+
+def test_install_is_pips(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from petune.cli import environment
+
+    asked: list[list[str]] = []
+
+    def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+        asked.append(command[1:])
+        return subprocess.CompletedProcess(command, len(asked) - 1)
+
+    monkeypatch.setattr(environment.subprocess, "run", run)
+    assert main(["install", "petune-x", "--upgrade"]) == 0
+    assert asked == [["-m", "pip", "install", "petune-x", "--upgrade"]]
+    assert main(["uninstall", "petune-x"]) == 2
+    assert asked[1] == ["-m", "pip", "uninstall", "--yes", "petune-x"]
+    assert "pip uninstall failed (exit code 1)" in capsys.readouterr().err
+    monkeypatch.setattr(environment, "find_spec", lambda name: None)
+    assert main(["install", "petune-x"]) == 2
+    assert "this environment has no pip: run `uv pip install" in capsys.readouterr().err
+
+
+def test_output_into_a_closed_pipe_is_no_traceback() -> None:
+    command = f"{sys.executable} -m petune.cli methods | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=os.environ)
+    assert done.stdout.startswith("METHOD")
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr

@@ -1,0 +1,11 @@
+"""Settings for all tests: one thread a worker (xdist runs one worker a core), and no progress bars."""
+
+import os
+
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import torch
+import transformers
+
+torch.set_num_threads(1)
+transformers.utils.logging.disable_progress_bar()

@@ -1,0 +1,143 @@
+"""Folders of models with a few thousand parameters, and files of a few rows, for tests of the whole workflow."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WORDS = [
+    "good",
+    "bad",
+    "fine",
+    "awful",
+    "movie",
+    "film",
+    "plot",
+    "actor",
+    "the",
+    "a",
+    "is",
+    "was",
+    "very",
+    "not",
+    "so",
+    "happy",
+    "sad",
+    "day",
+    "night",
+    "one",
+    "two",
+    "three",
+]
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def save_tokenizer(folder: Path, **more: Any) -> int:
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "</s>", *WORDS]
+    plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=plain, unk_token="[UNK]", pad_token="[PAD]", eos_token="</s>", **more
+    )
+    fast.save_pretrained(folder)
+    return len(vocabulary)
+
+
+def save_decoder(folder: Path) -> Path:
+    size = save_tokenizer(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=size, num_key_value_heads=2, max_position_embeddings=128, eos_token_id=4, bos_token_id=None, **SIZES
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def save_encoder(folder: Path) -> Path:
+    size = save_tokenizer(folder, cls_token="[CLS]", sep_token="[SEP]")
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=size, max_position_embeddings=128, **SIZES)).save_pretrained(folder)
+    return folder
+
+
+def opinions(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Texts whose label can be read off one word."""
+    pick = random.Random(seed)
+    rows = []
+    for number in range(count):
+        label = pick.choice(["neg", "pos"])
+        words = pick.choices(WORDS[4:], k=pick.randint(2, 12))
+        words.insert(pick.randrange(len(words)), "good" if label == "pos" else "bad")
+        rows.append({"id": number, "sentence": " ".join(words), "gold": label})
+    return rows
+
+
+def questions(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    pick = random.Random(seed)
+    return [
+        {"ask": " ".join(pick.choices(WORDS[4:], k=pick.randint(2, 8))) + f" {word}", "reply": f"the {word}"}
+        for word in pick.choices(["one", "two", "three"], k=count)
+    ]
+
+
+def jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(scope="session")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_decoder(tmp_path_factory.mktemp("decoder"))
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, encoder: Path) -> dict[str, Any]:
+    """A classification of opinions: trained in a blink."""
+    return {
+        "model": str(encoder),
+        "method": "lora",
+        "method_args": {"rank": 4},
+        "task": "classification",
+        "data": str(jsonl(tmp_path / "opinions.jsonl", opinions(60))),
+        "columns": {"text": "sentence", "label": "gold"},
+        "training": {"steps": 6, "batch_size": 4, "learning_rate": 1e-2, "log_every": 2},
+        "output": str(tmp_path / "run"),
+    }
+
+
+@pytest.fixture
+def generation(tmp_path: Path, decoder: Path, recipe: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **recipe,
+        "model": str(decoder),
+        "task": "generation",
+        "data": str(jsonl(tmp_path / "questions.jsonl", questions(60))),
+        "columns": {"prompt": "ask", "completion": "reply"},
+        "training": {**recipe["training"], "max_new_tokens": 4},
+        "output": str(tmp_path / "answers"),
+    }
+
+
+def weights(run: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(run) / "adapter" / "adapter.safetensors")
+
+
+def same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.allclose(a[key], b[key], atol=1e-6, rtol=0) for key in a)
+
+
+def changed(recipe: dict[str, Any], **training: Any) -> dict[str, Any]:
+    return {**recipe, "training": {**recipe["training"], **training}}
