@@ -13,7 +13,7 @@ from petune.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from petune import testing
-    from petune.adapter import Adapter, Inner, Unfreeze
+    from petune.adapter import Adapter, Inner, Positive, Unfreeze
     from petune.discovery import find_sites as sites
     from petune.fetch import Package, Source
     from petune.models import Quantizer, from_pretrained, load_tokenizer
@@ -31,6 +31,7 @@ __all__ = [
     "Inner",
     "Package",
     "PetuneError",
+    "Positive",
     "Quantizer",
     "Site",
     "Source",
@@ -52,7 +53,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "petune.adapter": ("Adapter", "Inner", "Unfreeze"),
+    "petune.adapter": ("Adapter", "Inner", "Positive", "Unfreeze"),
     "petune.fetch": ("Package", "Source"),
     "petune.models": ("Quantizer", "from_pretrained", "load_tokenizer"),
     "petune.ops": ("lowrank_update",),

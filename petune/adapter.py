@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
+from annotated_types import Gt
 from torch import Tensor, nn
 
 from petune.errors import PetuneError, unknown
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from petune.site import Site
 
 Inner = Callable[..., Tensor]
+Positive = Annotated[int, Gt(0)]
+"""The type of a rank, a width, a number of tokens: an argument that is not is refused by name."""
 
 
 class Adapter(nn.Module):
@@ -78,7 +81,7 @@ def arguments(method: type) -> dict[str, inspect.Parameter]:
     for cls in method.__mro__:
         if "__init__" not in vars(cls) or cls in (nn.Module, object):
             continue
-        hints = typing.get_type_hints(cls.__init__)
+        hints = typing.get_type_hints(cls.__init__, include_extras=True)
         parameters = inspect.signature(cls.__init__).parameters.values()
         for p in parameters:
             if p.kind is p.KEYWORD_ONLY and p.name not in found:
@@ -86,6 +89,13 @@ def arguments(method: type) -> dict[str, inspect.Parameter]:
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
     return found
+
+
+def type_name(annotation: Any) -> str:
+    """A type as people write it."""
+    if typing.get_origin(annotation) is Annotated:
+        annotation = typing.get_args(annotation)[0]
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
 
 
 def check_arguments(name: str, method: type, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,9 +117,9 @@ def check_arguments(name: str, method: type, given: Mapping[str, Any]) -> dict[s
             checked[key] = value
         except ValidationError as bad:
             kind = known[key].annotation
-            want = getattr(kind, "__name__", str(kind))
+            want = type_name(kind)
             raise PetuneError(f"method {name!r}: {key}={value!r}: {bad.errors()[0]['msg']} (wanted: {want}).") from None
     for key, p in known.items():
         if p.default is p.empty and key not in given:
-            raise PetuneError(f"method {name!r} needs the argument {key!r} ({p.annotation}).")
+            raise PetuneError(f"method {name!r} needs the argument {key!r} ({type_name(p.annotation)}).")
     return checked

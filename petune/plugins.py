@@ -96,7 +96,7 @@ class Registry:
         table = self._table(hook)
         if name in table:
             return table[name][0]
-        what = hook.removeprefix("petune_").removesuffix("s").replace("_", " ")
+        what = {"petune_quantizers": "precision", "petune_datasets": "data set"}.get(hook, hook[len("petune_") : -1])
         failed = [f"{p.name} ({p.error})" for p in self.plugins.values() if p.error]
         note = f" Plugins that failed to load: {'; '.join(failed)}." if failed else ""
         raise PetuneError(unknown(what, name, table) + note)

@@ -9,3 +9,5 @@ import transformers
 
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
+
+from samples import decoder, defaults, encoder, generation, recipe, suite  # noqa: E402, F401

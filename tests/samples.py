@@ -4,40 +4,20 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = [
-    "good",
-    "bad",
-    "fine",
-    "awful",
-    "movie",
-    "film",
-    "plot",
-    "actor",
-    "the",
-    "a",
-    "is",
-    "was",
-    "very",
-    "not",
-    "so",
-    "happy",
-    "sad",
-    "day",
-    "night",
-    "one",
-    "two",
-    "three",
-]
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT = "good bad fine awful movie film plot actor the a is was very not so happy sad day night one two three"
+WORDS = TEXT.split()
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 def save_tokenizer(folder: Path, **more: Any) -> int:
@@ -129,6 +109,30 @@ def generation(tmp_path: Path, decoder: Path, recipe: dict[str, Any]) -> dict[st
         "training": {**recipe["training"], "max_new_tokens": 4},
         "output": str(tmp_path / "answers"),
     }
+
+
+@pytest.fixture
+def defaults(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> dict[str, Any]:
+    """What the cells of a benchmark share."""
+    return {
+        "model": str(encoder),
+        "task": "classification",
+        "data": str(jsonl(tmp_path_factory.mktemp("bench") / "rows.jsonl", opinions(120))),
+        "columns": {"text": "sentence", "label": "gold"},
+        "training": {"steps": 3, "batch_size": 8, "learning_rate": 1e-2},
+    }
+
+
+@pytest.fixture
+def suite(tmp_path: Path, defaults: dict[str, Any]) -> Callable[..., str]:
+    """Writes tiny.yaml with these cells and returns its path."""
+
+    def write(*cells: dict[str, Any], **more: Any) -> str:
+        path = tmp_path / "tiny.yaml"
+        path.write_text(yaml.safe_dump({"title": "A tiny suite", "defaults": defaults, "cells": list(cells), **more}))
+        return str(path)
+
+    return write
 
 
 def weights(run: str) -> dict[str, torch.Tensor]:

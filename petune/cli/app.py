@@ -22,6 +22,7 @@ COMMANDS = {
     "methods": inspect.methods,
     "plugins": inspect.plugins,
     "sites": inspect.sites,
+    "check": inspect.check,
     "install": environment.install,
     "uninstall": environment.uninstall,
     "train": runs.train,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from petune.cli.output import as_json, table, warn_of_failures
+from petune.cli.output import as_json, complain, table, warn_of_failures
 from petune.plugins import registry
 
 if TYPE_CHECKING:
@@ -73,26 +74,60 @@ def sites(
     _print_tree(model, found)
 
 
+def check(
+    method: Annotated[str, typer.Argument(help="A method's name.")],
+    families: Annotated[str, typer.Option(help="The families of models to run on.")] = "llama gpt2 bert t5",
+    precisions: Annotated[str, typer.Option(help="The precisions to run at.")] = "fp32 nf4",
+    argument: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="An argument of the method.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Run the conformance kit on a method: one row a behaviour, one column a family and precision."""
+    import yaml
+    from transformers.utils import logging
+
+    from petune.testing import run_checks
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+
+    pairs = [pair.partition("=") for pair in argument or []]
+    arguments = {key: yaml.safe_load(value) for key, _, value in pairs}
+    rows = list(run_checks(method, families=families.split(), precisions=precisions.split(), **arguments))
+    if json:
+        as_json([vars(row) for row in rows])
+    else:
+        columns = list(dict.fromkeys((row.family, row.precision) for row in rows))
+        marks = {(r.behaviour, r.family, r.precision): "fails" if r.error else "-" if r.refused else "ok" for r in rows}
+        names = list(dict.fromkeys(row.behaviour for row in rows))
+        table(("behaviour", *map(" ".join, columns)), [(n, *(marks[n, f, p] for f, p in columns)) for n in names])
+        for row in rows:
+            if row.error:
+                complain(f"{row.behaviour} ({row.family} {row.precision}): {row.error or row.refused}")
+    if any(row.error for row in rows):
+        raise typer.Exit(1)
+
+
 def _print_tree(model: str, found: list[Site]) -> None:
     from rich.console import Console
     from rich.text import Text
     from rich.tree import Tree
 
     tree = Tree(Text(model), guide_style="dim")
-    layers: dict[int, Tree] = {}
+    layers: dict[str, Tree] = {}
     for site in found:
         branch = tree
         if site.layer is not None:
-            if site.layer not in layers:
-                layers[site.layer] = tree.add(f"layer {site.layer}")
-            branch = layers[site.layer]
+            layer = site.name[: re.search(r"\.\d+", site.name).end()]  # type: ignore[union-attr]
+            if layer not in layers:
+                layers[layer] = tree.add(Text(layer))
+            branch = layers[layer]
         shape = f" {site.in_features} -> {site.out_features}" if site.kind in ("linear", "embedding") else ""
         branch.add(Text(f"{site.role}  {site.kind}{shape}  ({site.name or 'the model'})"))
     Console(width=None if sys.stdout.isatty() else 10_000).print(tree)
 
 
 def _method(name: str, cls: type) -> dict[str, Any]:
-    from petune.adapter import arguments
+    from petune.adapter import arguments, type_name
 
     known: Any = cls
     return {
@@ -101,15 +136,11 @@ def _method(name: str, cls: type) -> dict[str, Any]:
         "where": known.where,
         "mergeable": known.mergeable,
         "arguments": {
-            key: {"type": _type(p.annotation)} | ({} if p.default is p.empty else {"default": p.default})
+            key: {"type": type_name(p.annotation)} | ({} if p.default is p.empty else {"default": p.default})
             for key, p in arguments(cls).items()
         },
         "about": (inspect.getdoc(cls) or "").partition("\n")[0],
     }
-
-
-def _type(annotation: Any) -> str:
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
 
 
 def _call(arguments: dict[str, dict[str, Any]]) -> str:

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from petune.errors import UnsupportedError
-from petune.testing.behaviours import BEHAVIOURS, Case
+from petune.adapter import check_arguments
+from petune.errors import PetuneError, UnsupportedError, unknown
+from petune.testing.behaviours import BEHAVIOURS, Case, generates_cached
 from petune.testing.models import FAMILIES, tiny_batch, tiny_model
-from petune.tuning import Method
+from petune.tuning import Method, resolve
 
 __all__ = ["BEHAVIOURS", "FAMILIES", "Case", "Row", "check_method", "run_checks", "tiny_batch", "tiny_model"]
 
@@ -37,10 +38,18 @@ def run_checks(
     Raises:
         PetuneError: an unknown method, or arguments that it does not take.
     """
+    name, cls = resolve(method)
+    check_arguments(name, cls, arguments)
     for family in families:
+        if family not in FAMILIES:
+            raise PetuneError(unknown("family", family, FAMILIES))
         for precision in precisions:
+            tiny_model(family, precision)  # an unknown precision is the caller's mistake, not the method's
             case = Case(method, family, precision, arguments)
             for behaviour, check in BEHAVIOURS.items():
+                if check is generates_cached and not case.generates:
+                    yield Row(behaviour, family, precision, refused="an encoder does not generate")
+                    continue
                 try:
                     check(case)
                 except UnsupportedError as reason:

@@ -173,8 +173,6 @@ def detaches(case: Case) -> None:
 
 def generates_cached(case: Case) -> None:
     """With and without a cache, from a batch padded on the left, and the prompt comes back as it was."""
-    if not case.generates:
-        return
     model, _ = case.tuned()
     inputs = {k: v for k, v in case.batch.items() if k != "labels"}
     if not model.config.is_encoder_decoder:

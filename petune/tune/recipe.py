@@ -197,7 +197,7 @@ def _quantizer(precision: str, plain: Sequence[str]) -> None:
     try:
         registry().get("petune_quantizers", precision)
     except PetuneError as error:
-        raise PetuneError(f"precision: {error} Without a plugin: {', '.join(plain)}.") from None
+        raise PetuneError(f"{error} Without a plugin: {', '.join(plain)}.") from None
 
 
 def _choice(key: str, value: str, known: Sequence[str]) -> None:

@@ -58,7 +58,7 @@ def make_model(recipe: Recipe, task: Task) -> PreTrainedModel:
     if torch.cuda.is_available() and not getattr(model, "is_quantized", False):  # a quantizer places its own weights
         model.to("cuda")
     task.bind(model)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def sample(rows: datasets.Dataset, most: int | None) -> datasets.Dataset:

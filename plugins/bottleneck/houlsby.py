@@ -12,7 +12,7 @@ class Houlsby(petune.Adapter):
 
     where = "attn mlp"
 
-    def __init__(self, site: petune.Site, *, width: int = 64) -> None:
+    def __init__(self, site: petune.Site, *, width: petune.Positive = 64) -> None:
         super().__init__()
         self.down = nn.Linear(site.out_features, width)
         self.up = nn.Linear(width, site.out_features)

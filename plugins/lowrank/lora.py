@@ -14,7 +14,9 @@ class LoRA(petune.Adapter):
 
     where, mergeable = petune.ALL_LINEAR, True
 
-    def __init__(self, site: petune.Site, *, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0) -> None:
+    def __init__(
+        self, site: petune.Site, *, rank: petune.Positive = 8, alpha: float = 16.0, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.A = nn.Parameter(torch.empty(rank, site.in_features))
         self.B = nn.Parameter(torch.zeros(site.out_features, rank))

@@ -13,7 +13,7 @@ class PrefixTuning(petune.Adapter):
 
     where, starts_at_base = "attention cross-attention", False
 
-    def __init__(self, site: petune.Site, *, length: int = 20) -> None:
+    def __init__(self, site: petune.Site, *, length: petune.Positive = 20) -> None:
         super().__init__()
         self.keys = nn.Parameter(torch.randn(site.kv_heads, length, site.head_dim) * 0.02)
         self.values = nn.Parameter(torch.randn(site.kv_heads, length, site.head_dim) * 0.02)

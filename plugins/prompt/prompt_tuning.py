@@ -12,7 +12,7 @@ class PromptTuning(petune.Adapter):
 
     where, starts_at_base = "prompt", False
 
-    def __init__(self, site: petune.Site, *, length: int = 20) -> None:
+    def __init__(self, site: petune.Site, *, length: petune.Positive = 20) -> None:
         super().__init__()
         table = site.weight()
         self.length = length

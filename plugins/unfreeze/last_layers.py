@@ -9,7 +9,7 @@ class LastLayers(petune.Unfreeze):
     Not routable where a table inside those blocks is looked up once for all rows (T5 with a single layer).
     """
 
-    def __init__(self, *, layers: int = 1) -> None:
+    def __init__(self, *, layers: petune.Positive = 1) -> None:
         self.layers = layers
 
     def modules(self, sites: list[petune.Site]) -> Iterable[str]:

@@ -173,7 +173,7 @@ def test_a_mistake_in_the_arguments_is_one_line(arguments, said, tmp_path, capsy
         ({"cells": []}, "cells"),
         ({"cells": [{"method": "lora"}, {"method": "lora"}]}, "two cells are called 'lora'"),
         ({"cells": [{"method": "lora", "training": {"setps": 1}}]}, "Did you mean 'training.steps'"),
-        ({"cells": [{"method": "lora", "precision": "nf5"}]}, "unknown quantizer 'nf5'"),
+        ({"cells": [{"method": "lora", "precision": "nf5"}]}, "unknown precision 'nf5'"),
         ({"cells": [{"method": "lora"}], "defaults": {"modle": "x"}}, "Did you mean 'defaults.model'"),
     ],
 )

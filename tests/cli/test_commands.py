@@ -109,8 +109,8 @@ def test_plugins_tells_why_one_was_not_loaded(
 def test_sites(capsys: pytest.CaptureFixture[str], encoder: Path) -> None:
     assert main(["sites", str(encoder)]) == 0
     tree = capsys.readouterr().out
-    assert "layer 0" in tree
-    assert "layer 1" in tree
+    assert "encoder.layer.0" in tree
+    assert "encoder.layer.1" in tree
     assert "32 -> 64" in tree
     assert main(["sites", str(encoder), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -57,7 +57,7 @@ def test_on_the_command_line(capsys: pytest.CaptureFixture[str], argv: list[str]
         ("method=lroa", ["unknown method 'lroa'", "'lora'"]),
         ("method_args.rnak=3", ["'rnak'", "'rank'"]),
         ("method_args.rank=big", ["rank='big'"]),
-        ("method_args.rank=-1", ["method 'lora' with method_args {'rank': -1}"]),
+        ("method_args.rank=-1", ["method 'lora': rank=-1: Input should be greater than 0"]),
         ("where=nowhere", ["nowhere"]),
         ("task=clasification", ["unknown task 'clasification'", "'classification'"]),
         ("precision=nf5", ["'nf5'", "'nf4'"]),

@@ -1,0 +1,39 @@
+"""Writes docs/methods.md from what is installed: `python docs/generate.py`. A test holds that the page is current."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import petune
+from petune.adapter import arguments, type_name
+from petune.plugins import registry
+
+PAGE = Path(__file__).parent / "methods.md"
+HEAD = """# Methods
+
+Equations, papers, hook points and arguments, from the methods' own docstrings and signatures (`python docs/generate.py`
+writes this page, `petune methods` prints its short form). *Lines* is the length of the method's file.
+"""
+
+
+def page() -> str:
+    """The page as it should be."""
+    parts = [HEAD]
+    for name, cls in sorted(petune.methods().items()):
+        if registry().plugins[registry().owner("petune_methods", name)].package != "petune":
+            continue
+        known = [
+            f"`{key}: {type_name(p.annotation)}" + ("" if p.default is p.empty else f" = {p.default!r}") + "`"
+            for key, p in arguments(cls).items()
+        ]
+        lines = len(Path(inspect.getsourcefile(cls) or "").read_text().splitlines())
+        facts = [f"acts on `{cls.where}`", "mergeable" if cls.mergeable else "not mergeable", f"{lines} lines"]
+        parts.append(
+            f"## {name}\n\n{inspect.getdoc(cls)}\n\n{'; '.join(facts)}. Arguments: {', '.join(known) or 'none'}.\n"
+        )
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
