@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from petune.fetch import Package, Source
     from petune.models import Quantizer, from_pretrained, load_tokenizer
     from petune.ops import lowrank_update
+    from petune.peft_format import PeftTwin
     from petune.routing import route
     from petune.site import ALL_LINEAR, Site
     from petune.storage import load
@@ -30,6 +31,7 @@ __all__ = [
     "Adapter",
     "Inner",
     "Package",
+    "PeftTwin",
     "PetuneError",
     "Positive",
     "Quantizer",
@@ -56,6 +58,7 @@ _HOMES = {
     "petune.adapter": ("Adapter", "Inner", "Positive", "Unfreeze"),
     "petune.fetch": ("Package", "Source"),
     "petune.models": ("Quantizer", "from_pretrained", "load_tokenizer"),
+    "petune.peft_format": ("PeftTwin",),
     "petune.ops": ("lowrank_update",),
     "petune.routing": ("route",),
     "petune.site": ("ALL_LINEAR", "Site"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -11,6 +12,7 @@ from annotated_types import Gt
 from torch import Tensor, nn
 
 from petune.errors import PetuneError, unknown
+from petune.peft_format import PeftTwin
 
 if TYPE_CHECKING:
     from petune.site import Site
@@ -42,6 +44,8 @@ class Adapter(nn.Module):
     """Roles at which the method acts if the user names none, separated by spaces."""
     mergeable: ClassVar[bool] = False
     """The adapted layer is an affine map of its input, so it can be folded into the base's weight."""
+    peft: ClassVar[PeftTwin | None] = None
+    """How PEFT names the same method, for its folder format."""
     starts_at_base: ClassVar[bool] = True
     """A fresh adapter changes nothing; a prompt or a prefix does."""
 
@@ -94,7 +98,12 @@ def arguments(method: type) -> dict[str, inspect.Parameter]:
 def type_name(annotation: Any) -> str:
     """A type as people write it."""
     if typing.get_origin(annotation) is Annotated:
-        annotation = typing.get_args(annotation)[0]
+        return type_name(typing.get_args(annotation)[0])
+    parts = typing.get_args(annotation)
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return " | ".join("None" if part is type(None) else type_name(part) for part in parts)
+    if typing.get_origin(annotation) in (list, dict):
+        return f"{typing.get_origin(annotation).__name__}[{', '.join(map(type_name, parts))}]"
     return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
 
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from petune import peft_format
 from petune.errors import PetuneError, unknown
 
 if TYPE_CHECKING:
@@ -27,10 +28,18 @@ VERSION = 1
 WEIGHTS, CONFIG = "adapter.safetensors", "adapter.json"
 
 
-def save(tuning: Tuning, path: str | PathLike[str]) -> None:
-    """Write a tuning into a folder, each file whole or not at all."""
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
+def save(tuning: Tuning, path: str | PathLike[str], format: str = "petune") -> None:
+    """Write a tuning into a folder, each file whole or not at all.
+
+    Raises:
+        PetuneError: no such format, or one that has no place for this tuning; nothing is written then.
+    """
+    if format == "peft":
+        tensors, config = peft_format.export(tuning)
+        _write(Path(path), peft_format.WEIGHTS, tensors, peft_format.CONFIG, config)
+        return
+    if format != "petune":
+        raise PetuneError(unknown("format", format, ["petune", "peft"]))
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tuning.state()}
     config = {
         "petune": VERSION,
@@ -41,11 +50,16 @@ def save(tuning: Tuning, path: str | PathLike[str]) -> None:
         "base": getattr(tuning.model.config, "name_or_path", "") or None,
         "architecture": tuning.model.config.model_type,
     }
+    _write(Path(path), WEIGHTS, tensors, CONFIG, config)
+
+
+def _write(folder: Path, weights: str, tensors: dict[str, Tensor], name: str, config: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
-        save_file(tensors, Path(scratch, WEIGHTS), metadata={"format": "pt"})
-        Path(scratch, CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        for name in (WEIGHTS, CONFIG):
-            os.replace(Path(scratch, name), folder / name)
+        save_file(tensors, Path(scratch, weights), metadata={"format": "pt"})
+        Path(scratch, name).write_text(json.dumps(config, indent=2) + "\n")
+        for file in (weights, name):
+            os.replace(Path(scratch, file), folder / file)
 
 
 def load(
@@ -55,7 +69,7 @@ def load(
     name: str = "default",
     method: Method | None = None,
 ) -> Tuning:
-    """Attach a saved tuning.
+    """Attach a saved tuning: petune's folder or PEFT's, told apart by what is in it.
 
     Args:
         method: the method's class, where no plugin brings it under the saved name.
@@ -67,6 +81,8 @@ def load(
     from petune.tuning import attach
 
     folder = Path(path)
+    if not (folder / CONFIG).exists() and (folder / peft_format.CONFIG).exists():
+        return peft_format.load(model, folder, name)
     config = read_config(folder)
     tensors = read_tensors(folder / WEIGHTS)
     tuning = attach(
@@ -111,19 +127,29 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         PetuneError: the folder holds no tuning, or one of a later version.
     """
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-    except OSError:
-        raise PetuneError(f"{folder}: no {CONFIG} there, so no tuning.") from None
-    except ValueError as bad:
-        raise PetuneError(f"{folder / CONFIG}: no JSON: {bad}.") from None
-    needed = {"petune", "method", "arguments", "where", "train"}
-    if not isinstance(config, dict) or needed - config.keys():
-        lacks = unknown("key", min(needed - set(config)), config) if isinstance(config, dict) else "no object"
-        raise PetuneError(f"{folder / CONFIG} is not a tuning's: {lacks}")
+    config = read_json(folder / CONFIG)
+    if missing := {"petune", "method", "arguments", "where", "train"} - config.keys():
+        raise PetuneError(f"{folder / CONFIG} is not a tuning's: it has no {min(missing)!r}.")
     if config["petune"] > VERSION:
         raise PetuneError(f"{folder / CONFIG}: format {config['petune']} is newer than this petune; upgrade it.")
     return config
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        PetuneError: the file is missing or holds none.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except OSError:
+        raise PetuneError(f"{path.parent}: no {path.name} there, so no tuning.") from None
+    except ValueError as bad:
+        raise PetuneError(f"{path}: no JSON: {bad}.") from None
+    if not isinstance(found, dict):
+        raise PetuneError(f"{path} is not a tuning's: it holds no object.")
+    return found
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -92,9 +92,13 @@ class Tuning:
         finally:
             self.enabled = before
 
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write `adapter.safetensors` and `adapter.json` into the folder `path`."""
-        storage.save(self, path)
+    def save(self, path: str | PathLike[str], format: str = "petune") -> None:
+        """Write `adapter.safetensors` and `adapter.json` into the folder `path`; with "peft" what PEFT reads.
+
+        Raises:
+            PetuneError: no such format, or PEFT has no such method; nothing is written then.
+        """
+        storage.save(self, path, format)
 
     def merge(self) -> None:
         """Fold the tuning into the base's weights; it is gone then.

@@ -8,7 +8,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -229,11 +229,6 @@ def stop_on_signal(recorder: Recorder) -> Iterator[None]:
     finally:
         for number, handler in zip(watched, before, strict=True):
             signal.signal(number, handler)
-
-
-def longest(examples: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """The rows that make the largest batch."""
-    return sorted(examples, key=lambda example: -len(example["input_ids"]))[:count]
 
 
 def _now() -> float:

@@ -7,6 +7,9 @@ import petune
 
 @petune.hookimpl
 def petune_methods() -> Mapping[str, type]:
+    from petune_plugins.bottleneck.compacter import Compacter
     from petune_plugins.bottleneck.houlsby import Houlsby
+    from petune_plugins.bottleneck.parallel_adapter import ParallelAdapter
+    from petune_plugins.bottleneck.pfeiffer import Pfeiffer
 
-    return {"houlsby": Houlsby}
+    return {"compacter": Compacter, "houlsby": Houlsby, "parallel-adapter": ParallelAdapter, "pfeiffer": Pfeiffer}

@@ -5,23 +5,50 @@ from torch import Tensor, nn
 
 import petune
 
+from .start import Start, at, start
+from .twins import LORA
+
 
 class LoRA(petune.Adapter):
     """y = W x + (alpha / rank) B A x   (Hu et al. 2021, arXiv:2106.09685).
 
-    A is Kaiming-uniform and B zero, so that training starts at the base. Dropout acts on the input of A.
+    A is Kaiming-uniform (`gaussian`: normal) and B zero; `orthogonal` starts both with B A = 0; `pissa`
+    (arXiv:2404.02948) and `olora` (arXiv:2406.01775) start at parts of W and subtract the product B_0 A_0 that they
+    start with. So training starts at the base. `rslora` scales by alpha / sqrt(rank) (arXiv:2312.03732). Dropout acts
+    on the input of A. The patterns give other ranks and alphas by role (`q`) or name (`*.layers.0.*`) of a site.
     """
 
     where, mergeable = petune.ALL_LINEAR, True
+    A0: Tensor | None
+    B0: Tensor | None
+    peft = LORA
 
     def __init__(
-        self, site: petune.Site, *, rank: petune.Positive = 8, alpha: float = 16.0, dropout: float = 0.0
+        self,
+        site: petune.Site,
+        *,
+        rank: petune.Positive = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        init: Start = "default",
+        rank_pattern: dict[str, petune.Positive] | None = None,
+        alpha_pattern: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
-        self.A = nn.Parameter(torch.empty(rank, site.in_features))
-        self.B = nn.Parameter(torch.zeros(site.out_features, rank))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        self.scale, self.dropout = alpha / rank, nn.Dropout(dropout)
+        rank, alpha = at(site, rank_pattern, rank), at(site, alpha_pattern, alpha)
+        self.scale, self.dropout = alpha / (math.sqrt(rank) if rslora else rank), nn.Dropout(dropout)
+        a, b = start(init, site, rank, self.scale)
+        self.A, self.B = nn.Parameter(a), nn.Parameter(b)
+        cut = init in ("pissa", "olora")
+        self.register_buffer("A0", a.clone() if cut else None)
+        self.register_buffer("B0", b.clone() if cut else None)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(A, B), or factors of B A - B_0 A_0 = (B - B_0) A + B_0 (A - A_0), which lose no small change to rounding."""
+        if self.A0 is None or self.B0 is None:
+            return self.A, self.B
+        return torch.cat([self.A, self.A - self.A0]), torch.cat([self.B - self.B0, self.B0], 1)
 
     def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
-        return petune.lowrank_update(inner(x), self.dropout(x), self.A, self.B, self.scale)
+        return petune.lowrank_update(inner(x), self.dropout(x), *self.factors(), self.scale)

@@ -7,6 +7,7 @@ import petune
 
 @petune.hookimpl
 def petune_methods() -> Mapping[str, type]:
+    from petune_plugins.prompt.p_tuning import PTuning
     from petune_plugins.prompt.prompt_tuning import PromptTuning
 
-    return {"prompt-tuning": PromptTuning}
+    return {"p-tuning": PTuning, "prompt-tuning": PromptTuning}

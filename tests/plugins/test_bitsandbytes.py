@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from petune_plugins import bitsandbytes as plugin
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import petune
 from petune import PetuneError
+from petune_plugins import bitsandbytes as plugin
 
 SIZES = {
     "vocab_size": 96,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from petune_plugins.catalog import petune_datasets, petune_models, sets
 
 from petune import PetuneError, Source
 from petune.tune import Dataset
 from petune.tune.dataset import shuffled
+from petune_plugins.catalog import petune_datasets, petune_models, sets
 
 
 def write(path: Path, text: str) -> Path:

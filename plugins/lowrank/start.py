@@ -1,0 +1,44 @@
+"""Where LoRA's factors start."""
+
+import math
+from fnmatch import fnmatchcase
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+import petune
+
+Start = Literal["default", "gaussian", "orthogonal", "pissa", "olora"]
+
+
+T = TypeVar("T")
+
+
+def at(site: petune.Site, pattern: dict[str, T] | None, default: T) -> T:
+    """What a pattern says of a site, by its role or its name."""
+    return next((v for k, v in (pattern or {}).items() if k == site.role or fnmatchcase(site.name, k)), default)
+
+
+def start(init: Start, site: petune.Site, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """A (rank, in) and B (out, rank). What `pissa` and `olora` cut out of the weight has its rank at most."""
+    if init == "pissa":  # the largest singular vectors, by a randomized decomposition
+        weight = site.weight()
+        rank = min(rank, *weight.shape)
+        u, s, v = torch.svd_lowrank(weight, min(2 * rank, *weight.shape), niter=8)
+        root = (s[:rank] / scale).sqrt()
+        return (v[:, :rank] * root).T.contiguous(), u[:, :rank] * root
+    if init == "olora":
+        weight = site.weight()
+        q = torch.linalg.qr(weight[:, :rank]).Q  # (out, rank)
+        return q.T @ weight, q
+    a, b = torch.empty(rank, site.in_features), torch.zeros(site.out_features, rank)
+    if init == "orthogonal":  # A and B meet in orthogonal halves of the rank, so that B A = 0
+        q = torch.linalg.qr(torch.randn(rank, rank)).Q
+        a = (torch.randn(site.in_features, (rank + 1) // 2) @ q[0::2]).T / 10
+        b = torch.randn(site.out_features, rank // 2) @ q[1::2] / 10
+    elif init == "gaussian":
+        a.normal_(std=1 / rank)
+    else:
+        torch.nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+    return a.contiguous(), b

@@ -1,0 +1,40 @@
+import torch
+from torch import Tensor, nn
+
+import petune
+
+from .rotation import nearest, rotate
+
+
+class BOFT(petune.Adapter):
+    """y = s * (W R_1 … R_m x) + b, a butterfly of block rotations   (Liu et al. 2023, arXiv:2311.06243).
+
+    The blocks of factor i join half-blocks that lie 2^i half-blocks apart, so that m `factors` let every input reach
+    2^(m-1) blocks. Rotations start at the identity and s at one: training starts at the base. The size of a block is
+    the even number nearest to `block` of which 2^(m-1) blocks divide the input's width; a layer without one is refused.
+    """
+
+    where, mergeable = petune.ALL_LINEAR, True
+
+    def __init__(self, site: petune.Site, *, block: petune.Positive = 8, factors: petune.Positive = 2) -> None:
+        super().__init__()
+        width = site.in_features
+        parts, left = divmod(width, 2 ** (factors - 1))
+        size = None if left else nearest(range(2, parts + 1, 2), parts, block)
+        if size is None:
+            raise petune.UnsupportedError(f"boft: {site.name}: {width} inputs have no butterfly of {factors} factors.")
+        self.block = size
+        self.free = nn.Parameter(torch.zeros(factors, width // size, size * (size - 1) // 2))
+        self.scale = nn.Parameter(torch.ones(site.out_features))
+
+    def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
+        for i, free in enumerate(self.free):
+            pairs = x.reshape(*x.shape[:-1], -1, 2, 2**i, self.block // 2).transpose(
+                -3, -2
+            )  # (…, groups, 2^i, 2, block / 2)
+            turned = rotate(pairs.flatten(-2).flatten(-3, -2), free, self.block)  # (…, blocks, block)
+            x = turned.reshape(pairs.shape).transpose(-3, -2).flatten(-4)
+        y = inner(x)
+        with torch.no_grad():
+            bias = inner(x.new_zeros(1, x.shape[-1]))
+        return torch.addcmul(y, (self.scale - 1).to(y.dtype), y - bias)

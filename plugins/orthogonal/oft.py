@@ -1,0 +1,26 @@
+import torch
+from torch import Tensor, nn
+
+import petune
+
+from .rotation import nearest, rotate
+
+
+class OFT(petune.Adapter):
+    """y = W R x, R orthogonal and block-diagonal   (Qiu et al. 2023, arXiv:2306.07280).
+
+    The input is rotated, and W is never formed. Each block is the Cayley transform of a skew-symmetric matrix that
+    starts at zero, so that training starts at the base. The size of a block is the divisor, above one, of the layer's
+    input width that is nearest to `block`.
+    """
+
+    where, mergeable = petune.ALL_LINEAR, True
+
+    def __init__(self, site: petune.Site, *, block: petune.Positive = 32) -> None:
+        super().__init__()
+        width = site.in_features
+        self.block = nearest(range(2, width + 1), width, block) or width
+        self.free = nn.Parameter(torch.zeros(width // self.block, self.block * (self.block - 1) // 2))
+
+    def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
+        return inner(rotate(x.reshape(*x.shape[:-1], -1, self.block), self.free, self.block).flatten(-2))
