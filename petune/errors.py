@@ -19,7 +19,7 @@ class UnsupportedError(PetuneError, TypeError):
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> str:
-    """`unknown method 'lroa': did you mean 'lora'? (known: bitfit, ia3, lora)`"""
+    """`unknown key 'stpes'. Did you mean 'steps'? Known: epochs, steps.`"""
     names = sorted(known)
     near = get_close_matches(str(name), names, n=2, cutoff=0.6)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -152,9 +152,9 @@ def test_another_configuration_and_another_seed_run_and_methods_can_be_added(sui
     [
         (["quickstrat"], "unknown suite 'quickstrat'. Did you mean 'quickstart'?"),
         (["nowhere.yaml"], "nowhere.yaml: No such file"),
-        (["quickstart", "--method", "lroa"], "Did you mean 'lora'?"),
+        (["quickstart", "--method", "lroa"], "Did you mean 'lora'"),
         (["quickstart", "--method", "lora rnak=4"], "Did you mean 'rank'?"),
-        (["quickstart", "--cells", "lroa"], "Did you mean 'lora'?"),
+        (["quickstart", "--cells", "lroa"], "Did you mean 'lora'"),
         (["quickstart", "--executor", "clowd"], "unknown executor 'clowd'"),
     ],
 )

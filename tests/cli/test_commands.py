@@ -111,7 +111,7 @@ def test_sites(capsys: pytest.CaptureFixture[str], encoder: Path) -> None:
     tree = capsys.readouterr().out
     assert "encoder.layer.0" in tree
     assert "encoder.layer.1" in tree
-    assert "32 -> 64" in tree
+    assert "64 -> 128" in tree
     assert main(["sites", str(encoder), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert set(found[0]) == {"name", "kind", "role", "layer", "in_features", "out_features"}
