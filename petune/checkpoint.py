@@ -64,7 +64,7 @@ def _unpacked(file: Path) -> Path:
     """A GGUF file as a folder of safetensors, made once: transformers can't quantize one while it reads it.
 
     In float32, though float16 is half the size: scale * code + minimum takes more than float16's 11 bits, and rounding
-    moves 4 weights in 10, some across the border of a quantizer's code. So every precision starts from what the file says.
+    moves 4 weights in 10, some across the border of a quantized code. So every precision starts from the file's values.
     """
     about, where = file.stat(), {"gguf_file": file.name}
     key = sha256(f"{file.resolve()} {about.st_size} {about.st_mtime_ns}".encode()).hexdigest()[:12]
