@@ -80,7 +80,8 @@ def starts_at_base(case: Case) -> None:
     before = logits(model, case.batch)
     case.attach(model, change=False)
     if getattr(case.cls, "starts_at_base", True):
-        case.close(logits(model, case.batch), before, "a fresh tuning changes the model")
+        more = 5 * _cost_of_dense(case) if issubclass(case.cls, Unfreeze) else 0.0  # its copies are dense
+        case.close(logits(model, case.batch), before, "a fresh tuning changes the model", more=more)
 
 
 def trains(case: Case) -> None:
