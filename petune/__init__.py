@@ -13,12 +13,11 @@ from petune.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from petune import testing
-    from petune.adapter import Adapter, Inner, Positive, Unfreeze
+    from petune.adapter import Adapter, Inner, PeftTwin, Positive, Unfreeze
     from petune.discovery import find_sites as sites
-    from petune.fetch import Package, Source
-    from petune.models import Quantizer, from_pretrained, load_tokenizer
+    from petune.loading.fetch import Package, Source
+    from petune.loading.models import Quantizer, from_pretrained, load_tokenizer
     from petune.ops import lowrank_update
-    from petune.peft_format import PeftTwin
     from petune.routing import route
     from petune.site import ALL_LINEAR, Site
     from petune.storage import load
@@ -55,10 +54,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "petune.adapter": ("Adapter", "Inner", "Positive", "Unfreeze"),
-    "petune.fetch": ("Package", "Source"),
-    "petune.models": ("Quantizer", "from_pretrained", "load_tokenizer"),
-    "petune.peft_format": ("PeftTwin",),
+    "petune.adapter": ("Adapter", "Inner", "PeftTwin", "Positive", "Unfreeze"),
+    "petune.loading.fetch": ("Package", "Source"),
+    "petune.loading.models": ("Quantizer", "from_pretrained", "load_tokenizer"),
     "petune.ops": ("lowrank_update",),
     "petune.routing": ("route",),
     "petune.site": ("ALL_LINEAR", "Site"),

@@ -6,13 +6,13 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from annotated_types import Gt
 from torch import Tensor, nn
 
 from petune.errors import PetuneError, unknown
-from petune.peft_format import PeftTwin
 
 if TYPE_CHECKING:
     from petune.site import Site
@@ -20,6 +20,28 @@ if TYPE_CHECKING:
 Inner = Callable[..., Tensor]
 Positive = Annotated[int, Gt(0)]
 """The type of a rank, a width, a number of tokens: an argument that is not is refused by name."""
+
+
+@dataclass(frozen=True)
+class PeftTwin:
+    """How PEFT names what a method has.
+
+    Args:
+        kind: `peft_type`.
+        arguments: PEFT's key of the configuration -> ours.
+        tensors: our tensor -> PEFT's, after the module's name.
+        neutral: PEFT's options that must be missing or have one of these values, the first of which is written:
+            another makes another method of it.
+        roles: PEFT's key of the configuration, which lists modules -> our argument, which lists their roles.
+        vectors: PEFT keeps a vector as (n, 1), or as (1, n) at the modules that `roles` is about.
+    """
+
+    kind: str
+    arguments: Mapping[str, str]
+    tensors: Mapping[str, str]
+    neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    roles: Mapping[str, str] = field(default_factory=dict)
+    vectors: bool = False
 
 
 class Adapter(nn.Module):

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from petune.adapter import Adapter, Unfreeze
-    from petune.fetch import Source
-    from petune.models import Quantizer
+    from petune.loading.fetch import Source
+    from petune.loading.models import Quantizer
     from petune.site import Site
 
 hookspec = pluggy.HookspecMarker("petune")

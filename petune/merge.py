@@ -174,6 +174,10 @@ def _chained(module: nn.Module, links: list[Link]) -> Callable[[Tensor], Tensor]
 
 def _check(tuning: Tuning, module: nn.Module, links: list[Link]) -> None:
     tensors = [t for link in links for t in link.adapter.state_dict().values()]
+    if isinstance(module, nn.Embedding) and not isinstance(links[0].adapter, TrainedCopy):
+        rows = torch.arange(min(4, module.num_embeddings), device=module.weight.device)
+        if not torch.equal(base_forward(module)(rows), module.weight[rows]):
+            raise UnmergeableError(f"{tuning.method!r} can't be merged here: {links[0].site.name} changes its rows.")
     if all(isinstance(link.adapter, TrainedCopy) or link.site.kind == "embedding" for link in links):
         finite = all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())
     else:

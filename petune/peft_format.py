@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from petune.adapter import PeftTwin, arguments
 from petune.discovery import find_sites, walk
 from petune.errors import PetuneError, UnsupportedError
+from petune.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,28 +28,6 @@ TASKS = {
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
-
-
-@dataclass(frozen=True)
-class PeftTwin:
-    """How PEFT names what a method has.
-
-    Args:
-        kind: `peft_type`.
-        arguments: PEFT's key of the configuration -> ours.
-        tensors: our tensor -> PEFT's, after the module's name.
-        neutral: PEFT's options that must be missing or have one of these values, the first of which is written:
-            another makes another method of it.
-        roles: PEFT's key of the configuration, which lists modules -> our argument, which lists their roles.
-        vectors: PEFT keeps a vector as (n, 1), or as (1, n) at the modules that `roles` is about.
-    """
-
-    kind: str
-    arguments: Mapping[str, str]
-    tensors: Mapping[str, str]
-    neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    roles: Mapping[str, str] = field(default_factory=dict)
-    vectors: bool = False
 
 
 def export(tuning: Tuning) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -86,7 +65,7 @@ def load(model: PreTrainedModel, folder: Path, name: str) -> Tuning:
     Raises:
         PetuneError: no method here is that of the folder, or it does not fit the model; the model stays as it was.
     """
-    from petune.storage import fill, read_json, read_tensors
+    from petune.storage import fill, read_tensors
     from petune.tuning import attach
 
     config = read_json(folder / CONFIG)
@@ -125,7 +104,6 @@ def load(model: PreTrainedModel, folder: Path, name: str) -> Tuning:
 
 def _roles(tuning: Tuning, twin: PeftTwin) -> set[str]:
     """The roles that the arguments in `twin.roles` list."""
-    from petune.adapter import arguments
     from petune.tuning import resolve
 
     known = arguments(resolve(tuning.method)[1])
@@ -133,7 +111,6 @@ def _roles(tuning: Tuning, twin: PeftTwin) -> set[str]:
 
 
 def _arguments(tuning: Tuning, twin: PeftTwin) -> dict[str, Any]:
-    from petune.adapter import arguments
     from petune.tuning import resolve
 
     defaults = {key: p.default for key, p in arguments(resolve(tuning.method)[1]).items()}

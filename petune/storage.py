@@ -16,6 +16,7 @@ from torch import Tensor
 
 from petune import peft_format
 from petune.errors import PetuneError, unknown
+from petune.files import read_json
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -127,29 +128,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         PetuneError: the folder holds no tuning, or one of a later version.
     """
+    if not (folder / CONFIG).is_file():
+        raise PetuneError(f"{folder}: no {CONFIG} there, so no tuning.")
     config = read_json(folder / CONFIG)
     if missing := {"petune", "method", "arguments", "where", "train"} - config.keys():
         raise PetuneError(f"{folder / CONFIG} is not a tuning's: it has no {min(missing)!r}.")
     if config["petune"] > VERSION:
         raise PetuneError(f"{folder / CONFIG}: format {config['petune']} is newer than this petune; upgrade it.")
     return config
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        PetuneError: the file is missing or holds none.
-    """
-    try:
-        found = json.loads(path.read_text())
-    except OSError:
-        raise PetuneError(f"{path.parent}: no {path.name} there, so no tuning.") from None
-    except ValueError as bad:
-        raise PetuneError(f"{path}: no JSON: {bad}.") from None
-    if not isinstance(found, dict):
-        raise PetuneError(f"{path} is not a tuning's: it holds no object.")
-    return found
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

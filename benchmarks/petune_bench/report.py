@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from petune.tune.result import write_text
+from petune.files import write_text
 from petune_bench.cell import Row
 from petune_bench.plot import draw, inline, save
 from petune_bench.summary import Summary

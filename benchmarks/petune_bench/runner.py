@@ -108,7 +108,7 @@ def _code(method: str) -> str:
 
 def _prefetch(cells: Sequence[Cell]) -> None:
     """Downloads show their progress here; in a worker they would be counted as the cell's loading."""
-    from petune.fetch import fetch
+    from petune.loading.fetch import fetch
 
     models, sets = registry().all("petune_models"), registry().all("petune_datasets")
     for name in dict.fromkeys(cell.recipe.model for cell in cells):

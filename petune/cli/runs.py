@@ -69,7 +69,8 @@ def predict(
     json: AsJson = False,
 ) -> None:
     """Answer the rows of a file, in their order."""
-    from petune.tune.result import finite, write_text
+    from petune.files import write_text
+    from petune.tune.result import finite
     from petune.tune.run import predict as ask
 
     rows = ask(run, data, quiet=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from petune.errors import PetuneError
-from petune.fetch import Source, fetch
+from petune.loading.fetch import Source, fetch
 
 if TYPE_CHECKING:
     import datasets

@@ -8,8 +8,8 @@ from pathlib import Path
 import yaml
 
 from petune.errors import PetuneError
+from petune.files import write_text
 from petune.tune.recipe import Recipe, load_recipe
-from petune.tune.result import write_text
 
 RECIPE = "recipe.yaml"
 TASK = "task.json"

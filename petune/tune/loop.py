@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from petune.errors import PetuneError
+from petune.files import read_json, write_text
 from petune.tune import folder
 from petune.tune.recipe import Recipe, load_recipe
-from petune.tune.result import Result, read_json, write_json, write_text
+from petune.tune.result import Result, write_json
 from petune.tune.setup import make_model, make_splits, make_task, quietly, sample
 
 if TYPE_CHECKING:

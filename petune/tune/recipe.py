@@ -81,7 +81,7 @@ class Recipe(_Strict):
         from transformers import SchedulerType
         from transformers.training_args import OptimizerNames
 
-        from petune.models import DTYPES, HEADS
+        from petune.loading.models import DTYPES, HEADS
         from petune.plugins import registry
         from petune.tune.data import check_source
 

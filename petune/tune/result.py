@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from petune.errors import PetuneError
+from petune.files import read_json, write_text
 
 
 @dataclass(frozen=True)
@@ -58,31 +58,8 @@ class Result:
         return cls(**{key: values[key] for key in known}, metrics={k: v for k, v in values.items() if k not in known})
 
 
-def write_text(path: Path, text: str) -> None:
-    """All of it or nothing: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises:
-    PetuneError: no such file, or no JSON object in it.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PetuneError(f"{path}: {error.strerror or error}.") from None
-    except ValueError as error:
-        raise PetuneError(f"{path}: not JSON ({error}).") from None
-    if not isinstance(values, dict):
-        raise PetuneError(f"{path}: not a JSON object.")
-    return values
 
 
 def finite(value: Any) -> Any:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from petune.errors import PetuneError
+from petune.files import read_json
 from petune.tune import folder
 from petune.tune.data import assign, read_rows
 from petune.tune.recipe import Recipe, load_recipe
-from petune.tune.result import read_json
 from petune.tune.setup import make_model, make_splits, make_task, quietly, sample
 from petune.tune.tasks import Task
 

@@ -25,9 +25,10 @@ from transformers import (
     TrainingArguments,
 )
 
+from petune.files import read_json, write_text
 from petune.tune.batches import EpochSampler
 from petune.tune.recipe import Recipe
-from petune.tune.result import finite, read_json, write_json, write_text
+from petune.tune.result import finite, write_json
 from petune.tune.tasks import Task
 
 

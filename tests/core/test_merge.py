@@ -88,6 +88,18 @@ def test_a_quantized_model_merges_to_one_that_transformers_loads(tmp_path):
     torch.testing.assert_close(logits(again, batch), before, rtol=1e-4, atol=1e-4)
 
 
+def test_an_embedding_that_scales_its_rows_is_refused():
+    """Gemma's: what it answers is not what it stores, so answers must not be stored."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
+    tuning = changed(model, "trainable-tokens", ids=[5], where="embed")
+    with pytest.raises(TypeError, match="embed_tokens changes its rows"):
+        tuning.merge()
+    assert "default" in petune.tunings(model)
+
+
 def test_a_tied_head_is_untied_where_only_it_changes():
     model, batch = tiny_model("gpt2"), tiny_batch("gpt2")
     assert model.lm_head.weight is model.transformer.wte.weight

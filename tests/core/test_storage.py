@@ -39,9 +39,9 @@ def test_over_an_older_one(saved):
     [
         (lambda p: (p / "adapter.json").unlink(), "no adapter.json there, so no tuning"),
         (lambda p: (p / "adapter.safetensors").unlink(), "no such file"),
-        (lambda p: (p / "adapter.json").write_text("{"), "no JSON"),
+        (lambda p: (p / "adapter.json").write_text("{"), "not JSON"),
         (lambda p: (p / "adapter.json").write_text("{}"), "is not a tuning's"),
-        (lambda p: (p / "adapter.json").write_text("[]"), "is not a tuning's"),
+        (lambda p: (p / "adapter.json").write_text("[]"), "not a JSON object"),
         (lambda p: (p / "adapter.safetensors").write_bytes(b"x" * 50), "is damaged"),
         (lambda p: edit(p, method="gone"), "unknown method 'gone'"),
         (lambda p: edit(p, petune=99), "newer than this petune"),

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.utils import logging as chatter
 
 from petune.errors import PetuneError, unknown
-from petune.fetch import cache_folder, fetch, once
+from petune.loading.fetch import cache_folder, fetch, once
 from petune.plugins import registry
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from petune import Package, PetuneError, Source
-from petune import fetch as fetching
-from petune.fetch import cache_folder, fetch
+from petune.loading import fetch as fetching
+from petune.loading.fetch import cache_folder, fetch
 
 
 @pytest.fixture(autouse=True)
@@ -188,7 +188,7 @@ def test_a_missing_member_is_named(index, member):
 
 def test_two_processes_at_once_get_the_same_whole_folder(index):
     package = wheel(index, {f"{i}.bin": bytes([i]) * 100_000 for i in range(20)})
-    code = f"from petune.fetch import Package, Source, fetch; print(fetch(Source(({package!r},))))"
+    code = f"from petune.loading.fetch import Package, Source, fetch; print(fetch(Source(({package!r},))))"
     both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     answers = {process.communicate()[0].strip() for process in both}
     assert [process.returncode for process in both] == [0, 0]

@@ -11,8 +11,8 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from petune.checkpoint import plainly, resolve
 from petune.errors import PetuneError, unknown
+from petune.loading.checkpoint import plainly, resolve
 from petune.plugins import registry
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
