@@ -209,7 +209,8 @@ def _adapters(
         kinds = " and ".join(sorted(accepted))
         raise PetuneError(f"method {name!r} acts on {kinds} sites; where={where!r} picks {wrong[0].kind} sites.")
     pool: dict[Any, Any] = {}
-    own = [dataclasses.replace(site, _pool=pool) for site in picked]
+    own: list[Site] = []
+    own += [dataclasses.replace(site, peers=own, _pool=pool) for site in picked]
     return [(cls(site, **arguments), site) for site in own]
 
 
