@@ -93,10 +93,11 @@ class Tuning:
             self.enabled = before
 
     def save(self, path: str | PathLike[str], format: str = "petune") -> None:
-        """Write `adapter.safetensors` and `adapter.json` into the folder `path`; with "peft" what PEFT reads.
+        """Write `adapter.safetensors` and `adapter.json` into the folder `path`; with "peft" what PEFT reads, with
+        "serving" LoRA as vLLM and llama.cpp's converter take it.
 
         Raises:
-            PetuneError: no such format, or PEFT has no such method; nothing is written then.
+            PetuneError: no such format, or it has no such method; nothing is written then.
         """
         storage.save(self, path, format)
 

@@ -125,7 +125,7 @@ def load(model: PreTrainedModel, folder: Path, name: str) -> Tuning:
             found |= WHOLES[twin.whole].read(model, saved.pop("prompt_embeddings"), sites)
         else:
             found |= _read(tuning, saved, modules, twin)
-        for key in saved.keys() - modules.keys():
+        for key in sorted(saved.keys() - modules.keys()):
             if key.startswith(tuple(h + "." for h in heads)):
                 found[".module.".join(key.rsplit(".", 1))] = saved[key]
             elif not _is_base(model, key, saved[key]):

@@ -65,7 +65,11 @@ PAIRS = {
         {"length": 3},
         ["llama", "gpt2", "t5"],
     ),
-    "prefix-tuning": (lambda family: peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), {}, ["llama"]),
+    "prefix-tuning": (
+        lambda family: peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+        {},
+        ["llama"],
+    ),
 }
 CELLS = [(method, family) for method, (_, _, families) in PAIRS.items() for family in families]
 PROMPTS = ("prompt-tuning", "p-tuning", "prefix-tuning")
@@ -138,3 +142,122 @@ def test_what_petune_saved_loads_in_peft(method, family, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     theirs = peft.PeftModel.from_pretrained(tiny_model(family), tmp_path).eval()
     close(of_peft(theirs, method, family), logits(ours, tiny_batch(family)))
+
+
+def test_p_tuning_comes_back_as_the_prompt_that_it_made(tmp_path):
+    """Neither PEFT's folder of P-tuning nor ours has the encoder."""
+    ours, fresh = tiny_model("gpt2"), tiny_model("gpt2")
+    petune.attach(ours, "p-tuning", length=4).save(tmp_path, format="peft")
+    assert petune.load(fresh, tmp_path).method == "prompt-tuning"
+    close(logits(fresh, tiny_batch("gpt2")), logits(ours, tiny_batch("gpt2")))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("arguments", [
+    {"rank_pattern": {"down": 2, "*.1.*.q_proj": 7}, "alpha_pattern": {"q": 3.0}, "rslora": True},
+    {"init": "pissa", "rank": 4},
+    {"init": "olora", "rank_pattern": {"v": 3}},
+])  # fmt: skip
+def test_ranks_alphas_and_starts_of_lora(arguments, tmp_path):
+    ours = tiny_model("llama")
+    tuning = petune.attach(ours, "lora", where="q v down", **arguments)
+    shake(tuning.parameters())
+    tuning.save(tmp_path, format="peft")
+    theirs = peft.PeftModel.from_pretrained(tiny_model("llama"), tmp_path).eval()
+    close(logits(theirs, tiny_batch("llama")), logits(ours, tiny_batch("llama")))
+    fresh = tiny_model("llama")
+    petune.load(fresh, tmp_path)
+    close(logits(fresh, tiny_batch("llama")), logits(ours, tiny_batch("llama")))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("more", [
+    {"layers_to_transform": [1, 2], "rank_pattern": {r"layers\.1.*": 2, "v_proj": 3}, "alpha_pattern": {"q_proj": 5}},
+    {"target_modules": r".*\.[01]\..*(q_proj|lm_head)|lm_head", "exclude_modules": [r"layers.0.self_attn.q_proj"]},
+    {"modules_to_save": ["lm_head"], "init_lora_weights": "gaussian"},
+])  # fmt: skip
+def test_what_else_a_folder_of_lora_may_say(more, tmp_path):
+    config = peft.LoraConfig(**{"r": 4, "target_modules": TARGETS["llama"], "task_type": "CAUSAL_LM", **more})
+    theirs = peft.get_peft_model(tiny_model("llama"), config).eval()
+    shake(p for n, p in theirs.named_parameters() if p.requires_grad)
+    theirs.save_pretrained(tmp_path)
+    ours = tiny_model("llama")
+    petune.load(ours, tmp_path)
+    close(logits(ours, tiny_batch("llama")), logits(theirs, tiny_batch("llama")))
+
+
+def test_targets_are_short_names_where_they_can_be(tmp_path):
+    """vLLM and llama.cpp expect the modules' last names."""
+    tuning = petune.attach(tiny_model("llama"), "lora", where="q v")
+    tuning.save(tmp_path, format="peft")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_proj", "v_proj"]
+    assert config["peft_type"] == "LORA"
+    assert config["task_type"] == "CAUSAL_LM"
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "where", "arguments", "message"),
+    [
+        ("gpt2", "houlsby", None, {}, "PEFT's format has no 'houlsby'"),
+        ("gpt2", "llama-adapter", None, {}, "PEFT's format has no 'llama-adapter'"),
+        ("gpt2", "lora", "q v", {}, "parts of a fused projection"),
+        ("gpt2", "prefix-tuning", None, {}, "moves the tokens' positions"),
+        ("t5", "prefix-tuning", None, {}, "self-attention of every layer of a decoder"),
+        ("llama", "prefix-tuning", "attention@1:", {}, "self-attention of every layer of a decoder"),
+        ("bert", "prompt-tuning", None, {}, "before the first token of an encoder"),
+        ("llama", "boft", None, {"block": 4, "factors": 3}, "factors=3 is another method"),
+        ("llama", "oft", None, {"neumann": True, "terms": 3}, "terms=3 is another method"),
+    ],
+)
+def test_what_peft_can_not_hold_is_refused_before_anything_is_written(
+    family, method, where, arguments, message, tmp_path
+):
+    tuning = petune.attach(tiny_model(family), method, where=where, **arguments)
+    with pytest.raises(petune.UnsupportedError, match=message):
+        tuning.save(tmp_path / "out", format="peft")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(petune.PetuneError, match="Did you mean 'peft'"):
+        tuning.save(tmp_path / "out", format="pefft")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("method", "change", "message"),
+    [
+        ("lora", {"bias": "lora_only"}, "no method here is PEFT's LORA with bias='lora_only'"),
+        ("lora", {"peft_type": "HRA"}, "no method here is PEFT's HRA"),
+        ("lora", {"init_lora_weights": "pissa"}, "with init_lora_weights='pissa'"),
+        ("lora", {"r": 5}, "does not fit this model"),
+        ("lokr", {"decompose_both": True}, "with decompose_both=True"),
+        ("oft", {"block_share": True}, "with block_share=True"),
+        ("vera", {"projection_prng_key": 4}, "its A is not the one that its seed draws"),
+        ("prompt-tuning", {"num_transformer_submodules": 2}, "with num_transformer_submodules=2"),
+    ],
+)
+def test_a_folder_of_another_method_is_refused(method, change, message, tmp_path):
+    peft.get_peft_model(tiny_model("llama"), PAIRS[method][0]("llama")).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    model = tiny_model("llama")
+    with pytest.raises(petune.PetuneError, match=message):
+        petune.load(model, tmp_path)
+    assert petune.tunings(model) == {}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_lora_of_the_embedding_is_refused_by_its_name(tmp_path):
+    config = peft.LoraConfig(target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(tiny_model("llama"), config).save_pretrained(tmp_path)
+    with pytest.raises(petune.UnsupportedError, match="lora_embedding_A is nothing that 'lora' has"):
+        petune.load(tiny_model("llama"), tmp_path)
+
+
+def test_a_gain_that_is_not_the_weight_is_refused(tmp_path):
+    """Gemma's norms multiply by one more than their weight."""
+    from transformers import GemmaConfig, GemmaForCausalLM
+
+    size = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = GemmaForCausalLM(GemmaConfig(vocab_size=32, num_key_value_heads=1, head_dim=32, **size))
+    with pytest.raises(petune.UnsupportedError, match="its gain is not its weight"):
+        petune.attach(model, "ln-tuning").save(tmp_path, format="peft")
