@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import petune
 
-from .stub import Stub, is_affine
+from .stub import Stub, close, is_affine, mixes_rows
 
 # `where` and `train` say these
 PLACES = {"target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern"}
@@ -28,9 +28,16 @@ class Lazy:
     def __init__(self, make: Callable[[type], Any]) -> None:
         self.make = cache(make)
 
-    def __get__(self, instance: object, owner: type) -> Any:
+    def __get__(self, instance: Any, owner: type) -> Any:
         made = self.make(owner)
         return MethodType(made, instance) if instance is not None and inspect.isfunction(made) else made
+
+
+class Affine(Lazy):
+    """Of an adapter it is its own layer that says, since options may matter."""
+
+    def __get__(self, instance: Any, owner: type) -> bool:
+        return self.make(owner) if instance is None else is_affine(instance.layer, instance.layer.base_layer)
 
 
 class PeftMethod(petune.Adapter):
@@ -58,7 +65,7 @@ class PeftMethod(petune.Adapter):
 def method(kind: str) -> type[PeftMethod]:
     """The class of a type of PEFT's."""
     about = f"PEFT's {kind}: its layers around petune's sites. Its options are those of PEFT's configuration."
-    lazy = {"__init__": Lazy(signature), "mergeable": Lazy(mergeable), "starts_at_base": Lazy(starts_at_base)}
+    lazy = {"__init__": Lazy(signature), "mergeable": Affine(mergeable), "starts_at_base": Lazy(starts_at_base)}
     return type(f"Peft_{kind}", (PeftMethod,), {"kind": kind, "__doc__": about, "__module__": __name__, **lazy})
 
 
@@ -109,15 +116,15 @@ def inject(
     for site in sites:
         _put(box, paths[site.name], stubs[site.name])
     try:
-        config = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)](**options)
+        config: Any = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)](**options)
         config.target_modules = list(paths.values())
         made = tuner(box, config, "default")
     except Exception as refusal:
         raise petune.UnsupportedError(f"{name}: PEFT: {' '.join(str(refusal).split())}") from refusal
-    layers = {site: box.get_submodule(path) for site, path in paths.items()}
-    for site, layer in layers.items():
+    layers = {at: box.get_submodule(path) for at, path in paths.items()}
+    for at, layer in layers.items():
         if not isinstance(layer, BaseTunerLayer) or not any(p.requires_grad for p in layer.parameters()):
-            raise petune.UnsupportedError(f"{name}: PEFT has nothing to train at a linear layer such as {site}.")
+            raise petune.UnsupportedError(f"{name}: PEFT has nothing to train at a linear layer such as {at}.")
     _try(name, layers[sites[0].name], stubs[sites[0].name])
     for stub in stubs.values():
         stub.last = None
@@ -136,14 +143,13 @@ def _put(box: nn.Module, path: str, stub: Stub) -> None:
 
 
 def _try(name: str, layer: Any, stub: Stub) -> None:
-    """One forward, so that a layer that asks for more than its input is refused at once."""
-    stub.inner = lambda x: x.new_zeros(*x.shape[:-1], stub.out_features)
+    """A few forwards, so that a layer that asks for more than the input of a row is refused at once."""
     try:
-        with torch.no_grad():
-            layer(torch.zeros(1, 2, stub.in_features, device=stub.weight.device))
+        mixes = mixes_rows(layer, stub)
     except Exception as refusal:
         raise petune.UnsupportedError(f"{name}: PEFT: {' '.join(str(refusal).split())}") from refusal
-    stub.inner = None
+    if mixes:
+        raise petune.UnsupportedError(f"{name} mixes the rows of a batch, which may belong to several tunings.")
 
 
 def _sample(cls: type[PeftMethod]) -> tuple[Any, Stub] | None:
@@ -160,9 +166,9 @@ def _sample(cls: type[PeftMethod]) -> tuple[Any, Stub] | None:
 
 
 def mergeable(cls: type[PeftMethod]) -> bool:
-    """An affine change of the layer, tried on one."""
+    """An affine change of the layer, tried on one where the options have defaults."""
     found = _sample(cls)
-    return found is not None and is_affine(*found)
+    return found is None or is_affine(*found)
 
 
 @torch.no_grad()
@@ -174,4 +180,4 @@ def starts_at_base(cls: type[PeftMethod]) -> bool:
     layer, stub = found
     x = torch.randn(2, 3, stub.in_features)
     stub.inner = lambda x: nn.functional.linear(x, stub.weight, stub.bias)
-    return torch.allclose(layer.eval()(x), stub.inner(x), atol=1e-5)
+    return close(layer.eval()(x), stub.inner(x))

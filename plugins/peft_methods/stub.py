@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +36,8 @@ class Stub(nn.Linear):
         return self.last[self]
 
     def _dense(self) -> Tensor:
-        module, part = self.site.module, self.site.part
+        part = self.site.part
+        module: Any = self.site.module
         own = isinstance(module, nn.Linear) and type(module.weight) is nn.Parameter
         if own and module.weight.is_floating_point():
             return module.weight.detach().float()[part or slice(None)]
@@ -40,7 +45,8 @@ class Stub(nn.Linear):
 
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]
-        bias = self.site.module.bias
+        module: Any = self.site.module
+        bias = module.bias
         return bias.detach()[self.site.part or slice(None)] if isinstance(bias, Tensor) else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,21 +54,46 @@ class Stub(nn.Linear):
         return self.inner(x)
 
 
-def is_affine(layer: nn.Module, stub: Stub) -> bool:
-    """PEFT's layer is an affine map of its input around an affine one."""
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
-        x = torch.randn(3, 1, stub.in_features, device=stub.weight.device)
-        x[2] = x[0] + x[1]
-        saved = {name: p.detach().clone() for name, p in layer.named_parameters()}
-        for p in layer.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-        stub.inner = lambda x: nn.functional.linear(x, stub.weight)
-        mode = layer.training
-        zero = layer.eval()(torch.zeros_like(x[:1]))
-        one, other, both = layer(x) - zero
+@contextmanager
+def moved(layer: nn.Module, stub: Stub) -> Iterator[Callable[[Tensor], Tensor]]:
+    """A layer of PEFT's around its own weight, off its start, while one looks at how it behaves."""
+    saved = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    mode, stub.inner = layer.training, lambda x: nn.functional.linear(x, stub.weight)
+    try:
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            for p in layer.parameters():
+                p.add_(torch.randn_like(p) * 0.1)
+            yield layer.eval()
+    finally:
+        with torch.no_grad():
+            for name, p in layer.named_parameters():
+                p.copy_(saved[name])
         layer.train(mode)
         stub.inner = None
-        for name, p in layer.named_parameters():
-            p.copy_(saved[name])
-    return torch.allclose(one + other, both, rtol=1e-4, atol=1e-4 * float(both.abs().max()))
+
+
+def is_affine(layer: nn.Module, stub: Stub) -> bool:
+    """PEFT's layer is an affine map of its input around an affine one."""
+    with moved(layer, stub) as f:
+        one, other = rows(stub)
+        both = f(one + other) - f(torch.zeros_like(one))
+        return close(f(one) + f(other) - 2 * f(torch.zeros_like(one)), both)
+
+
+def mixes_rows(layer: nn.Module, stub: Stub) -> bool:
+    """What PEFT's layer computes for a row depends on the others in the batch."""
+    with moved(layer, stub) as f:
+        one, other = rows(stub)
+        return not close(f(torch.cat([one, other])), torch.cat([f(one), f(other)]))
+
+
+def rows(stub: Stub) -> tuple[Tensor, Tensor]:
+    """Two inputs, (1, 2, in_features) each."""
+    one, other = torch.randn(2, 1, 2, stub.in_features, device=stub.weight.device)
+    return one, other
+
+
+def close(one: Tensor, other: Tensor) -> bool:
+    """Equal but for rounding."""
+    return torch.allclose(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
