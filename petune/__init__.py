@@ -13,8 +13,9 @@ from petune.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from petune import testing
-    from petune.adapter import Adapter, Inner, PeftTwin, Positive, Unfreeze
+    from petune.adapter import Adapter, Inner, Positive, Unfreeze
     from petune.discovery import find_sites as sites
+    from petune.formats.twin import PeftTwin
     from petune.loading.fetch import Package, Source
     from petune.loading.models import Quantizer, from_pretrained, load_tokenizer
     from petune.ops import lowrank_update
@@ -54,7 +55,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "petune.adapter": ("Adapter", "Inner", "PeftTwin", "Positive", "Unfreeze"),
+    "petune.adapter": ("Adapter", "Inner", "Positive", "Unfreeze"),
+    "petune.formats.twin": ("PeftTwin",),
     "petune.loading.fetch": ("Package", "Source"),
     "petune.loading.models": ("Quantizer", "from_pretrained", "load_tokenizer"),
     "petune.ops": ("lowrank_update",),

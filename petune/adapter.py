@@ -6,7 +6,6 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from annotated_types import Gt
@@ -15,33 +14,12 @@ from torch import Tensor, nn
 from petune.errors import PetuneError, unknown
 
 if TYPE_CHECKING:
+    from petune.formats.twin import PeftTwin
     from petune.site import Site
 
 Inner = Callable[..., Tensor]
 Positive = Annotated[int, Gt(0)]
 """The type of a rank, a width, a number of tokens: an argument that is not is refused by name."""
-
-
-@dataclass(frozen=True)
-class PeftTwin:
-    """How PEFT names what a method has.
-
-    Args:
-        kind: `peft_type`.
-        arguments: PEFT's key of the configuration -> ours.
-        tensors: our tensor -> PEFT's, after the module's name.
-        neutral: PEFT's options that must be missing or have one of these values, the first of which is written:
-            another makes another method of it.
-        roles: PEFT's key of the configuration, which lists modules -> our argument, which lists their roles.
-        vectors: PEFT keeps a vector as (n, 1), or as (1, n) at the modules that `roles` is about.
-    """
-
-    kind: str
-    arguments: Mapping[str, str]
-    tensors: Mapping[str, str]
-    neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    roles: Mapping[str, str] = field(default_factory=dict)
-    vectors: bool = False
 
 
 class Adapter(nn.Module):
@@ -70,6 +48,10 @@ class Adapter(nn.Module):
     """How PEFT names the same method, for its folder format."""
     starts_at_base: ClassVar[bool] = True
     """A fresh adapter changes nothing; a prompt or a prefix does."""
+
+    def plain(self) -> Mapping[str, Tensor]:
+        """The tensors that say what the adapter computes, without what only helps to train it: what is exported."""
+        return self.state_dict(keep_vars=True)
 
 
 class Unfreeze:

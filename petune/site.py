@@ -54,6 +54,8 @@ class Site:
     """The outputs of a fused projection by role, where they are known to be contiguous."""
     part: slice | None = None
     """The outputs that this site covers, if it is a part of a fused projection."""
+    peers: list[Site] = field(default_factory=list, repr=False)
+    """All sites of the tuning, this one included."""
     _pool: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def weight(self) -> Tensor:
@@ -106,7 +108,9 @@ def select(sites: list[Site], where: str, *, strict: bool = True) -> list[Site]:
 
 def _hits(sites: list[Site], word: str, words: list[str]) -> Iterable[Site]:
     what, _, layers = word.partition("@")
-    depth = {_stack(s): 1 + max(t.layer or 0 for t in sites if _stack(t) == _stack(s)) for s in sites}
+    depth: dict[str, int] = {}
+    for site in sites if layers else []:
+        depth[_stack(site)] = max(depth.get(_stack(site), 0), 1 + (site.layer or 0))
     for site in sites:
         if layers and (site.layer is None or site.layer not in _range(layers, depth[_stack(site)], word)):
             continue

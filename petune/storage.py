@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from petune import peft_format
+from petune import formats
 from petune.errors import PetuneError, unknown
 from petune.files import read_json
 
@@ -35,12 +35,12 @@ def save(tuning: Tuning, path: str | PathLike[str], format: str = "petune") -> N
     Raises:
         PetuneError: no such format, or one that has no place for this tuning; nothing is written then.
     """
-    if format == "peft":
-        tensors, config = peft_format.export(tuning)
-        _write(Path(path), peft_format.WEIGHTS, tensors, peft_format.CONFIG, config)
+    if format in formats.EXPORTS:
+        tensors, config = formats.EXPORTS[format](tuning)
+        _write(Path(path), formats.peft.WEIGHTS, tensors, formats.peft.CONFIG, config)
         return
     if format != "petune":
-        raise PetuneError(unknown("format", format, ["petune", "peft"]))
+        raise PetuneError(unknown("format", format, ["petune", *formats.EXPORTS]))
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tuning.state()}
     config = {
         "petune": VERSION,
@@ -82,8 +82,8 @@ def load(
     from petune.tuning import attach
 
     folder = Path(path)
-    if not (folder / CONFIG).exists() and (folder / peft_format.CONFIG).exists():
-        return peft_format.load(model, folder, name)
+    if not (folder / CONFIG).exists() and (folder / formats.peft.CONFIG).exists():
+        return formats.peft.load(model, folder, name)
     config = read_config(folder)
     tensors = read_tensors(folder / WEIGHTS)
     tuning = attach(

@@ -93,10 +93,11 @@ class Tuning:
             self.enabled = before
 
     def save(self, path: str | PathLike[str], format: str = "petune") -> None:
-        """Write `adapter.safetensors` and `adapter.json` into the folder `path`; with "peft" what PEFT reads.
+        """Write `adapter.safetensors` and `adapter.json` into the folder `path`; with "peft" what PEFT reads, with
+        "serving" LoRA as vLLM and llama.cpp's converter take it.
 
         Raises:
-            PetuneError: no such format, or PEFT has no such method; nothing is written then.
+            PetuneError: no such format, or it has no such method; nothing is written then.
         """
         storage.save(self, path, format)
 
@@ -209,7 +210,8 @@ def _adapters(
         kinds = " and ".join(sorted(accepted))
         raise PetuneError(f"method {name!r} acts on {kinds} sites; where={where!r} picks {wrong[0].kind} sites.")
     pool: dict[Any, Any] = {}
-    own = [dataclasses.replace(site, _pool=pool) for site in picked]
+    own: list[Site] = []
+    own += [dataclasses.replace(site, peers=own, _pool=pool) for site in picked]
     return [(cls(site, **arguments), site) for site in own]
 
 

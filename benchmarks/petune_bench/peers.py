@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from petune.adapter import arguments
+from petune.discovery import find_sites
 from petune.errors import UnsupportedError
 from petune.plugins import registry
-from petune.site import ALL_LINEAR, select
+from petune.site import select
 from petune.tune.recipe import Recipe
 
 TASK_TYPES = {
@@ -43,64 +44,38 @@ def adapt(model: Any, recipe: Recipe) -> PeftTuning:
     """Put PEFT's form of the recipe's method on the model.
 
     Raises:
-        UnsupportedError: PEFT has no such method, or this harness no mapping to it.
+        UnsupportedError: PEFT has no such method, or no such argument of it.
     """
     import peft
 
-    make = CONFIGS.get(recipe.method)
-    if make is None:
-        raise UnsupportedError(f"no mapping of {recipe.method!r} to PEFT; there is one for {', '.join(CONFIGS)}.")
-    own = registry().get("petune_methods", recipe.method)
-    defaults = {name: p.default for name, p in arguments(own).items()}
-    config = make({**defaults, **recipe.method_args}, _Targets(model, recipe.where))
+    config = configure(model, recipe.method, recipe.where, recipe.method_args)
     config.task_type = TASK_TYPES.get(recipe.task)
     if not config.is_prompt_learning:
         config.modules_to_save = list(getattr(model, "petune_fresh", ())) or None
     return PeftTuning(peft.get_peft_model(model, config))
 
 
-class _Targets:
-    """The names of the layers that petune's own method would act on."""
+def configure(model: Any, method: str, where: str | None, given: Mapping[str, Any]) -> Any:
+    """PEFT's configuration of what petune's method is with these arguments, at the same modules.
 
-    def __init__(self, model: Any, where: str | None) -> None:
-        self.model, self.where = model, where
+    Raises:
+        UnsupportedError: PEFT has no such method, or no such argument of it.
+    """
+    import peft
 
-    def __call__(self, roles: str) -> list[str]:
-        import petune
-
-        return [site.name for site in select(petune.sites(self.model), self.where or roles, strict=False)]
-
-
-def _lora(args: dict[str, Any], targets: _Targets) -> Any:
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=args["rank"], lora_alpha=args["alpha"], lora_dropout=args["dropout"], target_modules=targets(ALL_LINEAR)
-    )
-
-
-def _ia3(args: dict[str, Any], targets: _Targets) -> Any:
-    from peft import IA3Config
-
-    return IA3Config(target_modules=targets("k v down"), feedforward_modules=targets("down"))
-
-
-def _prompt(args: dict[str, Any], targets: _Targets) -> Any:
-    from peft import PromptTuningConfig
-
-    return PromptTuningConfig(num_virtual_tokens=args["length"])
-
-
-def _prefix(args: dict[str, Any], targets: _Targets) -> Any:
-    from peft import PrefixTuningConfig
-
-    return PrefixTuningConfig(num_virtual_tokens=args["length"])
-
-
-CONFIGS: dict[str, Callable[[dict[str, Any], _Targets], Any]] = {
-    "lora": _lora,
-    "ia3": _ia3,
-    "prompt-tuning": _prompt,
-    "prefix-tuning": _prefix,
-}
-"""From the method's arguments to PEFT's configuration."""
+    cls = registry().get("petune_methods", method)
+    twin = vars(cls).get("peft")
+    if twin is None:
+        raise UnsupportedError(f"PEFT has no {method!r}.")
+    known = {name: p.default for name, p in arguments(cls).items()}
+    ours = {**known, **given}
+    if missing := given.keys() - {*twin.arguments.values(), *twin.roles.values()}:
+        raise UnsupportedError(f"PEFT's {method!r} has no {min(missing)!r}.")
+    options = {key: allowed[0] for key, allowed in twin.neutral.items()}
+    options |= {theirs: ours[name] for theirs, name in twin.arguments.items()}
+    sites = select(find_sites(model), where or cls.where, strict=False)
+    if all(site.kind in ("linear", "block") for site in sites):  # embeddings and prompts it finds itself
+        options["target_modules"] = [site.name for site in sites]
+    for theirs, name in twin.roles.items():
+        options[theirs] = [site.name for site in sites if site.role in ours[name].split()]
+    return peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(twin.kind)](**options)

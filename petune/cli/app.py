@@ -29,6 +29,7 @@ COMMANDS = {
     "eval": runs.evaluate,
     "predict": runs.predict,
     "merge": runs.merge,
+    "export": runs.export,
 }
 _PASS_ON = {"ignore_unknown_options": True}  # options that are pip's
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -88,3 +88,17 @@ def merge(run: RunFolder, out: Annotated[Path, typer.Argument(metavar="OUT", hel
     from petune.tune.run import merge_run
 
     print(merge_run(run, out))
+
+
+def export(
+    run: RunFolder,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    format: Annotated[
+        Literal["peft", "serving", "dense", "gguf"],
+        typer.Option(help="PEFT's folder, LoRA for vLLM and llama.cpp's converter, or a merged model."),
+    ] = "peft",
+) -> None:
+    """Hand a run's result to other programs."""
+    from petune.tune.run import export_run
+
+    print(export_run(run, out, format))

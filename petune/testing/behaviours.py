@@ -53,7 +53,7 @@ class Case:
             tuning = petune.attach(model, self.method, name=name, **self.arguments)
             with torch.no_grad():
                 for p in tuning.parameters() if change else []:
-                    p.add_(torch.randn_like(p) * 0.1 * (1 if p.dim() < 2 else p.std().clamp(min=0.2)))
+                    p.add_(torch.randn_like(p) * 0.1 * (1 if p.dim() < 2 else p.std(correction=0).clamp(min=0.2)))
         return tuning
 
     def tuned(self) -> tuple[Any, Tuning]:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from petune.tune.loop import train
     from petune.tune.recipe import Recipe, Training, load_recipe
     from petune.tune.result import Result
-    from petune.tune.run import Run, evaluate, load_run, merge_run, predict
+    from petune.tune.run import Run, evaluate, export_run, load_run, merge_run, predict
     from petune.tune.tasks import Task
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Task",
     "Training",
     "evaluate",
+    "export_run",
     "load_recipe",
     "load_run",
     "merge_run",
@@ -32,7 +33,7 @@ _HOME = {
     "dataset": ("Dataset",),
     "recipe": ("Recipe", "Training", "load_recipe"),
     "result": ("Result",),
-    "run": ("Run", "evaluate", "load_run", "merge_run", "predict"),
+    "run": ("Run", "evaluate", "export_run", "load_run", "merge_run", "predict"),
     "tasks": ("Task",),
     "loop": ("train",),
 }

@@ -76,14 +76,24 @@ class Run:
         """
         from petune.merge import dequantize
 
-        out = Path(out)
-        if out.exists() and any(out.iterdir()):
-            raise PetuneError(f"{out}: exists already; name a new folder.")
+        out = _free(out)
         self.tuning.merge()
         dequantize(self.model)
         self.model.save_pretrained(out)
         self.tokenizer.save_pretrained(out)
         return out
+
+    def export(self, out: str | Path, format: str) -> Path:
+        """Write the tuning for others: `peft`, `serving` (what vLLM and llama.cpp's converter take) or `dense`.
+
+        Raises:
+            UnsupportedError: the format has no place for this tuning; nothing is written.
+            PetuneError: no such format, or `out` exists already.
+        """
+        if format == "dense":
+            return self.merge(out)
+        self.tuning.save(_free(out), format)
+        return Path(out)
 
     def _columns(self) -> dict[str, str]:
         """The names of the training data's columns; a set's own where the recipe says nothing."""
@@ -92,6 +102,13 @@ class Run:
         known = registry().all("petune_datasets")
         own = known[self.recipe.data].columns if isinstance(self.recipe.data, str) and self.recipe.data in known else {}
         return {**own, **self.recipe.columns}
+
+
+def _free(out: str | Path) -> Path:
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise PetuneError(f"{out}: exists already; name a new folder.")
+    return out
 
 
 def load_run(path: str | Path) -> Run:
@@ -137,3 +154,13 @@ def merge_run(run: str | Path, out: str | Path) -> Path:
     loaded = load_run(run)
     with quietly():
         return loaded.merge(out)
+
+
+def export_run(run: str | Path, out: str | Path, format: str) -> Path:
+    """See `Run.export`."""
+    if format == "gguf":
+        remedy = f"run llama.cpp's convert_lora_to_gguf.py on `petune export {run} {out} --format serving`"
+        raise PetuneError(f"--format gguf: petune has no converter of its own; {remedy}.")
+    loaded = load_run(run)
+    with quietly():
+        return loaded.export(out, format)

@@ -13,6 +13,7 @@ class TrainableTokens(petune.Adapter):
 
     where, mergeable = "embed head", True
     ids: Tensor
+    peft = petune.PeftTwin("TRAINABLE_TOKENS", {"token_indices": "ids"}, {"rows": "trainable_tokens_delta"})
 
     def __init__(self, site: petune.Site, *, ids: list[int]) -> None:
         super().__init__()
@@ -23,7 +24,7 @@ class TrainableTokens(petune.Adapter):
         if wrong or not ids:
             raise petune.PetuneError(f"trainable-tokens: ids={ids}: wanted are numbers below {len(weight)}.")
         self.is_head = site.kind != "embedding"
-        self.register_buffer("ids", torch.tensor(sorted(set(ids)), device=weight.device), persistent=False)
+        self.register_buffer("ids", torch.tensor(list(dict.fromkeys(ids)), device=weight.device), persistent=False)
         tied = site.shared("table", lambda: table) is table
         rows = site.shared("rows", lambda: nn.Parameter(weight[self.ids].float()))
         self.rows = rows if tied else None

@@ -25,6 +25,9 @@ class DoRA(LoRA):
         self.m = nn.Parameter(norm.clone())
         self.register_buffer("base_norm", norm, persistent=False)
 
+    def plain(self) -> dict[str, Tensor]:
+        return {**super().plain(), "m": self.m}
+
     def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
         a, b = self.factors()
         y = petune.lowrank_update(inner(x), self.dropout(x), a, b, self.scale)

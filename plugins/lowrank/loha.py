@@ -3,6 +3,8 @@ from torch import Tensor, nn
 
 import petune
 
+from .twins import LOHA
+
 
 class LoHa(petune.Adapter):
     """y = W x + (alpha / rank) ((B1 A1) * (B2 A2)) x   (Hyeon-Woo et al. 2021, arXiv:2108.06098).
@@ -11,7 +13,7 @@ class LoHa(petune.Adapter):
     columns, so that no matrix of W's size is formed. B2 starts at zero, so that training starts at the base.
     """
 
-    where, mergeable = petune.ALL_LINEAR, True
+    where, mergeable, peft = petune.ALL_LINEAR, True, LOHA
 
     def __init__(self, site: petune.Site, *, rank: petune.Positive = 8, alpha: float = 16.0) -> None:
         super().__init__()

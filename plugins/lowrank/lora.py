@@ -50,5 +50,8 @@ class LoRA(petune.Adapter):
             return self.A, self.B
         return torch.cat([self.A, self.A - self.A0]), torch.cat([self.B - self.B0, self.B0], 1)
 
+    def plain(self) -> dict[str, Tensor]:
+        return dict(zip("AB", self.factors(), strict=True))
+
     def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
         return petune.lowrank_update(inner(x), self.dropout(x), *self.factors(), self.scale)

@@ -1,4 +1,4 @@
-"""What PEFT calls LoRA and DoRA, for its folder format."""
+"""What PEFT calls the low-rank methods, for its folder format."""
 
 from dataclasses import replace
 
@@ -11,14 +11,37 @@ LORA = petune.PeftTwin(
     neutral={
         "use_dora": (False,),
         "bias": ("none",),
-        "rank_pattern": ({}, None),
-        "alpha_pattern": ({}, None),
         "init_lora_weights": (True, False, "gaussian", "orthogonal"),  # others change the base's weights
+        "lora_bias": (False,),
         "layer_replication": (None,),
+        "target_parameters": (None, []),
+        "trainable_token_indices": (None,),
+        "alora_invocation_tokens": (None,),
     },
+    ranked="A",
+    unsaid=("init",),
 )
 DORA = replace(
     LORA,
     tensors={**LORA.tensors, "m": "lora_magnitude_vector"},
     neutral={**LORA.neutral, "use_dora": (True,)},
+)
+VERA = petune.PeftTwin(
+    "VERA",
+    arguments={"r": "rank", "projection_prng_key": "seed", "d_initial": "d_initial"},
+    tensors={"d": "vera_lambda_d", "b": "vera_lambda_b"},
+    neutral={"save_projection": (False, True), "bias": ("none",)},
+    drawn={"A": "vera_A", "B": "vera_B"},
+)
+LOHA = petune.PeftTwin(
+    "LOHA",
+    arguments={"r": "rank", "alpha": "alpha"},
+    tensors={"B1": "hada_w1_a", "A1": "hada_w1_b", "B2": "hada_w2_a", "A2": "hada_w2_b"},
+    neutral={"rank_pattern": ({}, None), "alpha_pattern": ({}, None)},
+)
+LOKR = petune.PeftTwin(
+    "LOKR",
+    arguments={"r": "rank", "alpha": "alpha", "decompose_factor": "factor"},
+    tensors={"C": "lokr_w1", "B": "lokr_w2_a", "A": "lokr_w2_b", "BA": "lokr_w2"},
+    neutral={"decompose_both": (False,), "rank_pattern": ({}, None), "alpha_pattern": ({}, None)},
 )

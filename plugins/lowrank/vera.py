@@ -1,20 +1,21 @@
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import petune
 
+from .twins import VERA
+
 
 class VeRA(petune.Adapter):
     """y = W x + b * B (d * A x)   (Kopiczko et al. 2023, arXiv:2310.11454).
 
-    A and B are random and frozen; layers of one shape share them, and `seed` makes them again, so that only d and b
-    are saved. b starts at zero, so that training starts at the base.
+    A and B are random, frozen and shared: drawn for the widest layers, of which others use the first columns of A and
+    the first rows of B. `seed` makes them again, so that only d and b are saved. b starts at zero, so that training
+    starts at the base.
     """
 
-    where, mergeable = petune.ALL_LINEAR, True
+    where, mergeable, peft = petune.ALL_LINEAR, True, VERA
     A: Tensor
     B: Tensor
 
@@ -23,16 +24,17 @@ class VeRA(petune.Adapter):
     ) -> None:
         super().__init__()
         device = next(site.module.parameters()).device
+        sizes = (rank, max(s.in_features for s in site.peers)), (max(s.out_features for s in site.peers), rank)
 
-        def draw(*shape: int) -> Tensor:  # Kaiming-uniform, drawn on the CPU: the same on every device
-            bound = (6 / shape[1]) ** 0.5
+        def draw() -> list[Tensor]:  # Kaiming-uniform, drawn on the CPU: the same on every device
             generator = torch.Generator().manual_seed(seed)
-            return torch.empty(shape).uniform_(-bound, bound, generator=generator).to(device)
+            bounds = [(6 / size[1]) ** 0.5 for size in sizes]
+            drawn = [torch.empty(n).uniform_(-x, x, generator=generator) for n, x in zip(sizes, bounds, strict=True)]
+            return [matrix.to(device) for matrix in drawn]
 
-        sizes = (rank, site.in_features), (site.out_features, rank)
-        for name, size in zip("AB", sizes, strict=True):
-            matrix = site.shared((name, size, device), partial(draw, *size))
-            self.register_buffer(name, matrix, persistent=False)
+        a, b = site.shared(("A and B", device), draw)
+        self.register_buffer("A", a[:, : site.in_features], persistent=False)
+        self.register_buffer("B", b[: site.out_features], persistent=False)
         self.d = nn.Parameter(torch.full((rank,), d_initial))
         self.b = nn.Parameter(torch.zeros(site.out_features))
 

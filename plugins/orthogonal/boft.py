@@ -3,6 +3,7 @@ from torch import Tensor, nn
 
 import petune
 
+from . import twins
 from .rotation import nearest, rotate
 
 
@@ -14,7 +15,7 @@ class BOFT(petune.Adapter):
     the even number nearest to `block` of which 2^(m-1) blocks divide the input's width; a layer without one is refused.
     """
 
-    where, mergeable = petune.ALL_LINEAR, True
+    where, mergeable, peft = petune.ALL_LINEAR, True, twins.BOFT
 
     def __init__(self, site: petune.Site, *, block: petune.Positive = 8, factors: petune.Positive = 2) -> None:
         super().__init__()
@@ -28,7 +29,7 @@ class BOFT(petune.Adapter):
         self.scale = nn.Parameter(torch.ones(site.out_features))
 
     def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
-        for i, free in enumerate(self.free):
+        for i, free in reversed(list(enumerate(self.free))):
             pairs = x.reshape(*x.shape[:-1], -1, 2, 2**i, self.block // 2).transpose(
                 -3, -2
             )  # (…, groups, 2^i, 2, block / 2)

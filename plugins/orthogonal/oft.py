@@ -3,6 +3,7 @@ from torch import Tensor, nn
 
 import petune
 
+from . import twins
 from .rotation import nearest, rotate
 
 
@@ -11,16 +12,20 @@ class OFT(petune.Adapter):
 
     The input is rotated, and W is never formed. Each block is the Cayley transform of a skew-symmetric matrix that
     starts at zero, so that training starts at the base. The size of a block is the divisor, above one, of the layer's
-    input width that is nearest to `block`.
+    input width that is nearest to `block`. `neumann` replaces the transform's inverse by the first `terms` of its
+    series, in which R is orthogonal nearly (Qiu et al. 2025, arXiv:2506.19847).
     """
 
-    where, mergeable = petune.ALL_LINEAR, True
+    where, mergeable, peft = petune.ALL_LINEAR, True, twins.OFT
 
-    def __init__(self, site: petune.Site, *, block: petune.Positive = 32) -> None:
+    def __init__(
+        self, site: petune.Site, *, block: petune.Positive = 32, neumann: bool = False, terms: petune.Positive = 5
+    ) -> None:
         super().__init__()
         width = site.in_features
         self.block = nearest(range(2, width + 1), width, block) or width
+        self.terms = terms if neumann else None
         self.free = nn.Parameter(torch.zeros(width // self.block, self.block * (self.block - 1) // 2))
 
     def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
-        return inner(rotate(x.reshape(*x.shape[:-1], -1, self.block), self.free, self.block).flatten(-2))
+        return inner(rotate(x.reshape(*x.shape[:-1], -1, self.block), self.free, self.block, self.terms).flatten(-2))

@@ -3,6 +3,8 @@ from torch import Tensor, nn
 
 import petune
 
+from .twins import PREFIX_TUNING
+
 
 class Trunk(nn.Module):
     """tanh(A E + a): what the reparametrised prefixes of all layers are read from."""
@@ -24,7 +26,7 @@ class PrefixTuning(petune.Adapter):
     makes them of a table (length, hidden); its last layer is each attention's own, all else is shared.
     """
 
-    where, starts_at_base = "attention cross-attention", False
+    where, starts_at_base, peft = "attention cross-attention", False, PREFIX_TUNING
 
     def __init__(
         self, site: petune.Site, *, length: petune.Positive = 20, hidden: petune.Positive | None = None
@@ -44,6 +46,9 @@ class PrefixTuning(petune.Adapter):
             return self.keys, self.values
         keys, values = self.last(self.trunk()).view(self.shape).permute(1, 2, 0, 3)
         return keys, values
+
+    def plain(self) -> dict[str, Tensor]:
+        return dict(zip(("keys", "values"), self.prefix(), strict=True))
 
     def forward(self, inner: petune.Inner, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         keys, values = self.prefix()

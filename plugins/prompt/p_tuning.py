@@ -5,6 +5,8 @@ from torch import Tensor, nn
 
 import petune
 
+from .twins import P_TUNING
+
 
 class PTuning(petune.Adapter):
     """[p_1 … p_n, e(x_1), e(x_2), …] with p = encoder(e_1 … e_n)   (Liu et al. 2021, arXiv:2103.10385).
@@ -13,7 +15,7 @@ class PTuning(petune.Adapter):
     width of both; left out, it is that of the embedding.
     """
 
-    where, starts_at_base = "prompt", False
+    where, starts_at_base, peft = "prompt", False, P_TUNING
 
     def __init__(
         self,
@@ -34,6 +36,9 @@ class PTuning(petune.Adapter):
         read, inside = (2 * hidden, 2 * hidden) if into else (width, hidden)
         last = [] if into else [nn.Linear(inside, inside), nn.ReLU()]
         self.mlp = nn.Sequential(nn.Linear(read, inside), nn.ReLU(), *last, nn.Linear(inside, width))
+
+    def plain(self) -> dict[str, Tensor]:
+        return {"rows": self()}
 
     def forward(self) -> Tensor:
         rows: Tensor = self.table

@@ -3,6 +3,8 @@ from torch import Tensor, nn
 
 import petune
 
+from .twins import PROMPT_TUNING
+
 
 class PromptTuning(petune.Adapter):
     """[p_1 … p_n, e(x_1), e(x_2), …]   (Lester et al. 2021, arXiv:2104.08691).
@@ -10,7 +12,7 @@ class PromptTuning(petune.Adapter):
     The rows start as those of random entries of the vocabulary, or of the tokens `init`, repeated to the length.
     """
 
-    where, starts_at_base = "prompt", False
+    where, starts_at_base, peft = "prompt", False, PROMPT_TUNING
 
     def __init__(self, site: petune.Site, *, length: petune.Positive = 20, init: list[int] | None = None) -> None:
         super().__init__()

@@ -12,7 +12,13 @@ class IA3(petune.Adapter):
     """
 
     where, mergeable = "k v down", True
-    peft = petune.PeftTwin("IA3", {}, {"scale": "ia3_l"}, roles={"feedforward_modules": "before"}, vectors=True)
+    peft = petune.PeftTwin(
+        "IA3",
+        arguments={},
+        tensors={"scale": "ia3_l"},
+        layouts={"scale": "row or column"},
+        roles={"feedforward_modules": "before"},
+    )
 
     def __init__(self, site: petune.Site, *, before: str = "down") -> None:
         super().__init__()

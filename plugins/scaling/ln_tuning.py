@@ -12,6 +12,12 @@ class LNTuning(petune.Adapter):
     """
 
     where = "norm final"
+    peft = petune.PeftTwin(
+        "LN_TUNING",
+        arguments={},
+        tensors={"scale": "ln_tuning_layers.weight", "shift": "ln_tuning_layers.bias"},
+        layouts={"scale": "gain", "shift": "shift"},
+    )
 
     def __init__(self, site: petune.Site) -> None:
         super().__init__()

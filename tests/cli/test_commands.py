@@ -141,6 +141,25 @@ def test_train_eval_predict_merge(
     assert (tmp_path / "merged" / "model.safetensors").exists()
 
 
+def test_export(generation: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from petune.tune import train
+
+    train(generation, quiet=True)
+    run = generation["output"]
+    for form, file in [("peft", "adapter_config.json"), ("serving", "adapter_config.json"), ("dense", "config.json")]:
+        out = tmp_path / form
+        assert main(["export", run, str(out), "--format", form]) == 0
+        assert capsys.readouterr().out.strip() == str(out)
+        assert (out / file).exists()
+        assert main(["export", run, str(out), "--format", form]) == 2
+        assert "exists already" in capsys.readouterr().err
+    assert main(["export", run, str(tmp_path / "x"), "--format", "gguf"]) == 2
+    assert "convert_lora_to_gguf.py on `petune export" in capsys.readouterr().err
+    assert main(["export", run, str(tmp_path / "x"), "--format", "onnx"]) == 2
+    assert "'peft', 'serving', 'dense', 'gguf'" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
 def test_train_again_asks_first(file: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", file]) == 0
     shown = capsys.readouterr().out

@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from samples import jsonl, opinions
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from petune import PetuneError, UnmergeableError
-from petune.tune import evaluate, load_run, merge_run, predict, train
+from petune import PetuneError, UnmergeableError, UnsupportedError
+from petune.tune import evaluate, export_run, load_run, merge_run, predict, train
 
 
 def test_a_run_scores_what_training_reported(recipe: dict[str, Any]) -> None:
@@ -66,6 +67,23 @@ def test_what_can_not_be_merged_is_refused_and_leaves_nothing(generation: dict[s
     with pytest.raises(UnmergeableError, match="prefix-tuning"):
         merge_run(generation["output"], tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_an_exported_run_serves_in_peft(generation: dict[str, Any], tmp_path: Path) -> None:
+    train(generation, quiet=True)
+    run = load_run(generation["output"])
+    batch = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
+    base = AutoModelForCausalLM.from_pretrained(generation["model"])
+    served = PeftModel.from_pretrained(base, export_run(generation["output"], tmp_path / "out", "serving"))
+    with torch.no_grad():
+        torch.testing.assert_close(served(**batch).logits, run.model(**batch).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_a_head_is_nothing_that_engines_serve(recipe: dict[str, Any], tmp_path: Path) -> None:
+    train(recipe, quiet=True)
+    with pytest.raises(UnsupportedError, match="head that was trained along"):
+        export_run(recipe["output"], tmp_path / "out", "serving")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_in_the_way_of_a_merge(recipe: dict[str, Any]) -> None:

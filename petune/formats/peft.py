@@ -1,0 +1,294 @@
+"""PEFT's folder format, both ways. What a method has in common with one of PEFT's is stated as data: a `PeftTwin`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from petune.adapter import arguments
+from petune.discovery import find_sites, walk
+from petune.errors import PetuneError, UnsupportedError
+from petune.files import read_json
+from petune.formats.layouts import SHAPES, WHOLES, Place, Plain
+from petune.formats.twin import PeftTwin
+from petune.site import Site, select
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from petune.graft import Link
+    from petune.tuning import Tuning
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
+TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+def export(tuning: Tuning, *, parts: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, configuration) as PEFT would have written them.
+
+    Args:
+        parts: let parts of a fused projection pass, under the names of their sites.
+
+    Raises:
+        UnsupportedError: PEFT has no such method, or no such place to put it.
+    """
+    twin = _twin(tuning)
+    own = [link for link in tuning.links if link.site.kind != "module"]
+    if not parts and any(link.site.part is not None for link in own):
+        what = f"{tuning.method!r} acts on parts of a fused projection here, which PEFT can't"
+        raise UnsupportedError(f'{what}; format="serving" writes LoRA for the whole.')
+    plain = {link.site.name: dict(link.adapter.plain()) for link in own}
+    config: dict[str, Any] = {"peft_type": twin.kind, "task_type": _task(tuning.model), "inference_mode": True}
+    config["base_model_name_or_path"] = getattr(tuning.model.config, "name_or_path", None)
+    config |= {key: allowed[0] for key, allowed in twin.neutral.items()}
+    config |= _arguments(tuning, twin)
+    config |= _scales(tuning, own, plain, twin, config)
+    config["modules_to_save"] = list(tuning.heads) or None
+    prefix = PREFIX.removesuffix("model.") if twin.whole else PREFIX
+    heads = {link.site.name: link.adapter.state_dict() for link in tuning.links if link.site.kind == "module"}
+    tensors = {f"{prefix}{n}.{k.removeprefix('module.')}": t for n, state in heads.items() for k, t in state.items()}
+    if twin.whole:
+        tensors["prompt_embeddings"] = WHOLES[twin.whole].write(tuning.model, plain, [link.site for link in own])
+    else:
+        listed = {link.site.name for link in own if link.site.role in _roles(tuning, twin)}
+        config |= dict.fromkeys(twin.roles, short_names(tuning.model, listed))
+        found = _renamed(tuning, own, plain, twin, listed)
+        tensors |= {f"{PREFIX}{module}.{theirs}": t for (module, theirs), t in found.items()}
+        config["target_modules"] = short_names(tuning.model, {module for module, _ in found})
+    return {key: t.detach().cpu().contiguous() for key, t in tensors.items()}, config
+
+
+def _renamed(
+    tuning: Tuning, own: list[Link], plain: Plain, twin: PeftTwin, listed: set[str]
+) -> dict[tuple[str, str], Tensor]:
+    """The tensors by PEFT's names, each once: (module, name inside it)."""
+    found, seen = {}, set()
+    for link in own:
+        site = link.site
+        place = Place(site, site.name in listed, plain[site.name])
+        module = _input_embedding(tuning.model) if site.kind == "embedding" else site.name
+        for key, tensor in plain[site.name].items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                tensor = tensor.detach().cpu()
+                layout = twin.layouts.get(key)
+                found[module, twin.tensors[key]] = SHAPES[layout].write(tensor, place) if layout else tensor
+    return found
+
+
+def load(model: PreTrainedModel, folder: Path, name: str) -> Tuning:
+    """Attach what PEFT has saved.
+
+    Raises:
+        PetuneError: no method here is that of the folder, or it does not fit the model; the model stays as it was.
+    """
+    from petune.storage import fill, read_tensors
+    from petune.tuning import attach
+
+    config = read_json(folder / CONFIG)
+    method, twin = _method(config, folder)
+    saved = {_plain_key(k): v for k, v in read_tensors(folder / WEIGHTS).items()}
+    drawn = {ours: saved.pop(theirs, None) for ours, theirs in twin.drawn.items()}
+    # PEFT lists the names that a head of the task might have
+    heads = [h for h in config.get("modules_to_save") or () if any(k.startswith(h + ".") for k in saved)]
+    modules = _modules(model, saved, twin)
+    names = dict.fromkeys(module for module, _ in modules.values())
+    site = {s.name: s for s in find_sites(model)}
+    given = {our: config[theirs] for theirs, our in twin.arguments.items() if config.get(theirs) is not None}
+    for theirs, our in twin.roles.items():
+        ends = tuple(config.get(theirs) or ())
+        given[our] = " ".join(sorted({site[n].role for n in names if n in site and f".{n}".endswith(ends)}))
+    if twin.ranked:
+        patterns = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
+        given |= {f"{twin.arguments[k]}_pattern": _by_site(config.get(p), names) for k, p in patterns.items()}
+    tuning = attach(model, method, name=name, where=_where(model, site, list(names)), train=heads, **given)
+    try:
+        sites = [link.site for link in tuning.links if link.site.kind != "module"]
+        _check_drawn(tuning, drawn, folder)
+        found: dict[str, Tensor] = {}
+        if twin.whole:
+            found |= WHOLES[twin.whole].read(model, saved.pop("prompt_embeddings"), sites)
+        else:
+            found |= _read(tuning, saved, modules, twin)
+        for key in sorted(saved.keys() - modules.keys()):
+            if key.startswith(tuple(h + "." for h in heads)):
+                found[".module.".join(key.rsplit(".", 1))] = saved[key]
+            elif not _is_base(model, key, saved[key]):
+                raise UnsupportedError(f"{folder}: {key} is nothing that {method!r} has.")
+        fill(tuning, found, folder)
+    except PetuneError:
+        tuning.detach()
+        raise
+    return tuning
+
+
+def _read(
+    tuning: Tuning, saved: Mapping[str, Tensor], modules: Mapping[str, tuple[str, str]], twin: PeftTwin
+) -> dict[str, Tensor]:
+    """The tensors by our names."""
+    order, listed = list(twin.tensors), _roles(tuning, twin)
+    sites = {link.site.name: link.site for link in tuning.links}
+    found: dict[str, dict[str, Tensor]] = {}
+    for key in sorted(modules, key=lambda k: order.index(modules[k][1])):
+        module, ours = modules[key]
+        here, layout = found.setdefault(module, {}), twin.layouts.get(ours)
+        if layout and module in sites:
+            here[ours] = SHAPES[layout].read(saved[key], Place(sites[module], sites[module].role in listed, here))
+        else:
+            here[ours] = saved[key]
+    flat = {f"{module}.{ours}": t for module, here in found.items() for ours, t in here.items()}
+    own = {key for key, _ in tuning.state()} & flat.keys()
+    # PEFT saves what several modules share under the names of all
+    again = {
+        k for k in flat.keys() - own for o in own if k.split(".")[-1] == o.split(".")[-1] and _same(flat[k], flat[o])
+    }
+    return {key: tensor for key, tensor in flat.items() if key not in again}
+
+
+def _modules(model: PreTrainedModel, saved: Iterable[str], twin: PeftTwin) -> dict[str, tuple[str, str]]:
+    """(module, our tensor) of each key that is the method's."""
+    found: dict[str, tuple[str, str]] = {}
+    table, embed = _input_embedding(model), [s.name for s in find_sites(model) if s.kind == "embedding"]
+    for key in saved:
+        for ours, theirs in twin.tensors.items():
+            if key.endswith("." + theirs):
+                module = key.removesuffix("." + theirs)
+                found[key] = (embed[0] if embed and module == table else module), ours
+    return found
+
+
+def _where(model: PreTrainedModel, sites: dict[str, Site], names: list[str]) -> str | None:
+    """What picks these sites: short names where they do. Embeddings and prompts have none that `where` knows."""
+    if not names or any(sites[n].kind not in ("linear", "block") for n in names if n in sites):
+        return None
+    short = " ".join(short_names(model, set(names)))
+    same = sites.keys() >= set(names) and {s.name for s in select(list(sites.values()), short)} == set(names)
+    return short if same else " ".join(names)
+
+
+def _plain_key(key: str) -> str:
+    return key.removeprefix(PREFIX) if key.startswith(PREFIX) else key.removeprefix("base_model.")
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one.cpu().float(), other.cpu().float(), rtol=1e-5, atol=1e-6)
+
+
+def _is_base(model: PreTrainedModel, key: str, tensor: Tensor) -> bool:
+    """A copy of the base's own weight, which PEFT adds where a head or an embedding is adapted."""
+    own = dict(model.named_parameters()).get(key.replace(".base_layer.", "."))
+    return own is not None and _same(own, tensor)
+
+
+def _check_drawn(tuning: Tuning, drawn: Mapping[str, Tensor | None], folder: Path) -> None:
+    for ours, theirs in drawn.items():
+        for link in tuning.links if theirs is not None else []:
+            mine = getattr(link.adapter, ours, None)  # a head has none
+            if mine is not None and theirs is not None and not _same(theirs[: len(mine), : mine.shape[1]], mine):
+                raise UnsupportedError(f"{folder}: its {ours} is not the one that its seed draws here.")
+
+
+def _scales(tuning: Tuning, own: list[Link], plain: Plain, twin: PeftTwin, config: Mapping[str, Any]) -> dict[str, Any]:
+    """PEFT's rank and alpha, and the exceptions by module, of a method whose sites may differ in them."""
+    if not twin.ranked:
+        return {}
+    rank = {name: len(tensors[twin.ranked]) for name, tensors in plain.items()}
+    root = math.sqrt if config.get("use_rslora") else float
+    scale: dict[str, Any] = {link.site.name: link.adapter.scale for link in own}
+    alpha = {name: round(scale[name] * root(r), 6) for name, r in rank.items()}
+    found: dict[str, Any] = {}
+    for key, pattern, values in (("r", "rank_pattern", rank), ("lora_alpha", "alpha_pattern", alpha)):
+        most = Counter(values.values()).most_common(1)[0][0]
+        found |= {key: most, pattern: {name: value for name, value in values.items() if value != most}}
+    return found
+
+
+def _by_site(pattern: Mapping[str, Any] | None, names: Iterable[str]) -> dict[str, Any] | None:
+    """PEFT's exceptions, which are ends of names or regular expressions, by the names that they mean."""
+    hits = {n: next((v for k, v in (pattern or {}).items() if re.match(rf"(.*\.)?({k})$", n)), None) for n in names}
+    return {name: value for name, value in hits.items() if value is not None} or None
+
+
+def _roles(tuning: Tuning, twin: PeftTwin) -> set[str]:
+    """The roles that the arguments in `twin.roles` list."""
+    from petune.tuning import resolve
+
+    known = arguments(resolve(tuning.method)[1])
+    return {r for our in twin.roles.values() for r in tuning.arguments.get(our, known[our].default).split()}
+
+
+def _arguments(tuning: Tuning, twin: PeftTwin) -> dict[str, Any]:
+    from petune.tuning import resolve
+
+    defaults = {key: p.default for key, p in arguments(resolve(tuning.method)[1]).items()}
+    said = {*twin.arguments.values(), *twin.roles.values(), *twin.unsaid}
+    if twin.ranked:
+        said |= {f"{twin.arguments[key]}_pattern" for key in ("r", "lora_alpha")}
+    for key, value in tuning.arguments.items():
+        if key not in said and value != defaults[key]:
+            raise UnsupportedError(f"{tuning.method!r} with {key}={value!r} has no place in PEFT's format; merge it.")
+    found = {theirs: tuning.arguments.get(ours, defaults[ours]) for theirs, ours in twin.arguments.items()}
+    for theirs, value in found.items():
+        if value not in twin.neutral.get(theirs, (value,)):
+            what = f"{tuning.method!r} with {twin.arguments[theirs]}={value!r}"
+            raise UnsupportedError(f"{what} is another method in PEFT; merge it, or save without format=.")
+    return found
+
+
+def _twin(tuning: Tuning) -> PeftTwin:
+    from petune.tuning import resolve
+
+    twin = vars(resolve(tuning.method)[1]).get("peft")  # its own: a subclass is another method
+    if not isinstance(twin, PeftTwin):
+        raise UnsupportedError(f"PEFT's format has no {tuning.method!r}; save without format=, or merge.")
+    return twin
+
+
+def _method(config: Mapping[str, Any], folder: Path) -> tuple[str, PeftTwin]:
+    from petune.tuning import methods
+
+    kind = config.get("peft_type")
+    found = {name: vars(cls).get("peft") for name, cls in methods().items()}
+    twins = {name: twin for name, twin in found.items() if isinstance(twin, PeftTwin) and twin.tensors}
+    refused = ""
+    for name, twin in twins.items():
+        if kind in (twin.kind, *twin.also):
+            other = next((k for k, allowed in twin.neutral.items() if config.get(k, allowed[0]) not in allowed), None)
+            if other is None:
+                return name, twin
+            refused = refused or f" with {other}={config[other]!r}"
+    have = ", ".join(sorted({kind for twin in twins.values() for kind in (twin.kind, *twin.also)}))
+    raise UnsupportedError(f"{folder / CONFIG}: no method here is PEFT's {kind}{refused}. Known: {have}.")
+
+
+def _task(model: PreTrainedModel) -> str | None:
+    cls = getattr(type(model), "petune_base", type(model)).__name__
+    return next((task for end, task in TASKS.items() if cls.endswith(end)), None)
+
+
+def _input_embedding(model: PreTrainedModel) -> str:
+    """The name of the table that PEFT takes as the input embedding."""
+    table = model.get_input_embeddings()
+    return next(name for name, module in walk(model) if module is table)
+
+
+def short_names(model: PreTrainedModel, names: set[str]) -> list[str]:
+    """The last parts of the names where they mean the same modules, as serving engines expect; else whole names."""
+    ends = {name.rpartition(".")[2] for name in names}
+    meant = {name for name, _ in walk(model) if name.rpartition(".")[2] in ends}
+    return sorted(ends if meant == names else names)

@@ -1,0 +1,44 @@
+"""How PEFT names what a method has: the renaming as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Layout = Literal["column", "row or column", "skew", "gain", "shift"]
+
+
+@dataclass(frozen=True)
+class PeftTwin:
+    """How PEFT names what a method has.
+
+    Args:
+        kind: `peft_type`.
+        arguments: PEFT's key of the configuration -> ours.
+        tensors: our tensor (of `Adapter.plain`) -> PEFT's, after the module's name. Without any the method saves in
+            PEFT's format and is not loaded from it.
+        neutral: PEFT's options that must be missing or have one of these values, the first of which is written where
+            no argument of ours says which: another value makes another method of it.
+        roles: PEFT's key of the configuration, which lists modules -> our argument, which lists their roles.
+        ranked: our tensor that has a row for each rank. Where given, sites may differ in rank and in `scale`, by
+            arguments that end in `_pattern`; PEFT keeps r and lora_alpha with exceptions by module.
+        layouts: our tensor -> how PEFT lays it out, where that differs; see `petune.formats.layouts`.
+        drawn: our buffer, drawn from a seed -> PEFT's single one for all modules, of which each has the first rows and
+            columns; PEFT may have saved it.
+        whole: PEFT keeps the tensors of all sites in one, as a prompt's rows or as a prefix's keys and values.
+        also: other kinds of PEFT's whose folders hold the same.
+        unsaid: our arguments that only matter to training, and have no place in PEFT's configuration.
+    """
+
+    kind: str
+    arguments: Mapping[str, str]
+    tensors: Mapping[str, str]
+    neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    roles: Mapping[str, str] = field(default_factory=dict)
+    ranked: str = ""
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    drawn: Mapping[str, str] = field(default_factory=dict)
+    whole: Literal["", "prompt", "prefix"] = ""
+    also: tuple[str, ...] = ()
+    unsaid: tuple[str, ...] = ()
