@@ -14,6 +14,7 @@ from petune.hookspecs import hookimpl
 if TYPE_CHECKING:
     from petune import testing
     from petune.adapter import Adapter, Inner, PeftTwin, Positive, Unfreeze
+    from petune.batch import Batch
     from petune.discovery import find_sites as sites
     from petune.loading.fetch import Package, Source
     from petune.loading.models import Quantizer, from_pretrained, load_tokenizer
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ALL_LINEAR",
     "Adapter",
+    "Batch",
     "Inner",
     "Package",
     "PeftTwin",
@@ -55,6 +57,7 @@ __all__ = [
 
 _HOMES = {
     "petune.adapter": ("Adapter", "Inner", "PeftTwin", "Positive", "Unfreeze"),
+    "petune.batch": ("Batch",),
     "petune.loading.fetch": ("Package", "Source"),
     "petune.loading.models": ("Quantizer", "from_pretrained", "load_tokenizer"),
     "petune.ops": ("lowrank_update",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from petune import peft_format
-from petune.errors import PetuneError, unknown
+from petune.errors import PetuneError, UnsupportedError, unknown
 from petune.files import read_json
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from petune.tuning import Method, Tuning
+    from petune.parts import Method
+    from petune.tuning import Tuning
 
 VERSION = 1
 WEIGHTS, CONFIG = "adapter.safetensors", "adapter.json"
@@ -35,6 +36,9 @@ def save(tuning: Tuning, path: str | PathLike[str], format: str = "petune") -> N
     Raises:
         PetuneError: no such format, or one that has no place for this tuning; nothing is written then.
     """
+    if format == "peft" and (len(tuning.parts) > 1 or tuning.weight != 1):
+        what = "a tuning of several methods" if len(tuning.parts) > 1 else f"a weight of {tuning.weight}"
+        raise UnsupportedError(f"PEFT's format has no place for {what}; save {tuning.name!r} without format=.")
     if format == "peft":
         tensors, config = peft_format.export(tuning)
         _write(Path(path), peft_format.WEIGHTS, tensors, peft_format.CONFIG, config)
@@ -44,13 +48,15 @@ def save(tuning: Tuning, path: str | PathLike[str], format: str = "petune") -> N
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tuning.state()}
     config = {
         "petune": VERSION,
-        "method": tuning.method,
+        "method": tuning.method if len(tuning.parts) == 1 else [part.name for part in tuning.parts],
         "arguments": tuning.arguments,
         "where": tuning.where,
         "train": list(tuning.heads),
         "base": getattr(tuning.model.config, "name_or_path", "") or None,
         "architecture": tuning.model.config.model_type,
     }
+    if tuning.weight != 1:
+        config["weight"] = tuning.weight
     _write(Path(path), WEIGHTS, tensors, CONFIG, config)
 
 
@@ -68,12 +74,12 @@ def load(
     path: str | PathLike[str],
     *,
     name: str = "default",
-    method: Method | None = None,
+    method: Method | Sequence[str | Method] | None = None,
 ) -> Tuning:
     """Attach a saved tuning: petune's folder or PEFT's, told apart by what is in it.
 
     Args:
-        method: the method's class, where no plugin brings it under the saved name.
+        method: the method's class, where no plugin brings it under the saved name; of several methods, a list.
 
     Raises:
         PetuneError: no tuning there, its method is not installed, or it does not fit the model; the model is
@@ -96,6 +102,7 @@ def load(
     )
     try:
         fill(tuning, tensors, folder)
+        tuning.weight = config.get("weight", 1.0)
     except PetuneError:
         tuning.detach()
         raise

@@ -47,8 +47,8 @@ def adapt(model: Any, recipe: Recipe) -> PeftTuning:
     """
     import peft
 
-    make = CONFIGS.get(recipe.method)
-    if make is None:
+    make = CONFIGS.get(recipe.method) if isinstance(recipe.method, str) else None
+    if make is None or not isinstance(recipe.method, str) or isinstance(recipe.where, dict):
         raise UnsupportedError(f"no mapping of {recipe.method!r} to PEFT; there is one for {', '.join(CONFIGS)}.")
     own = registry().get("petune_methods", recipe.method)
     defaults = {name: p.default for name, p in arguments(own).items()}
