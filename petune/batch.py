@@ -53,10 +53,10 @@ def batches(model: Any, board: Board, kwargs: dict[str, Any], prompts: bool) -> 
         raise UnsupportedError("beside virtual tokens, a method that acts by position needs input ids, not in chunks.")
     found = {}
     if not model.config.is_encoder_decoder:
-        labels = kwargs.get("labels") if model.can_generate() else None
+        answers = _answers(kwargs) if model.can_generate() else None
         if given is not None:
             prompted = board.prompted if board.prompted is not None or not seen else 0
-            found["decoder"] = _prompt(_tokens(mask, given, virtual, seen), seen, prompted, labels)
+            found["decoder"] = _prompt(_tokens(mask, given, virtual, seen), seen, prompted, answers)
         return found
     if given is not None:
         found["encoder"] = _prompt(_tokens(mask, given, virtual, 0), 0, None, None)
@@ -70,6 +70,14 @@ def batches(model: Any, board: Board, kwargs: dict[str, Any], prompts: bool) -> 
 
 def _either(kwargs: dict[str, Any], one: str, other: str) -> Tensor | None:
     return kwargs.get(other) if kwargs.get(one) is None else kwargs[one]
+
+
+def _answers(kwargs: dict[str, Any]) -> Tensor | None:
+    """(batch, length) bool: the tokens that a language model is to predict, where it is told."""
+    labels, kept = kwargs.get("labels"), kwargs.get("logits_to_keep")
+    if labels is not None and labels.dim() == 2:
+        return labels != SKIP
+    return F.pad(kept, (1, 0))[:, :-1] if isinstance(kept, Tensor) and kept.dim() == 2 else None
 
 
 def _tokens(mask: Tensor | None, given: Tensor, virtual: int, seen: int) -> Tensor:
@@ -86,18 +94,18 @@ def _tokens(mask: Tensor | None, given: Tensor, virtual: int, seen: int) -> Tens
     return tokens & F.pad(given < virtual, (seen, 0), value=True) if given.dim() == 2 else tokens
 
 
-def _prompt(tokens: Tensor, seen: int, prompted: int | None, labels: Tensor | None) -> Batch:
+def _prompt(tokens: Tensor, seen: int, prompted: int | None, answers: Tensor | None) -> Batch:
     """The batch without its first `seen` columns.
 
     Args:
-        prompted: how many columns are the prompt's, None if all are that no labels end.
+        prompted: how many columns are the prompt's, None if all up to the first of the answers are.
     """
     if prompted is not None and seen >= prompted:
         return Batch(torch.full_like(tokens[:, seen:], -1, dtype=torch.long), tokens.sum(1, keepdim=True) * 0, True)
     if prompted is not None:
         tokens = tokens & (torch.arange(tokens.shape[1], device=tokens.device) < prompted)
-    if labels is not None and labels.dim() == 2:
-        before = tokens & ((labels != SKIP).cumsum(1) == 0)
+    if answers is not None:
+        before = tokens & (answers.cumsum(1) == 0)
         tokens = torch.where(before.any(1, keepdim=True), before, tokens)
     place = torch.where(tokens, tokens.cumsum(1) - 1, -1)
     return Batch(place[:, seen:], tokens.sum(1, keepdim=True))
