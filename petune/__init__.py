@@ -14,6 +14,7 @@ from petune.hookspecs import hookimpl
 if TYPE_CHECKING:
     from petune import testing
     from petune.adapter import Adapter, Inner, Positive, Unfreeze
+    from petune.batch import Batch
     from petune.discovery import find_sites as sites
     from petune.formats.twin import PeftTwin
     from petune.loading.fetch import Package, Source
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ALL_LINEAR",
     "Adapter",
+    "Batch",
     "Inner",
     "Package",
     "PeftTwin",
@@ -56,6 +58,7 @@ __all__ = [
 
 _HOMES = {
     "petune.adapter": ("Adapter", "Inner", "Positive", "Unfreeze"),
+    "petune.batch": ("Batch",),
     "petune.formats.twin": ("PeftTwin",),
     "petune.loading.fetch": ("Package", "Source"),
     "petune.loading.models": ("Quantizer", "from_pretrained", "load_tokenizer"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from annotated_types import Gt
@@ -37,7 +38,8 @@ class Adapter(nn.Module):
     * embedding: `forward(inner, ids)`, ids (batch, length)
     * prompt: `forward()`, the result (length, hidden); the class has an attribute `length`
 
-    `inner` is the frozen computation and whatever is stacked inside it.
+    `inner` is the frozen computation and whatever is stacked inside it. A `forward` with a keyword `batch` also gets
+    the `Batch` that the model was called with.
     """
 
     where: ClassVar[str] = ""
@@ -52,6 +54,28 @@ class Adapter(nn.Module):
     def plain(self) -> Mapping[str, Tensor]:
         """The tensors that say what the adapter computes, without what only helps to train it: what is exported."""
         return self.state_dict(keep_vars=True)
+
+    @classmethod
+    def settle(cls, sites: Sequence[Site], arguments: dict[str, Any]) -> dict[str, Any]:
+        """What the arguments given come to on the sites picked, once for all, before any adapter is made. The result
+        is what is saved: it must do without files that are not part of the tuning.
+        """
+        return arguments
+
+    @classmethod
+    @contextmanager
+    def step(cls, adapters: Sequence[Any], step: int, total: int) -> Iterator[None]:
+        """For a method with a schedule. Stands around each step of the optimizer with all adapters of a tuning, the
+        gradients there: what precedes the `yield` can change them, what follows it sees the updated parameters.
+
+        Args:
+            step: which one, from 0 to total - 1.
+        """
+        yield
+
+    def learning_rates(self) -> Mapping[str, float]:
+        """How many times the learning rate a parameter learns at, by its name; once for those left out."""
+        return {}
 
 
 class Unfreeze:

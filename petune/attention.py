@@ -59,10 +59,10 @@ def _active(graft: Graft, plan: Plan | None) -> list[Link]:
     return graft.attention if plan else [link for link in graft.attention if link.tuning.enabled]
 
 
-def around(links: list[Link], inner: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`inner` with the attention adapters of `links` around it."""
+def around(links: list[Link], inner: Callable[..., Tensor], index: Tensor | None = None) -> Callable[..., Tensor]:
+    """`inner` with the attention adapters of `links` around it, for the rows `index` of the batch."""
     for link in links:
-        inner = partial(apply, link.adapter, inner)
+        inner = partial(apply, link.bound(index), inner)
     return inner
 
 

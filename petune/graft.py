@@ -7,7 +7,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,8 @@ from petune.discovery import base_class
 from petune.errors import UnsupportedError
 
 if TYPE_CHECKING:
+    from petune.batch import Batch
+    from petune.parts import Part
     from petune.routing import Plan
     from petune.site import Site
     from petune.tuning import Tuning
@@ -35,6 +37,10 @@ class Board:
     """During `generate`, how many columns of virtual tokens stand before the user's tokens."""
     causal: bool = True
     """The model reads left to right, so that virtual tokens may stand before its first token."""
+    prompted: int | None = None
+    """During `generate`, how many columns are the prompt's, those of virtual tokens included."""
+    batch: dict[str, Batch] = field(default_factory=dict)
+    """What adapters may know of the forward that runs, by stack."""
     flags: dict[str, bool] = field(default_factory=dict)
     """Which base parameters asked for gradients before the first attach."""
 
@@ -46,12 +52,39 @@ class Link:
     adapter: Adapter
     site: Site
     tuning: Tuning
+    part: Part | None = None
+    """The method that it belongs to; None for a module that trains along."""
+    stack: str = "decoder"
+    """Whose batch it sees."""
+
+    def __post_init__(self) -> None:
+        self.reads = "batch" in inspect.signature(type(self.adapter).forward).parameters
+
+    def bound(self, index: Tensor | None = None) -> Call:
+        """The adapter as it acts: with the batch that it asks for, or the rows `index` of it, and at its weight."""
+        call: Call = self.adapter
+        if self.reads:
+            batch = graft_of(self.site.module).board.batch.get(self.stack)
+            if batch is None:
+                raise UnsupportedError(f"{self.tuning.method!r} acts by position: call the model itself, with its "
+                                       f"{self.stack}'s input, not {self.site.name}.")  # fmt: skip
+            call = partial(call, batch=batch if index is None else batch.rows(index))
+        return call if self.tuning.weight == 1 else partial(_weighted, call, self.tuning.weight)
+
+    @property
+    def _method(self) -> str:
+        return f"{self.part.name}:" if self.part is not None and len(self.tuning.parts) > 1 else ""
+
+    @property
+    def label(self) -> str:
+        """What tells it from the tuning's others: the site's name, and the method's where there are several."""
+        return self._method + self.site.name
 
     @property
     def key(self) -> str:
         """Where the adapter is registered: one tuning can act twice on a module, on parts or kinds of it."""
         tag = self.site.name.removeprefix(_plain(self.site.name))
-        return self.tuning.name + tag.replace(".", "_")
+        return f"{self.tuning.name}:{self._method}{tag}".rstrip(":").replace(".", "_")
 
 
 @dataclass(eq=False)
@@ -120,15 +153,15 @@ class Computation:
         return (out, *self.rest) if self.rest else out
 
 
-def chain(links: list[Link], inner: Call, call: Computation) -> Call:
-    """`inner` with the adapters of `links` around it."""
+def chain(links: list[Link], inner: Call, call: Computation, index: Tensor | None = None) -> Call:
+    """`inner` with the adapters of `links` around it, for the rows `index` of the batch."""
     for link in links:
-        inner = _around(link, inner, call)
+        inner = _around(link, inner, call, index)
     return inner
 
 
-def _around(link: Link, inner: Call, call: Computation) -> Call:
-    adapter, site = link.adapter, link.site
+def _around(link: Link, inner: Call, call: Computation, index: Tensor | None) -> Call:
+    adapter, site = link.bound(index), link.site
     if isinstance(site.module, nn.Embedding):  # ids have no dtype to follow
         return lambda ids: adapter(inner, ids).to(site.module.weight.dtype)
     if site.kind == "module":
@@ -140,14 +173,25 @@ def _around(link: Link, inner: Call, call: Computation) -> Call:
     return lambda x: apply(adapter, inner, x)
 
 
-def _on_part(adapter: Adapter, inner: Call, x: Tensor, part: slice) -> Tensor:
+def _weighted(adapter: Call, weight: float, inner: Call, x: Tensor, *rest: Any, **others: Any) -> Tensor:
+    """Y + weight (adapter(inner, x) - y), y = inner(x) computed once."""
+    y = inner(x, *rest)
+
+    def once(h: Tensor, *more: Any) -> Tensor:
+        same = h is x and all(a is b for a, b in zip(more, rest, strict=True))
+        return y if same else inner(h, *more)
+
+    return torch.lerp(y, adapter(once, x, *rest, **others).to(y.dtype), weight)
+
+
+def _on_part(adapter: Call, inner: Call, x: Tensor, part: slice) -> Tensor:
     """Adapt the outputs `part` of a fused projection, which is computed once unless the adapter changes x."""
     whole = inner(x)
     out = apply(adapter, lambda h: (whole if h is x else inner(h))[..., part], x)
     return torch.cat([whole[..., : part.start], out, whole[..., part.stop :]], -1)
 
 
-def _spanning(adapter: Adapter, inner: Call, x: Tensor, site: Site) -> Tensor:
+def _spanning(adapter: Call, inner: Call, x: Tensor, site: Site) -> Tensor:
     """Adapt a computation that several modules share: it begins at `site.entry` and ends here, with x."""
     assert site.entry is not None
     begin = graft_of(site.entry).seen

@@ -5,16 +5,16 @@ and `generate` see ordinary tokens, so they need no code.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from petune.graft import Board, Grafted, Link, graft_of
-
-SKIP = -100
-"""The label that transformers' losses leave out."""
+from petune.batch import SKIP, batches
+from petune.graft import Board, Call, Grafted, Link, graft_of
 
 
 @dataclass
@@ -93,38 +93,63 @@ class Prompted(Grafted):
         graft = graft_of(self)
         base = graft.hooked or super(Grafted, self).forward
         board = graft.board
-        if board.plan is None and (board.inserted is not None or not prompts(board)):
+        asked = _asked(board)
+        if board.plan is None and not asked and (board.inserted is not None or not prompts(board)):
             return base(*args, **kwargs)
         kwargs.update(zip(graft.parameters, args, strict=False))
         if board.plan is not None and (given := _given(kwargs)) is not None:
             board.plan.repeated(given.shape[0])  # refuses a batch that does not fit, before anything runs
+        run = partial(self._telling, base) if asked else base
         if board.inserted is not None or not prompts(board):
-            return base(**kwargs)
+            return run(**kwargs)
         layout = self._layout(kwargs, left=False)
         if layout is None:
-            return base(**kwargs)
-        return self._without(base(**self._with(kwargs, layout)), layout)
+            return run(**kwargs)
+        return self._without(run(**self._with(kwargs, layout)), layout)
+
+    def _telling(self, base: Call, *args: Any, **kwargs: Any) -> Any:
+        """`base`, while adapters that ask for the batch get it; again in the backward of what comes out, where
+        gradient checkpointing runs them once more.
+        """
+        board = graft_of(self).board
+        board.batch = batch = batches(self, board, kwargs, bool(prompts(board)))
+        try:
+            out = base(*args, **kwargs)
+        finally:
+            board.batch = {}
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            for tensor in tree_leaves(out):
+                if isinstance(tensor, Tensor) and tensor.requires_grad:
+                    tensor.register_hook(lambda _: setattr(board, "batch", batch))  # type: ignore[no-untyped-call]
+        return out
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         board = graft_of(self).board
         if inputs is not None:
             kwargs["input_ids"] = inputs
         layout = self._layout(kwargs, left=True) if prompts(board) else None
-        if layout is None:
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
         has_ids = kwargs.get("input_ids") is not None and not self.config.is_encoder_decoder
-        kwargs = self._with(kwargs, layout)
-        board.inserted = layout.source.shape[1] - layout.tokens if has_ids else 0
-        if has_ids and kwargs.get("max_length") is not None:
-            kwargs["max_length"] += board.inserted
         try:
+            if layout is not None:
+                kwargs = self._with(kwargs, layout)
+                board.inserted = layout.source.shape[1] - layout.tokens if has_ids else 0
+                if has_ids and kwargs.get("max_length") is not None:
+                    kwargs["max_length"] += board.inserted
+            board.prompted = _columns(self, kwargs)
             out = super().generate(*args, **kwargs)  # type: ignore[misc]
-            if isinstance(out, Tensor):
+            if board.inserted and isinstance(out, Tensor):
                 return out[:, board.inserted :]
-            out.sequences = out.sequences[:, board.inserted :]
+            if board.inserted:
+                out.sequences = out.sequences[:, board.inserted :]
             return out
         finally:
-            board.inserted = None
+            board.inserted = board.prompted = None
+
+    def _maybe_prepare_encoder_kwargs_for_generation(self, inputs: Tensor, kwargs: dict[str, Any], *rest: Any) -> Any:
+        board = graft_of(self).board
+        if self.config.is_encoder_decoder and _asked(board):  # `generate` runs an encoder by itself
+            board.batch = batches(self, board, {**kwargs, "input_ids": inputs}, bool(prompts(board)))
+        return super()._maybe_prepare_encoder_kwargs_for_generation(inputs, kwargs, *rest)  # type: ignore[misc]
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         found = super()._get_logits_processor(*args, **kwargs)  # type: ignore[misc]
@@ -224,10 +249,22 @@ class _PastPrompt(LogitsProcessor):
         return self.inner(input_ids[:, self.columns :], scores)
 
 
+def _asked(board: Board) -> bool:
+    """An adapter that serves now wants to know the batch."""
+    return any(t.reads and (t.enabled or board.plan is not None) for t in board.tunings.values())
+
+
 def _given(kwargs: dict[str, Any]) -> Tensor | None:
     """The batch: ids, or what stands for them."""
     ids = kwargs.get("input_ids")
     return kwargs.get("inputs_embeds") if ids is None else ids
+
+
+def _columns(model: Any, kwargs: dict[str, Any]) -> int:
+    """How many columns the prompts take that `generate` is given: an encoder-decoder's are those it decodes from."""
+    of = "decoder_" if model.config.is_encoder_decoder else ""
+    found = (kwargs.get(of + key) for key in ("input_ids", "inputs_embeds", "attention_mask"))
+    return max((tensor.shape[1] for tensor in found if tensor is not None), default=1)
 
 
 def prompts(board: Board) -> list[Link]:

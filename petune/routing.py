@@ -99,7 +99,7 @@ class Plan:
 
             for graft, seen in spans.items():
                 graft.seen = seen[index] if seen is not None else None
-            out.append(chain(own, inner, call)(mine))
+            out.append(chain(own, inner, call, index)(mine))
         if len(rest):
             out.append(call(x[rest]) if call.alone and not whole else shared()[rest])
         return torch.cat(out)[back]
@@ -114,7 +114,7 @@ class Plan:
         out = []
         for own, index in [*groups, *([([], rest)] if len(rest) else [])]:
             rows = [take(t, index, batch) for t in x] if batch > 1 else x
-            out.append(around(own, call.rows(index, batch))(*rows))
+            out.append(around(own, call.rows(index, batch), index)(*rows))
         return torch.cat(out)[back]
 
 

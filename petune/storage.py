@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from petune.tuning import Method, Tuning
+    from petune.parts import Method
+    from petune.tuning import Tuning
 
 VERSION = 1
 WEIGHTS, CONFIG = "adapter.safetensors", "adapter.json"
@@ -44,13 +45,15 @@ def save(tuning: Tuning, path: str | PathLike[str], format: str = "petune") -> N
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tuning.state()}
     config = {
         "petune": VERSION,
-        "method": tuning.method,
+        "method": tuning.method if len(tuning.parts) == 1 else [part.name for part in tuning.parts],
         "arguments": tuning.arguments,
         "where": tuning.where,
         "train": list(tuning.heads),
         "base": getattr(tuning.model.config, "name_or_path", "") or None,
         "architecture": tuning.model.config.model_type,
     }
+    if tuning.weight != 1:
+        config["weight"] = tuning.weight
     _write(Path(path), WEIGHTS, tensors, CONFIG, config)
 
 
@@ -68,12 +71,12 @@ def load(
     path: str | PathLike[str],
     *,
     name: str = "default",
-    method: Method | None = None,
+    method: Method | Sequence[str | Method] | None = None,
 ) -> Tuning:
     """Attach a saved tuning: petune's folder or PEFT's, told apart by what is in it.
 
     Args:
-        method: the method's class, where no plugin brings it under the saved name.
+        method: the method's class, where no plugin brings it under the saved name; of several methods, a list.
 
     Raises:
         PetuneError: no tuning there, its method is not installed, or it does not fit the model; the model is
@@ -96,6 +99,7 @@ def load(
     )
     try:
         fill(tuning, tensors, folder)
+        tuning.weight = config.get("weight", 1.0)
     except PetuneError:
         tuning.detach()
         raise

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from petune import storage
-from petune.adapter import Adapter, TrainedCopy, Unfreeze, check_arguments
+from petune.adapter import Adapter, TrainedCopy, Unfreeze
 from petune.attention import install
 from petune.discovery import children, features, find_sites, walk
 from petune.errors import PetuneError, UnsupportedError, unknown
 from petune.graft import Board, Grafted, Link, add, hold, release, remove
 from petune.merge import dense, is_quantized, merge
-from petune.plugins import registry
+from petune.parts import Method, Part, Where, methods, parts, resolve
 from petune.prompts import Prompted, Table, is_causal
 from petune.routing import board_of
 from petune.site import KIND_OF, Site, select
@@ -29,27 +30,58 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-Method = type[Adapter] | type[Unfreeze]
+__all__ = ["Method", "Tuning", "attach", "methods", "resolve", "tunings"]
 
 
 class Tuning:
-    """What `attach` returns. Attributes: `model`, `name`, `method` (its registered name), `arguments`, `where`."""
+    """What `attach` returns. Attributes: `model`, `name`, `parts` (its methods), `enabled`."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         name: str,
-        method: str,
-        arguments: dict[str, Any],
-        where: str | None,
+        parts: Sequence[Part],
         heads: tuple[str, ...],
-        links: list[tuple[Adapter, Site]],
+        links: list[tuple[Adapter, Site, Part | None]],
     ) -> None:
-        self.model, self.name, self.method = model, name, method
-        self.arguments, self.where, self.heads = arguments, where, heads
-        self.links = [Link(adapter, site, self) for adapter, site in links]
+        self.model, self.name, self.parts, self.heads = model, name, tuple(parts), heads
+        self.links = [Link(adapter, site, self, part) for adapter, site, part in links]
         self.prompts = [link for link in self.links if link.site.kind == "prompt"]
+        self.reads = any(link.reads for link in self.links)
         self.enabled = True
+        self._weight = 1.0
+
+    @property
+    def method(self) -> str:
+        """The registered name of its method; of several, all with `+` between them."""
+        return "+".join(part.name for part in self.parts)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments given; of several methods, those of each by its name."""
+        one, *more = self.parts
+        return {part.name: part.arguments for part in self.parts} if more else one.arguments
+
+    @property
+    def where(self) -> Where:
+        """The sites that the user picked, None for the method's own; of several methods, by name."""
+        one, *more = self.parts
+        return {part.name: part.where for part in self.parts} if more else one.where
+
+    @property
+    def weight(self) -> float:
+        """How much of the tuning acts: at each site y = inner(x) + weight (adapter(inner, x) - inner(x)). So tunings
+        that add something, stacked, are their weighted sum.
+        """
+        return self._weight
+
+    @weight.setter
+    def weight(self, weight: float) -> None:
+        if not math.isfinite(weight):
+            raise PetuneError(f"weight={weight!r} of tuning {self.name!r}: wanted is a finite number.")
+        if self.prompts and weight != 1:
+            raise UnsupportedError(f"tuning {self.name!r} puts tokens before the input, which have no weighted form.")
+        self._weight = float(weight)
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.parameters())
@@ -58,22 +90,56 @@ class Tuning:
 
     @property
     def adapters(self) -> dict[str, Adapter]:
-        """The adapters by the name of their site."""
-        return {link.site.name: link.adapter for link in self.links}
+        """The adapters by the name of their site; of several methods, `<method>:<site>`."""
+        return {link.label: link.adapter for link in self.links}
 
     def parameters(self) -> list[nn.Parameter]:
         """What trains, each tensor once."""
         found = {id(p): p for link in self.links for p in link.adapter.parameters() if p.requires_grad}
         return list(found.values())
 
+    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """What trains as an optimizer takes it: a group for each learning rate that the method asks for."""
+        rates = {
+            id(p): rate
+            for link in self.links
+            for name, rate in link.adapter.learning_rates().items()
+            if isinstance(p := getattr(link.adapter, name), nn.Parameter)
+        }
+        groups: dict[float, list[nn.Parameter]] = {1.0: []}
+        for p in self.parameters():
+            groups.setdefault(rates.get(id(p), 1.0), []).append(p)
+        return [{"params": own, "lr": learning_rate * rate} for rate, own in groups.items() if own]
+
+    @contextmanager
+    def step(self, step: int, total: int) -> Iterator[None]:
+        """Around each `optimizer.step()`, number `step` of `total` from 0: what methods with a schedule ask for."""
+        with ExitStack() as stack:
+            for part in self.parts:
+                if issubclass(part.cls, Adapter):
+                    own = [link.adapter for link in self.links if link.part is part]
+                    stack.enter_context(part.cls.step(own, step, total))
+            yield
+
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """What is saved, `<site>.<tensor>`, each tensor once."""
+        """What is saved, `<site>.<tensor>`, each tensor once; of several methods, `<method>:<site>.<tensor>`."""
         seen: set[int] = set()
         for link in self.links:
             for key, tensor in link.adapter.state_dict(keep_vars=True).items():
                 if id(tensor) not in seen:
                     seen.add(id(tensor))
-                    yield f"{link.site.name}.{key}", tensor
+                    yield f"{link.label}.{key}", tensor
+
+    def progress(self) -> dict[str, Tensor]:
+        """Where the schedules of its methods stand, which a checkpoint of the training needs and a saved tuning not:
+        the buffers that are not saved.
+        """
+        found: dict[str, Tensor] = {}
+        for link in self.links:
+            if type(link.adapter).step.__func__ is not Adapter.step.__func__:  # type: ignore[attr-defined]
+                saved = link.adapter.state_dict()
+                found |= {f"{link.label}.{k}": b for k, b in link.adapter.named_buffers() if k not in saved}
+        return found
 
     def enable(self) -> None:
         """Switch the tuning on: one flag, whatever the size of the model."""
@@ -134,17 +200,18 @@ class Tuning:
 
 def attach(
     model: PreTrainedModel,
-    method: str | Method,
+    method: str | Method | Sequence[str | Method],
     *,
     name: str = "default",
-    where: str | None = None,
+    where: Where = None,
     train: Sequence[str] | None = None,
     **arguments: Any,
 ) -> Tuning:
     """Adapt a model in place: the base is frozen, the method's adapters train.
 
     Args:
-        method: a registered name (`petune.methods()`) or the class itself.
+        method: a registered name (`petune.methods()`) or the class itself; a list of them is one tuning, whose
+            methods act in that order, and then `where` and `arguments` go by the methods' names.
         name: the tuning's name on this model.
         where: the sites, in place of the method's own choice; see `petune.site.select`.
         train: modules of the base that train along, in a copy of the tuning's own; without it those that
@@ -155,8 +222,7 @@ def attach(
         PetuneError: an unknown name or argument, a `where` that matches nothing, a name already taken.
         UnsupportedError: the method can't act on this model.
     """
-    method_name, cls = resolve(method)
-    checked = check_arguments(method_name, cls, arguments)
+    wanted = parts(method, arguments, where)
     taken = tunings(model)
     if name in taken:
         raise PetuneError(f"a tuning named {name!r} is attached already; give this one another name=…")
@@ -164,11 +230,15 @@ def attach(
         raise PetuneError(f"name={name!r}: letters, digits, '_' and '-' only.")
     heads = tuple(getattr(model, "petune_fresh", ()) if train is None else train)
     sites = find_sites(model)
-    if issubclass(cls, Unfreeze):
-        links = _copies(model, [*cls(**checked).modules(sites), *heads])
-    else:
-        links = _adapters(method_name, cls, sites, where, checked) + _copies(model, heads)
-    return _install(model, Tuning(model, name, method_name, checked, where, heads, links))
+    trained = [m for p in wanted if issubclass(p.cls, Unfreeze) for m in p.cls(**p.arguments).modules(sites)]
+    links: list[tuple[Adapter, Site, Part | None]] = []
+    settled = []
+    for part in wanted:
+        own, part = (_adapters(part, sites)) if issubclass(part.cls, Adapter) else ([], part)
+        links += [(adapter, site, part) for adapter, site in own]
+        settled.append(part)
+    copies = [(adapter, site, None) for adapter, site in _copies(model, [*trained, *heads])]
+    return _install(model, Tuning(model, name, settled, heads, [*copies, *links]))  # what trains itself is innermost
 
 
 def tunings(model: PreTrainedModel) -> dict[str, Tuning]:
@@ -177,30 +247,12 @@ def tunings(model: PreTrainedModel) -> dict[str, Tuning]:
     return dict(board.tunings) if board else {}
 
 
-def methods() -> dict[str, Method]:
-    """Every installed method by name."""
-    return registry().all("petune_methods")
-
-
-def resolve(method: str | Method) -> tuple[str, Method]:
-    """(name, class) of a registered name, or of a class, which need not be registered.
-
-    Raises:
-        PetuneError: no such name, or no method class.
-    """
-    if isinstance(method, str):
-        return method, registry().get("petune_methods", method)
-    if not isinstance(method, type) or not issubclass(method, Adapter | Unfreeze):
-        raise PetuneError(f"{method!r} is neither a method's name nor a class of petune.Adapter or petune.Unfreeze.")
-    name = next((n for n, c in methods().items() if c is method), method.__qualname__)
-    return name, method
-
-
-def _adapters(
-    name: str, cls: type[Adapter], sites: list[Site], where: str | None, arguments: dict[str, Any]
-) -> list[tuple[Adapter, Site]]:
+def _adapters(part: Part, sites: list[Site]) -> tuple[list[tuple[Adapter, Site]], Part]:
+    """The adapters of a method at the sites picked, and the method with its arguments settled."""
+    name, cls = part.name, part.cls
+    assert issubclass(cls, Adapter)
     try:
-        picked = select(sites, where or cls.where, strict=where is not None)
+        picked = select(sites, part.where or cls.where, strict=part.where is not None)
     except PetuneError as none:
         raise PetuneError(f"method {name!r}: {none}") from None
     accepted = {KIND_OF[role] for role in cls.where.split() if role in KIND_OF}
@@ -208,11 +260,12 @@ def _adapters(
     wrong = [s for s in picked if accepted and s.kind not in accepted]
     if wrong:
         kinds = " and ".join(sorted(accepted))
-        raise PetuneError(f"method {name!r} acts on {kinds} sites; where={where!r} picks {wrong[0].kind} sites.")
+        raise PetuneError(f"method {name!r} acts on {kinds} sites; where={part.where!r} picks {wrong[0].kind} sites.")
     pool: dict[Any, Any] = {}
     own: list[Site] = []
     own += [dataclasses.replace(site, peers=own, _pool=pool) for site in picked]
-    return [(cls(site, **arguments), site) for site in own]
+    part = dataclasses.replace(part, arguments=cls.settle(own, dict(part.arguments)))
+    return [(cls(site, **part.arguments), site) for site in own], part
 
 
 def _copies(model: PreTrainedModel, names: Sequence[str]) -> list[tuple[Adapter, Site]]:
@@ -261,7 +314,10 @@ def _install(model: PreTrainedModel, tuning: Tuning) -> Tuning:
     hold(model, board, Prompted)
     board.tunings[tuning.name] = tuning
     least = torch.float64 if model.dtype == torch.float64 else torch.float32
+    encoder_decoder = tuning.reads and model.config.is_encoder_decoder
+    decoder = set(model.get_decoder().modules()) if encoder_decoder else None  # type: ignore[no-untyped-call]
     for link in tuning.links:
+        link.stack = "decoder" if decoder is None or link.site.module in decoder else "encoder"
         anchor = next((p for p in link.site.module.parameters()), None)
         link.adapter.to(device=anchor.device if anchor is not None else None, dtype=least)
         link.adapter.train(model.training)

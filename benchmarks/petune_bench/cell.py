@@ -54,6 +54,7 @@ class Cell:
             **vars(self),
             **r.model_dump(include={"model", "precision", "method", "method_args", "task", "data"}),
             **measured,
+            "method": r.method if isinstance(r.method, str) else "+".join(r.method),
             "schema_version": SCHEMA_VERSION,
             "cell": self.name,
             "status": status,

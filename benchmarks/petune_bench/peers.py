@@ -48,6 +48,8 @@ def adapt(model: Any, recipe: Recipe) -> PeftTuning:
     """
     import peft
 
+    if not isinstance(recipe.method, str) or isinstance(recipe.where, dict):
+        raise UnsupportedError(f"PEFT has no several methods in one: {', '.join(recipe.method)}.")
     config = configure(model, recipe.method, recipe.where, recipe.method_args)
     config.task_type = TASK_TYPES.get(recipe.task)
     if not config.is_prompt_learning:

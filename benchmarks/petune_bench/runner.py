@@ -97,8 +97,10 @@ def _specs(suite: Suite, source: str, methods: Sequence[str], pattern: str) -> l
     return chosen
 
 
-def _code(method: str) -> str:
+def _code(method: str | list[str]) -> str:
     """The method's source: the file of its class."""
+    if not isinstance(method, str):
+        return "".join(map(_code, method))
     try:
         file = inspect.getsourcefile(registry().get("petune_methods", method))
         return Path(file).read_text(encoding="utf-8") if file else ""

@@ -7,6 +7,7 @@
       - {method: lora, method_args: {rank: 16}, training: {learning_rate: 2.0e-3}}
       - {name: peft's lora, method: lora, method_args: {rank: 16}, implementation: peft}
       - {method: full, precision: fp32}
+      - {method: [prefix-tuning, parallel-adapter], method_args: {prefix-tuning: {length: 30}}}
 
 A cell overrides the defaults key by key, within `training` too.
 """
@@ -34,19 +35,20 @@ class _Strict(BaseModel):
 class CellSpec(_Strict):
     """One method to compare, and where its recipe departs from the defaults."""
 
-    method: str
+    method: str | list[str] = Field(description="or several, which act as one tuning")
     name: str = Field("", description="what the report calls it; the method's own name unless given")
     implementation: Literal["petune", "peft"] = "petune"
     method_args: dict[str, Any] = {}
     model: str | None = None
     precision: str | None = None
-    where: str | None = None
+    where: str | dict[str, str] | None = None
     training: dict[str, Any] = {}
 
     @property
     def label(self) -> str:
         """The cell's name."""
-        return self.name or self.method + (f" ({self.implementation})" if self.implementation != "petune" else "")
+        methods = self.method if isinstance(self.method, str) else "+".join(self.method)
+        return self.name or methods + (f" ({self.implementation})" if self.implementation != "petune" else "")
 
 
 class Suite(_Strict):

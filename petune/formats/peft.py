@@ -48,6 +48,8 @@ def export(tuning: Tuning, *, parts: bool = False) -> tuple[dict[str, Tensor], d
         UnsupportedError: PEFT has no such method, or no such place to put it.
     """
     twin = _twin(tuning)
+    if not parts and tuning.weight != 1:
+        raise UnsupportedError(f"PEFT's format has no place for a weight of {tuning.weight}; save without format=.")
     own = [link for link in tuning.links if link.site.kind != "module"]
     if not parts and any(link.site.part is not None for link in own):
         what = f"{tuning.method!r} acts on parts of a fused projection here, which PEFT can't"
@@ -253,6 +255,8 @@ def _arguments(tuning: Tuning, twin: PeftTwin) -> dict[str, Any]:
 def _twin(tuning: Tuning) -> PeftTwin:
     from petune.tuning import resolve
 
+    if len(tuning.parts) > 1:
+        raise UnsupportedError("PEFT's format has no place for a tuning of several methods; save without format=.")
     twin = vars(resolve(tuning.method)[1]).get("peft")  # its own: a subclass is another method
     if not isinstance(twin, PeftTwin):
         raise UnsupportedError(f"PEFT's format has no {tuning.method!r}; save without format=, or merge.")

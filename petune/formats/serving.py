@@ -37,7 +37,7 @@ def export(tuning: Tuning) -> tuple[dict[str, Tensor], dict[str, Any]]:
     baked: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for name, pair in modules.items():
         site = name.removeprefix(peft.PREFIX)
-        up = pair[B] * _scale(config, site, len(pair[A]))
+        up = pair[B] * _scale(config, site, len(pair[A])) * tuning.weight
         baked.setdefault(name.partition("[")[0], []).append((pair[A], _whole(tuning, site, up)))
     joined = {name: (torch.cat([a for a, _ in p]), torch.cat([b for _, b in p], 1)) for name, p in baked.items()}
     rank = max(len(a) for a, _ in joined.values())

@@ -126,12 +126,15 @@ class _Session:
         import torch
 
         import petune
+        from petune.tune.trainer import resume_schedule
 
         r = self.recipe
         saved = self.checkpoint and self.checkpoint[0] / folder.ADAPTER
         if adapt is None:
-            if saved:
-                return petune.load(self.model, saved)
+            if self.checkpoint and saved:
+                tuning = petune.load(self.model, saved)
+                resume_schedule(tuning, self.checkpoint[0])
+                return tuning
             try:
                 return petune.attach(self.model, r.method, where=r.where, **r.method_args)
             except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -139,12 +142,12 @@ class _Session:
                     raise
                 # a value of the right type that the method can't work with, such as a rank of 0
                 raise PetuneError(f"method {r.method!r} with method_args {r.method_args}: {error}") from error
-        tuning = adapt(self.model, r)
+        brought = adapt(self.model, r)
         if saved:
-            if not hasattr(tuning, "load"):
+            if not hasattr(brought, "load"):
                 raise PetuneError(f"{self.path}: what `adapt` made can't load a checkpoint; start anew with overwrite.")
-            tuning.load(saved)
-        return tuning
+            brought.load(saved)
+        return brought
 
     def _loop(self) -> AdapterTrainer:
         from petune.tune.batches import EpochSampler

@@ -58,9 +58,9 @@ class Recipe(_Strict):
     model: str
     precision: str = "fp32"
     head: str | None = Field(default=None, description="the task's own unless given")
-    method: str = "lora"
-    method_args: dict[str, Any] = {}
-    where: str | None = None
+    method: str | list[str] = Field(default="lora", description="or several, which act as one tuning")
+    method_args: dict[str, Any] = Field(default={}, description="of several methods, by their names")
+    where: str | dict[str, str] | None = Field(default=None, description="of several methods, by their names")
     task: str
     data: str | dict[str, str]
     columns: dict[str, str] = {}
@@ -92,9 +92,9 @@ class Recipe(_Strict):
             if self.head is not None:
                 _choice("head", self.head, list(HEADS))
             if method:
-                from petune.adapter import check_arguments
+                from petune.parts import parts
 
-                check_arguments(self.method, registry().get("petune_methods", self.method), self.method_args)
+                parts(self.method, self.method_args, self.where)
             check_source(self.data)
             _choice("training.schedule", self.training.schedule, [s.value for s in SchedulerType])
             _choice("training.optimizer", self.training.optimizer, [o.value for o in OptimizerNames])

@@ -9,11 +9,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     PrinterCallback,
@@ -30,6 +31,10 @@ from petune.tune.batches import EpochSampler
 from petune.tune.recipe import Recipe
 from petune.tune.result import finite, write_json
 from petune.tune.tasks import Task
+from petune.tuning import Tuning
+
+PROGRESS = "progress.safetensors"
+"""In a checkpoint, where a method's schedule stands."""
 
 
 class Adapted(Protocol):
@@ -119,6 +124,23 @@ class Recorder(TrainerCallback):
             file.write(json.dumps(finite(row)) + "\n")
 
 
+class Schedule(TrainerCallback):
+    """Stands around every step of the optimizer, for methods with a schedule."""
+
+    def __init__(self, tuning: Tuning) -> None:
+        self.tuning, self.running = tuning, ExitStack()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.running.enter_context(self.tuning.step(state.global_step, state.max_steps))
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.running.close()
+
+
 class Progress(ProgressCallback):
     """Trainer's bar, with the figures beside it instead of a line each."""
 
@@ -139,14 +161,31 @@ class AdapterTrainer(Trainer):
 
     def __init__(self, model: nn.Module, tuning: Adapted, task: Task, recorder: Recorder, **kwargs: Any) -> None:
         super().__init__(model=model, callbacks=[recorder], data_collator=task.collate, **kwargs)
-        self.acting, self.tuning, self.task, self.recorder = model, tuning, task, recorder
+        self.acting, self.task, self.recorder = model, task, recorder
+        self.tuning: Any = tuning
         self.model_accepts_loss_kwargs = task.token_loss  # else a mean over the batch, which is divided as it is
+        self.scheduled = isinstance(tuning, Tuning)  # a peer's adapter has no schedule and no learning rates
+        if isinstance(tuning, Tuning):
+            self.add_callback(Schedule(tuning))
         self.remove_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(Progress)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         return self.recorder.sampler
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's own, its groups split by the learning rates that the method asks for."""
+        fresh = self.optimizer is None
+        optimizer: Any = super().create_optimizer(*args, **kwargs)
+        for wanted in self.tuning.parameter_groups(self.args.learning_rate) if fresh and self.scheduled else []:
+            own, lr = {id(p) for p in wanted["params"]}, wanted["lr"]
+            for group in list(optimizer.param_groups):
+                moved = [p for p in group["params"] if id(p) in own]
+                if moved and group["lr"] != lr:
+                    group["params"] = [p for p in group["params"] if id(p) not in own]
+                    optimizer.add_param_group({**group, "params": moved, "lr": lr})
+        return optimizer
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics = {f"eval_{key}": value for key, value in self.task.score(self.acting, self.eval_dataset).items()}
@@ -157,6 +196,8 @@ class AdapterTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         self.tuning.save(folder / "adapter")
+        if self.scheduled and (progress := self.tuning.progress()):
+            save_file(progress, folder / PROGRESS)
         write_json(folder / "clock.json", self.recorder.clock())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -209,6 +250,13 @@ def last_checkpoint(folder: Path) -> tuple[Path, int] | None:
             continue
     step, newest = max(found, default=(0, None))
     return (newest, step) if newest else None
+
+
+def resume_schedule(tuning: Tuning, checkpoint: Path) -> None:
+    """Put a method's schedule where it stood."""
+    if (checkpoint / PROGRESS).exists():
+        for key, tensor in load_file(checkpoint / PROGRESS).items():
+            tuning.progress()[key].copy_(tensor)
 
 
 @contextmanager

@@ -1,3 +1,6 @@
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -5,52 +8,52 @@ import petune
 
 
 class LadderSideTuning(petune.Adapter):
-    """s_i = m_i(g_i D_i h_i + (1 - g_i) s_{i-1}), x + U s_n   (Sung et al. 2022, arXiv:2206.06522).
+    """s_i = m_i(g_i D_i h_i + (1 - g_i) s_{i-1}), h_n + U s_n   (Sung et al. 2022, arXiv:2206.06522).
 
     A thin network climbs beside the blocks and reads their results h_i, of which no gradient goes back: nothing that
-    is attached inside the blocks trains along. Its result is added to x before the norm behind the blocks; a model
-    without one is refused (BERT, RoBERTa). m_i is a residual MLP (the paper has small transformer blocks), so that it
-    needs no cache of its own. U starts at zero, so that training starts at the base. In an encoder-decoder the ladder
-    stands beside the decoder: no gradient could pass it to reach one beside the encoder.
+    is attached inside the blocks trains along. What it comes to is added behind the last block. m_i is a residual MLP
+    (the paper has small transformer blocks), so that it needs no cache of its own. U starts at zero, so that training
+    starts at the base. In an encoder-decoder the ladder stands beside the decoder: no gradient could pass it to reach
+    one beside the encoder.
     """
 
-    where = "final layer"
+    where = "layer"
 
     def __init__(self, site: petune.Site, *, reduction: petune.Positive = 8) -> None:
         super().__init__()
-        top = site.role == "final"
-        stack = site.name.rsplit(".", 1 if top else 2)[0]  # `model` of `model.norm` and of `model.layers.3`
-        tops: list[str] = site.shared("tops", list)  # the norms outside the blocks come before all blocks
-        self.top, self.stack, self.tops = top, stack, tops
+        top: str = site.shared("top", lambda: site.name)
         self.rungs: list[LadderSideTuning] = site.shared("rungs", list)
-        self.tape: list[Tensor] = site.shared("tape", list)
-        if top:
-            tops.append(stack)
-            return
-        if stack not in tops:
-            raise petune.UnsupportedError(f"ladder-side-tuning: no norm follows {site.name}, where a ladder could end.")
-        if stack == tops[-1]:
+        self.tape: dict[int, Tensor] = site.shared("tape", dict)  # the results of the blocks by rung
+        self.rung = len(self.rungs)
+        self.beside = _stack(site.name) == _stack(top)
+        if self.beside:
             hidden, width = site.out_features, max(1, site.out_features // reduction)
             self.down, self.gate = nn.Linear(hidden, width), nn.Parameter(torch.zeros(1))
             self.mlp = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
-            self.up = None if self.rungs else nn.Linear(width, hidden, bias=False)  # one, which the first rung keeps
+            self.up = nn.Linear(width, hidden, bias=False) if site.name == top else None
             if self.up:
                 nn.init.zeros_(self.up.weight)
             self.rungs.append(self)
 
+    @classmethod
+    def settle(cls, sites: Sequence[petune.Site], arguments: dict[str, Any]) -> dict[str, Any]:
+        sites[0].shared("top", lambda: sites[-1].name)
+        return arguments
+
     def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
-        if self.stack != self.tops[-1]:
+        if not self.beside:
             return inner(x)
-        if not self.top:
-            h = inner(x).detach()
-            if self is self.rungs[0]:
-                self.tape.clear()  # of a forward that did not reach the top
-            self.tape.append(h)
+        h = self.tape[self.rung] = inner(x).detach()
+        if self.up is None:
             return h
-        up, side = self.rungs[0].up, x.new_zeros(1)
-        assert up is not None
-        for rung, h in zip(self.rungs, self.tape, strict=True):
-            mixed = side + rung.gate.sigmoid() * (rung.down(h) - side)
+        side = x.new_zeros(1)
+        for rung in self.rungs:
+            mixed = side + rung.gate.sigmoid() * (rung.down(self.tape[rung.rung]) - side)
             side = mixed + rung.mlp(mixed)
-        self.tape.clear()
-        return inner(x + up(side).to(x.dtype))
+        if not torch.is_grad_enabled():  # with gradients, checkpointing may ask for them again
+            self.tape.clear()
+        return h + self.up(side).to(h.dtype)
+
+
+def _stack(name: str) -> str:
+    return name.rpartition(".")[0]

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 import petune
 
-from .start import Start, at, start
+from .start import Start, at, check_patterns, start
 from .twins import LORA
 
 
@@ -15,13 +15,15 @@ class LoRA(petune.Adapter):
     A is Kaiming-uniform (`gaussian`: normal) and B zero; `orthogonal` starts both with B A = 0; `pissa`
     (arXiv:2404.02948) and `olora` (arXiv:2406.01775) start at parts of W and subtract the product B_0 A_0 that they
     start with. So training starts at the base. `rslora` scales by alpha / sqrt(rank) (arXiv:2312.03732). Dropout acts
-    on the input of A. The patterns give other ranks and alphas by role (`q`) or name (`*.layers.0.*`) of a site.
+    on the input of A. The patterns give other ranks and alphas by role (`q`) or name (`*.layers.0.*`) of a site. B
+    learns `lr_ratio` times as fast as A (LoRA+, arXiv:2402.12354).
     """
 
     where, mergeable = petune.ALL_LINEAR, True
     A0: Tensor | None
     B0: Tensor | None
     peft = LORA
+    settle = classmethod(check_patterns)  # type: ignore[var-annotated]
 
     def __init__(
         self,
@@ -34,15 +36,19 @@ class LoRA(petune.Adapter):
         init: Start = "default",
         rank_pattern: dict[str, petune.Positive] | None = None,
         alpha_pattern: dict[str, float] | None = None,
+        lr_ratio: float = 1.0,
     ) -> None:
         super().__init__()
-        rank, alpha = at(site, rank_pattern, rank), at(site, alpha_pattern, alpha)
+        rank, alpha, self.lr_ratio = at(site, rank_pattern, rank), at(site, alpha_pattern, alpha), lr_ratio
         self.scale, self.dropout = alpha / (math.sqrt(rank) if rslora else rank), nn.Dropout(dropout)
         a, b = start(init, site, rank, self.scale)
         self.A, self.B = nn.Parameter(a), nn.Parameter(b)
         cut = init in ("pissa", "olora")
         self.register_buffer("A0", a.clone() if cut else None)
         self.register_buffer("B0", b.clone() if cut else None)
+
+    def learning_rates(self) -> dict[str, float]:
+        return {"B": self.lr_ratio}
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(A, B), or factors of B A - B_0 A_0 = (B - B_0) A + B_0 (A - A_0), which lose no small change to rounding."""

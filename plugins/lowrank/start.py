@@ -1,8 +1,9 @@
 """Where LoRA's factors start."""
 
 import math
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +18,21 @@ T = TypeVar("T")
 
 def at(site: petune.Site, pattern: dict[str, T] | None, default: T) -> T:
     """What a pattern says of a site, by its role or its name."""
-    return next((v for k, v in (pattern or {}).items() if k == site.role or fnmatchcase(site.name, k)), default)
+    return next((v for k, v in (pattern or {}).items() if _meant(k, site)), default)
+
+
+def _meant(key: str, site: petune.Site) -> bool:
+    return key == site.role or fnmatchcase(site.name, key)
+
+
+def check_patterns(cls: type, sites: Sequence[petune.Site], arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, of which each key of a pattern means a site."""
+    for argument in ("rank_pattern", "alpha_pattern"):
+        for key in arguments.get(argument) or {}:
+            if not any(_meant(key, site) for site in sites):
+                some = f"a role (such as {sites[0].role}) or a name ({sites[0].name})"
+                raise petune.PetuneError(f"{argument}: {key!r} matches none of the sites adapted; it takes {some}.")
+    return arguments
 
 
 def start(init: Start, site: petune.Site, rank: int, scale: float) -> tuple[Tensor, Tensor]:

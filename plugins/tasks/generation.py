@@ -103,9 +103,9 @@ class Generation(Task):
         import torch
 
         def answer(batch: dict[str, Tensor]) -> Sequence[tuple[float, int]]:
-            labels = torch.nn.functional.pad(batch.pop("labels"), (0, 1), value=SKIP)[:, 1:]  # (batch, length)
+            labels = torch.nn.functional.pad(batch["labels"], (0, 1), value=SKIP)[:, 1:]  # (batch, length)
             labelled = labels != SKIP
-            flat = batch.pop("shift_labels", labels[labelled])  # (labelled,)
+            flat = batch.get("shift_labels", labels[labelled])  # (labelled,); the labels also say where prompts end
             logits = model(**batch).logits
             logits = logits if self._labelled_only else logits[labelled]  # (labelled, vocabulary)
             losses = torch.nn.functional.cross_entropy(logits.float(), flat, reduction="none")

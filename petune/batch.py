@@ -1,0 +1,111 @@
+"""What a method may know of the batch that the model was called with, beyond the tensor at its site."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from petune.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from petune.graft import Board
+
+SKIP = -100
+"""The label that transformers' losses leave out."""
+
+
+class Batch(NamedTuple):
+    """The rows of one forward, as the stack of blocks around a site sees them.
+
+    `place` (batch, length) numbers the tokens of each row's prompt from 0; it is -1 for all else: padding, virtual
+    tokens, completions, and what `generate` has added. `size` (batch, 1) is how many the prompt has. The prompt is
+    what the row begins with, up to the first label where a language model gets labels, and all of it where those
+    begin with the row; in the decoder of an encoder-decoder it is what the decoding starts with. `decoding`: no
+    column here belongs to a prompt, as in each step of cached generation but the first.
+    """
+
+    place: Tensor
+    size: Tensor
+    decoding: bool = False
+
+    def rows(self, index: Tensor) -> Batch:
+        """The same for some rows of the batch."""
+        return Batch(self.place[index], self.size[index], self.decoding)
+
+
+def batches(model: Any, board: Board, kwargs: dict[str, Any], prompts: bool) -> dict[str, Batch]:
+    """The batch by stack, "encoder" or "decoder", for what the model is called with.
+
+    Args:
+        prompts: there are virtual tokens in it.
+
+    Raises:
+        UnsupportedError: what it is called with does not tell the rows' tokens.
+    """
+    past = kwargs.get("past_key_values")
+    seen = int(past.get_seq_length()) if past is not None else 0
+    given, mask = _either(kwargs, "input_ids", "inputs_embeds"), kwargs.get("attention_mask")
+    virtual = model.get_input_embeddings().num_embeddings
+    if prompts and given is not None and (given.dim() > 2 or 0 < seen < (board.prompted or 0)):
+        raise UnsupportedError("beside virtual tokens, a method that acts by position needs input ids, not in chunks.")
+    found = {}
+    if not model.config.is_encoder_decoder:
+        answers = _answers(kwargs) if model.can_generate() else None
+        if given is not None:
+            prompted = board.prompted if board.prompted is not None or not seen else 0
+            found["decoder"] = _prompt(_tokens(mask, given, virtual, seen), seen, prompted, answers)
+        return found
+    if given is not None:
+        found["encoder"] = _prompt(_tokens(mask, given, virtual, 0), 0, None, None)
+    answer = _either(kwargs, "decoder_input_ids", "decoder_inputs_embeds")
+    answer = kwargs.get("labels") if answer is None else answer
+    if answer is not None:
+        tokens = _tokens(kwargs.get("decoder_attention_mask"), answer, virtual, seen)
+        found["decoder"] = _prompt(tokens, seen, board.prompted or 1, None)
+    return found
+
+
+def _either(kwargs: dict[str, Any], one: str, other: str) -> Tensor | None:
+    return kwargs.get(other) if kwargs.get(one) is None else kwargs[one]
+
+
+def _answers(kwargs: dict[str, Any]) -> Tensor | None:
+    """(batch, length) bool: the tokens that a language model is to predict, where it is told."""
+    labels, kept = kwargs.get("labels"), kwargs.get("logits_to_keep")
+    if labels is not None and labels.dim() == 2:
+        return labels != SKIP
+    return F.pad(kept, (1, 0))[:, :-1] if isinstance(kept, Tensor) and kept.dim() == 2 else None
+
+
+def _tokens(mask: Tensor | None, given: Tensor, virtual: int, seen: int) -> Tensor:
+    """(batch, seen + length) bool: the columns that hold tokens, `seen` of them cached and not in `given`.
+
+    Args:
+        virtual: ids from here on are no tokens.
+    """
+    if mask is not None and mask.dim() != 2:
+        raise UnsupportedError("a method that acts by position needs an attention mask of (batch, length), or none.")
+    rows, length = given.shape[:2]
+    width = seen + length
+    tokens = given.new_ones((rows, width), dtype=torch.bool) if mask is None else mask[:, :width].bool()
+    return tokens & F.pad(given < virtual, (seen, 0), value=True) if given.dim() == 2 else tokens
+
+
+def _prompt(tokens: Tensor, seen: int, prompted: int | None, answers: Tensor | None) -> Batch:
+    """The batch without its first `seen` columns.
+
+    Args:
+        prompted: how many columns are the prompt's, None if all up to the first of the answers are.
+    """
+    if prompted is not None and seen >= prompted:
+        return Batch(torch.full_like(tokens[:, seen:], -1, dtype=torch.long), tokens.sum(1, keepdim=True) * 0, True)
+    if prompted is not None:
+        tokens = tokens & (torch.arange(tokens.shape[1], device=tokens.device) < prompted)
+    if answers is not None:
+        before = tokens & (answers.cumsum(1) == 0)
+        tokens = torch.where(before.any(1, keepdim=True), before, tokens)
+    place = torch.where(tokens, tokens.cumsum(1) - 1, -1)
+    return Batch(place[:, seen:], tokens.sum(1, keepdim=True))

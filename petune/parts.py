@@ -1,0 +1,74 @@
+"""What a tuning consists of: one method, or several that act as one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from petune.adapter import Adapter, Unfreeze, check_arguments
+from petune.errors import PetuneError, unknown
+from petune.plugins import registry
+
+Method = type[Adapter] | type[Unfreeze]
+Where = str | Mapping[str, str | None] | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One method of a tuning: its name and class, its arguments, and the sites that the user picked for it."""
+
+    name: str
+    cls: Method
+    arguments: dict[str, Any]
+    where: str | None
+
+
+def methods() -> dict[str, Method]:
+    """Every installed method by name."""
+    return registry().all("petune_methods")
+
+
+def resolve(method: str | Method) -> tuple[str, Method]:
+    """(name, class) of a registered name, or of a class, which need not be registered.
+
+    Raises:
+        PetuneError: no such name, or no method class.
+    """
+    if isinstance(method, str):
+        return method, registry().get("petune_methods", method)
+    if not isinstance(method, type) or not issubclass(method, Adapter | Unfreeze):
+        raise PetuneError(f"{method!r} is neither a method's name nor a class of petune.Adapter or petune.Unfreeze.")
+    name = next((n for n, c in methods().items() if c is method), method.__qualname__)
+    return name, method
+
+
+def parts(
+    method: str | Method | Sequence[str | Method], arguments: Mapping[str, Any], where: Where = None
+) -> tuple[Part, ...]:
+    """The parts of a tuning. With a list of methods, `arguments` and `where` go by the methods' names.
+
+    Raises:
+        PetuneError: an unknown method or argument, one of the wrong type, or a method listed twice.
+    """
+    if isinstance(method, str | type) or not isinstance(method, Sequence):
+        if isinstance(where, Mapping):
+            raise PetuneError(f"where={where!r}: a string, as there is one method.")
+        name, cls = resolve(method)
+        return (Part(name, cls, check_arguments(name, cls, arguments), where),)
+    found = dict(resolve(one) for one in method)
+    if not found or len(found) < len(method):
+        raise PetuneError(f"method={list(method)!r}: list each method once, and at least one.")
+    if isinstance(where, str):
+        raise PetuneError(f"where={where!r}: with several methods, where={{{next(iter(found))!r}: …}}.")
+    for what, given in (("arguments for", arguments), ("where for", where or {})):
+        for name in given:
+            if name not in found:
+                raise PetuneError(unknown(f"method of this tuning ({what})", name, found))
+    for name, own in arguments.items():
+        if not isinstance(own, Mapping):
+            raise PetuneError(f"with several methods, arguments go by method: {name}={{argument: value}}, not {own!r}.")
+    return tuple(
+        Part(name, cls, check_arguments(name, cls, arguments.get(name, {})), (where or {}).get(name))
+        for name, cls in found.items()
+    )
