@@ -6,6 +6,7 @@ Nothing asks how the base stores its weights, so the same lines serve every meth
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 from petune.adapter import TrainedCopy
 from petune.discovery import base_class, features, walk
-from petune.errors import PetuneError, UnmergeableError
-from petune.graft import Computation, Graft, Link, chain, graft_of, grafted_class
+from petune.errors import PetuneError, UnmergeableError, UnsupportedError
+from petune.graft import Computation, Graft, Link, chain, graft_of, grafted_class, remove
+from petune.plugins import registry
 
 if TYPE_CHECKING:
     from petune.tuning import Tuning
@@ -58,28 +60,45 @@ def probe(f: Callable[[Tensor], Tensor], module: Any) -> tuple[Tensor, Tensor]:
 
 def is_dense(module: nn.Module) -> bool:
     """A layer of the plain classes, whose weight can be written."""
-    return base_class(module) in (nn.Linear, Conv1D, nn.Embedding)
+    return base_class(module) in (nn.Linear, Conv1D, nn.Embedding) and not is_quantized(module)
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """A linear layer whose weight is stored in codes."""
+    """A linear layer whose weight is stored in codes: no floating point, or a tensor that knows how to become one."""
     weight = getattr(module, "weight", None)
-    return features(module) is not None and isinstance(weight, Tensor) and not weight.is_floating_point()
+    if features(module) is None or not isinstance(weight, Tensor):
+        return False
+    return not weight.is_floating_point() or type(weight).dequantize is not Tensor.dequantize
 
 
-def dense(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Linear:
+def dense(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The layer that a (quantized) linear layer is, with its own weights."""
     weight, bias = probe(base_forward(module), module)
-    return _linear(weight, bias if module.bias is not None else None, dtype)
+    return _linear(module, weight, bias if module.bias is not None else None, dtype)
 
 
-def _linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Linear:
+def _linear(old: nn.Module, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
+    """A dense layer of the class that the architecture has there, so that a saved model loads again."""
+    conv = isinstance(old, Conv1D) or getattr(old, "source_cls", None) is Conv1D  # said by transformers' quantizers
+    out, into = weight.shape
     with torch.device("meta"):
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        layer: nn.Module = Conv1D(out, into) if conv else nn.Linear(into, out, bias=bias is not None)
+    bias = weight.new_zeros(out) if conv and bias is None else bias
+    layout = (weight.T if conv else weight).to(dtype).contiguous()
+    layer.weight = nn.Parameter(layout, requires_grad=False)
     if bias is not None:
         layer.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
     return layer
+
+
+def _requantized(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A layer stored as `module` is, by whichever quantizer knows how."""
+    for quantizer in registry().all("petune_quantizers").values():
+        made: nn.Module | None = quantizer.requantize(module, weight, bias)
+        if made is not None:
+            return made
+    kind = base_class(module).__name__
+    raise UnsupportedError(f"no installed quantizer can write a {kind} layer; merge into dense weights.")
 
 
 def dequantize(model: nn.Module) -> None:
@@ -127,12 +146,44 @@ def _replace(model: nn.Module, name: str, old: nn.Module, new: nn.Module) -> Non
     setattr(model.get_submodule(parent), child, new)
 
 
+@dataclass(frozen=True)
+class Merged:
+    """What it cost to store the merged weights W as W': rounding, or quantizing them again.
+
+    Args:
+        errors: |W' - W| / |W| by layer, in the Frobenius norm.
+        losses: the same relative to what the tuning had changed, |W' - W| / |W - W_0|: near 1 and above, little of the
+            tuning is left.
+    """
+
+    errors: dict[str, float]
+    losses: dict[str, float]
+
+    def add(self, name: str, before: Tensor, wanted: Tensor, stored: Tensor) -> None:
+        """Note the cost of one layer, of weights in float32."""
+        error, whole, change = (float(t.norm()) for t in (stored - wanted, wanted, wanted - before))
+        self.errors[name] = error / whole if whole else 0.0
+        self.losses[name] = error / change if change else 0.0
+
+    def __str__(self) -> str:
+        if not self.errors:
+            return "no linear layer was written"
+        worst = max(self.errors, key=self.errors.__getitem__)
+        error, loss = (sum(each.values()) / len(each) for each in (self.errors, self.losses))
+        text = f"{len(self.errors)} layers, relative error of the weights {error:.2g} (worst {self.errors[worst]:.2g} at "
+        return text + f"{worst}), {loss:.2g} of what the tuning changes"
+
+
 @torch.no_grad()
-def merge(tuning: Tuning) -> None:
-    """Fold a tuning into the base, which changes nothing that the model computes.
+def merge(tuning: Tuning, quantize: bool = False) -> Merged:
+    """Fold a tuning into the base, which changes nothing that the model computes but for what `Merged` says.
+
+    All layers are tried before the first is written. Then they are written one by one, so that no second copy of the
+    model is held, and each gives up its adapter: an interruption leaves a model that computes the same.
 
     Raises:
         UnmergeableError: the method is no affine change of a layer.
+        UnsupportedError: `quantize`, and no installed quantizer knows a layer's storage.
         PetuneError: the merged weights would not be finite, or another tuning stands inside this one at a site
             and the two do not commute. Nothing is changed then.
     """
@@ -142,17 +193,19 @@ def merge(tuning: Tuning) -> None:
     modes = [(link.adapter, link.adapter.training) for link in tuning.links]
     for adapter, _ in modes:
         adapter.eval()
+    merged = Merged({}, {})
     try:
         for module, links in _by_module(tuning):
-            _check(tuning, module, links)
+            _check(tuning, module, links, quantize)
         for module, links in _by_module(tuning):
-            _fold(tuning, module, links)
+            _fold(tuning, module, links, quantize, merged)
     finally:
         for adapter, mode in modes:
             adapter.train(mode)
     tuning.detach()
     forget_quantization(tuning.model)
     _untie(tuning.model)
+    return merged
 
 
 def _by_module(tuning: Tuning) -> Iterator[tuple[nn.Module, list[Link]]]:
@@ -172,28 +225,44 @@ def _chained(module: nn.Module, links: list[Link]) -> Callable[[Tensor], Tensor]
     return f
 
 
-def _check(tuning: Tuning, module: nn.Module, links: list[Link]) -> None:
-    tensors = [t for link in links for t in link.adapter.state_dict().values()]
-    if isinstance(module, nn.Embedding) and not isinstance(links[0].adapter, TrainedCopy):
+def _copy_of(links: list[Link]) -> nn.Module | None:
+    """The trained copy that takes the module's place, if the tuning has one here."""
+    adapter = links[0].adapter
+    return adapter.module if isinstance(adapter, TrainedCopy) else None
+
+
+def _check(tuning: Tuning, module: Any, links: list[Link], quantize: bool) -> None:
+    own = _copy_of(links)
+    if isinstance(module, nn.Embedding) and own is None:
         rows = torch.arange(min(4, module.num_embeddings), device=module.weight.device)
         if not torch.equal(base_forward(module)(rows), module.weight[rows]):
             raise UnmergeableError(f"{tuning.method!r} can't be merged here: {links[0].site.name} changes its rows.")
-    if all(isinstance(link.adapter, TrainedCopy) or link.site.kind == "embedding" for link in links):
-        finite = all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())
+    if own is None and features(module) is not None:
+        _check_order(tuning, module, links)
+    if _rewritten(module, links, quantize):
+        values = _stored(_layer(module, links, quantize)[0])
     else:
-        weight, bias = probe(_chained(module, links), module)
-        dtype = compute_dtype(module)
-        finite = bool(weight.to(dtype).isfinite().all()) and bool(bias.to(dtype).isfinite().all())
-        _check_order(tuning, module, links, weight, bias)
-    if not finite:
+        tensors = (t for link in links for t in link.adapter.state_dict().values() if t.is_floating_point())
+        values = tuple(t.to(_dtype(tuning, module)) for t in tensors)
+    if not all(bool(t.isfinite().all()) for t in values):
         raise PetuneError(f"{links[0].site.name}: the merged weights are not finite; nothing was changed.")
 
 
-def _check_order(tuning: Tuning, module: nn.Module, links: list[Link], weight: Tensor, bias: Tensor) -> None:
+def _rewritten(module: nn.Module, links: list[Link], quantize: bool) -> bool:
+    """The module becomes a layer made of a weight; a trained copy takes its place as it is, an embedding stays."""
+    return features(module) is not None and (_copy_of(links) is None or (quantize and is_quantized(module)))
+
+
+def _dtype(tuning: Tuning, module: nn.Module) -> torch.dtype:
+    return tuning.model.dtype if is_quantized(module) else next(module.parameters()).dtype
+
+
+def _check_order(tuning: Tuning, module: nn.Module, links: list[Link]) -> None:
     """A tuning that stands inside this one will stand around the merged weights: that must be the same map."""
     everything = graft_of(module).links
     inside = [link for link in everything[: everything.index(links[0])] if link.tuning.enabled]
     if inside:
+        weight, bias = probe(_chained(module, links), module)
         x = torch.randn(4, weight.shape[1], dtype=compute_dtype(module), device=weight.device)
         merged = Computation(lambda h: nn.functional.linear(h.float(), weight, bias).to(h.dtype), (x,), {}, "")
         before, after = _chained(module, [*inside, *links])(x), chain(inside, merged, merged)(x)
@@ -202,27 +271,43 @@ def _check_order(tuning: Tuning, module: nn.Module, links: list[Link], weight: T
             raise PetuneError(f"merge {first!r} first: {tuning.name!r} stands around it and they do not commute.")
 
 
-def _fold(tuning: Tuning, module: nn.Module, links: list[Link]) -> None:
-    name = links[0].site.name.partition("#")[0].partition("[")[0]
-    if isinstance(links[0].adapter, TrainedCopy):
-        trained, links[0].adapter.module = links[0].adapter.module, nn.Identity()  # moved, so that ties survive
-        trained.to(tuning.model.dtype if is_quantized(module) else next(module.parameters()).dtype)
-        _replace(tuning.model, name, module, trained.requires_grad_(False))
-    elif isinstance(module, nn.Embedding):
+def _layer(module: Any, links: list[Link], quantize: bool) -> tuple[nn.Module, Tensor]:
+    """The linear layer that the module is to become, and the weight that it should have."""
+    own = _copy_of(links)
+    weight, bias = _stored(own) if own is not None else probe(_chained(module, links), module)
+    given = bias if module.bias is not None or bool(bias.any()) else None
+    if quantize and is_quantized(module):
+        return _requantized(module, weight, given), weight
+    return _linear(module, weight, given, compute_dtype(module)), weight
+
+
+def _stored(layer: Any) -> tuple[Tensor, Tensor]:
+    """(W, b) of a linear layer in float32, without a computation where it is dense."""
+    if not is_dense(layer):
+        return probe(base_forward(layer), layer)
+    weight = (layer.weight.T if isinstance(layer, Conv1D) else layer.weight).float()
+    return weight, weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.float()
+
+
+def _fold(tuning: Tuning, module: Any, links: list[Link], quantize: bool, merged: Merged) -> None:
+    name, own = links[0].site.name.partition("#")[0].partition("[")[0], _copy_of(links)
+    if _rewritten(module, links, quantize):
+        new, weight = _layer(module, links, quantize)
+        merged.add(name, _stored(module)[0], weight, _stored(new)[0])
+        if is_dense(module):
+            module.weight, module.bias = new.weight, new.bias  # not in place: it may be tied
+        else:
+            _replace(tuning.model, name, module, new)
+    elif own is not None:
+        dtype = _dtype(tuning, module)
+        if features(module) is not None and is_dense(own):
+            weight = _stored(own)[0]
+            merged.add(name, _stored(module)[0], weight, weight.to(dtype).float())
+        links[0].adapter.module = nn.Identity()  # the copy is moved, so that ties survive
+        _replace(tuning.model, name, module, own.to(dtype).requires_grad_(False))
+    else:
         ids = torch.arange(module.num_embeddings, device=module.weight.device)
         module.weight.copy_(_chained(module, links)(ids))
-    else:
-        weight, bias = probe(_chained(module, links), module)
-        _write(tuning.model, name, module, weight, bias)
-
-
-def _write(model: nn.Module, name: str, module: nn.Module, weight: Tensor, bias: Tensor) -> None:
-    dtype = compute_dtype(module)
-    has_bias = module.bias is not None or bool(bias.any())
-    if not is_dense(module):
-        _replace(model, name, module, _linear(weight, bias if has_bias else None, dtype))
-        return
-    layout = weight.T if base_class(module) is Conv1D else weight
-    module.weight = nn.Parameter(layout.to(dtype).contiguous(), requires_grad=False)  # not in place: it may be tied
-    if has_bias:
-        module.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+    for link in links:
+        remove(link)
+        tuning.links.remove(link)

@@ -19,7 +19,7 @@ from petune.attention import install
 from petune.discovery import children, features, find_sites, walk
 from petune.errors import PetuneError, UnsupportedError, unknown
 from petune.graft import Board, Grafted, Link, add, hold, release, remove
-from petune.merge import dense, is_quantized, merge
+from petune.merge import Merged, dense, is_quantized, merge
 from petune.parts import Method, Part, Where, methods, parts, resolve
 from petune.prompts import Prompted, Table, is_causal
 from petune.routing import board_of
@@ -167,15 +167,21 @@ class Tuning:
         """
         storage.save(self, path, format)
 
-    def merge(self) -> None:
+    def merge(self, quantize: bool = False) -> Merged:
         """Fold the tuning into the base's weights; it is gone then.
+
+        Args:
+            quantize: store layers that are quantized as they were; otherwise they become dense.
+
+        Returns:
+            What that cost: the relative error of each layer's weights.
 
         Raises:
             UnmergeableError: a TypeError: the method has no merged form.
             PetuneError: the result would not be finite; nothing is changed.
         """
         self._here()
-        merge(self)
+        return merge(self, quantize)
 
     def detach(self) -> None:
         """Take the adapters away. After the last one the model is what it was: same class, keys and logits."""

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from petune.errors import PetuneError, unknown
 from petune.loading.checkpoint import plainly, resolve
+from petune.merge import is_quantized
 from petune.plugins import registry
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,8 +42,13 @@ class Quantizer(Protocol):
             PetuneError: a package that this precision needs is missing.
         """
 
-    def prepare(self, model: nn.Module) -> None:
-        """Do what is left to be done once the weights are there."""
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Do what is left to be done once the weights are there; with a model of another quantizer, nothing."""
+
+    def requantize(self, module: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module | None:
+        """A layer that stores this weight, (out, in) in float32, as `module` stores its own; None if the module is
+        none of this quantizer's.
+        """
 
 
 def from_pretrained(
@@ -83,8 +89,11 @@ def from_pretrained(
     fresh = _fresh(model, info)
     if "" in fresh or model.base_model_prefix in fresh:
         raise PetuneError(f"{name}: the checkpoint has no weights of a {type(model.base_model).__name__}.")
-    if quantizer:
-        quantizer.prepare(model)
+    if quantizer or getattr(model.config, "quantization_config", None) is not None:
+        for each in quantizers.values():
+            each.prepare(model)
+        if not any(is_quantized(module) for module in model.modules()):
+            raise PetuneError(f"{name}: it has no linear layer that could be stored at {precision}; load it at bf16.")
     model.petune_fresh = fresh
     return model
 

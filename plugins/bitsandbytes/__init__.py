@@ -49,6 +49,19 @@ class FourBit:
             if isinstance(module, Linear4bit):
                 module.support_avx512bf16_for_cpu = False
 
+    def requantize(self, module: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module | None:
+        """The same code and blocks."""
+        from bitsandbytes.nn import Linear4bit, Params4bit
+
+        if not isinstance(module, Linear4bit):
+            return None
+        old: Any = module.weight
+        how = {key: getattr(old, key) for key in ("quant_type", "compress_statistics", "quant_storage")}
+        new = Linear4bit(*weight.T.shape, bias=False, compute_dtype=module.compute_dtype, device="meta", **how)
+        new.weight = Params4bit(weight.cpu().to(old.quant_state.dtype), blocksize=old.blocksize, module=new, **how)
+        new.support_avx512bf16_for_cpu = False
+        return _dressed(new, module, bias, weight.device)
+
 
 @dataclass(frozen=True)
 class EightBit:
@@ -63,6 +76,17 @@ class EightBit:
     def prepare(self, model: nn.Module) -> None:
         """Nothing is left to be done."""
 
+    def requantize(self, module: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module | None:
+        """Row by row, with the same threshold for activations."""
+        from bitsandbytes.nn import Int8Params, Linear8bitLt
+
+        if not isinstance(module, Linear8bitLt):
+            return None
+        how: dict[str, Any] = {"has_fp16_weights": False, "threshold": module.state.threshold}
+        new = Linear8bitLt(*weight.T.shape, bias=False, device="meta", **how)
+        new.weight = Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
+        return _dressed(new, module, bias, weight.device)
+
 
 @petune.hookimpl
 def petune_quantizers() -> Mapping[str, petune.Quantizer]:
@@ -73,6 +97,16 @@ def petune_quantizers() -> Mapping[str, petune.Quantizer]:
         "fp4": FourBit("fp4", nested=True),
         "int8": EightBit(),
     }
+
+
+def _dressed(new: Any, old: Any, bias: torch.Tensor | None, device: torch.device) -> nn.Module:
+    """Moving the layer to its device quantizes it."""
+    from torch import nn
+
+    new.bias = nn.Parameter(bias, requires_grad=False) if bias is not None else None
+    if hasattr(old, "source_cls"):  # the architecture's class, by which transformers and petune know the layout
+        new.source_cls = old.source_cls
+    return new.to(device)
 
 
 def _config(skip: Sequence[str], **options: Any) -> Mapping[str, Any]:
