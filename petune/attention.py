@@ -40,15 +40,28 @@ def install() -> None:
 
 
 def attend(
-    base: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+    base: Attention,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Any]:
-    """`base`, with the module's attention adapters around it."""
+    """`base(module, query, key, value, attention_mask, **options)`, with the module's attention adapters around it.
+
+    Args:
+        base: The model's own attention; the first of its results is (batch, queries, heads, value_dim).
+        query: (batch, heads, queries, head_dim); key and value the same with kv_heads and keys.
+        attention_mask: None, or broadcastable to (batch, heads, queries, keys).
+        options: What else `base` takes. A `position_bias` is extended with zeros for keys that an adapter adds.
+    """
     graft = module.__dict__.get("petune_graft")
     plan = graft.board.plan if graft else None
     links = _active(graft, plan) if graft else []
     if not links:
-        return base(module, query, key, value, mask, **options)
-    call = Frozen(base, module, query, key, mask, options)
+        return base(module, query, key, value, attention_mask, **options)
+    call = Frozen(base, module, query, key, attention_mask, options)
     x = (query, key, value, call.mask)
     if plan:
         return plan.run_attention(links, call, x), None
@@ -118,7 +131,7 @@ class Frozen:
 
 def _is_flash(module: nn.Module) -> bool:
     """Flash attention aligns causality with the last key itself, so that keys on the left need no mask."""
-    return "flash" in str(getattr(module.config, "_attn_implementation", ""))
+    return "flash" in str(getattr(getattr(module, "config", None), "_attn_implementation", ""))
 
 
 def take(tensor: Tensor | None, index: Tensor, batch: int) -> Tensor | None:

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, wraps
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +34,8 @@ class Board:
     plan: Plan | None = None
     inserted: int | None = None
     """During `generate`, how many columns of virtual tokens stand before the user's tokens."""
+    vocabulary: int = 0
+    """Ids from here on are virtual."""
     causal: bool = True
     """The model reads left to right, so that virtual tokens may stand before its first token."""
     flags: dict[str, bool] = field(default_factory=dict)
@@ -63,6 +66,8 @@ class Graft:
     """The names of `forward`'s arguments."""
     links: list[Link] = field(default_factory=list)
     attention: list[Link] = field(default_factory=list)
+    rewired: Call | None = None
+    """A forward that takes the place of the module's own while an attention adapter is there."""
     hooked: Call | None = None
     """A `forward` that someone (accelerate) had put on the instance; it is the base then."""
     held: int = 0
@@ -78,7 +83,7 @@ class Grafted(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         graft = self.petune_graft
-        base = graft.hooked or super().forward
+        base = graft.hooked or graft.rewired or super().forward
         if graft.held:
             graft.seen = args[0] if args else kwargs[graft.parameters[0]]
         plan = graft.board.plan
@@ -101,11 +106,11 @@ class Computation:
         self.kwargs = dict(kwargs)
         self.x: Tensor = args[0] if args else self.kwargs.pop(first)
         self.args = args[1:]
-        self.rest: tuple[Any, ...] = ()
+        self.rest: Any = ()
 
     def __call__(self, x: Tensor) -> Tensor:
         out = self.base(x, *self.args, **self.kwargs)
-        if isinstance(out, tuple):
+        if isinstance(out, tuple | list):
             self.rest = out[1:]
             return out[0]
         return out
@@ -117,7 +122,7 @@ class Computation:
         return not any(value is not None and not isinstance(value, bool | int | float | str) for value in others)
 
     def finish(self, out: Tensor) -> Any:
-        return (out, *self.rest) if self.rest else out
+        return type(self.rest)([out, *self.rest]) if isinstance(self.rest, list) or self.rest else out
 
 
 def chain(links: list[Link], inner: Call, call: Computation) -> Call:
@@ -140,10 +145,14 @@ def _around(link: Link, inner: Call, call: Computation) -> Call:
     return lambda x: apply(adapter, inner, x)
 
 
-def _on_part(adapter: Adapter, inner: Call, x: Tensor, part: slice) -> Tensor:
+def _on_part(adapter: Adapter, inner: Call, x: Tensor, part: slice | Tensor) -> Tensor:
     """Adapt the outputs `part` of a fused projection, which is computed once unless the adapter changes x."""
     whole = inner(x)
+    if isinstance(part, Tensor):
+        part = part.to(whole.device)
     out = apply(adapter, lambda h: (whole if h is x else inner(h))[..., part], x)
+    if isinstance(part, Tensor):
+        return whole.index_copy(-1, part, out)
     return torch.cat([whole[..., : part.start], out, whole[..., part.stop :]], -1)
 
 
@@ -214,6 +223,8 @@ def add(link: Link, board: Board, mixin: type[nn.Module] = Grafted) -> None:
     site = link.site
     here = graft(site.module, board, mixin)
     (here.attention if site.kind == "attention" else here.links).append(link)
+    if site.kind == "attention":
+        _rewire(here, site)
     if site.entry is not None:
         hold(site.entry, board)
     if "petune" not in site.module._modules:
@@ -221,6 +232,15 @@ def add(link: Link, board: Board, mixin: type[nn.Module] = Grafted) -> None:
     adapters = site.module.petune
     assert isinstance(adapters, nn.ModuleDict)
     adapters[link.key] = link.adapter
+
+
+def _rewire(here: Graft, site: Site) -> None:
+    for name, method in site.methods.items():
+        bound = MethodType(method, site.module)
+        if name == "forward":
+            here.rewired = bound
+        else:
+            vars(site.module)[name] = bound
 
 
 def remove(link: Link) -> None:
@@ -232,6 +252,10 @@ def remove(link: Link) -> None:
         if link in links:
             links.remove(link)
     del adapters[link.key]
+    if not here.attention:
+        here.rewired = None
+        for name in link.site.methods:
+            vars(module).pop(name, None)
     if entry is not None:
         release(entry)
     restore(module)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from petune.adapter import TrainedCopy
+from petune.adapter import TrainedCopy, TrainedParameters
 from petune.discovery import base_class, features, walk
 from petune.errors import PetuneError, UnmergeableError
 from petune.graft import Computation, Graft, Link, chain, graft_of, grafted_class
@@ -204,7 +204,9 @@ def _check_order(tuning: Tuning, module: nn.Module, links: list[Link], weight: T
 
 def _fold(tuning: Tuning, module: nn.Module, links: list[Link]) -> None:
     name = links[0].site.name.partition("#")[0].partition("[")[0]
-    if isinstance(links[0].adapter, TrainedCopy):
+    if isinstance(links[0].adapter, TrainedParameters):
+        links[0].adapter.write()
+    elif isinstance(links[0].adapter, TrainedCopy):
         trained, links[0].adapter.module = links[0].adapter.module, nn.Identity()  # moved, so that ties survive
         trained.to(tuning.model.dtype if is_quantized(module) else next(module.parameters()).dtype)
         _replace(tuning.model, name, module, trained.requires_grad_(False))

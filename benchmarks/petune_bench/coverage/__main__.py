@@ -79,7 +79,7 @@ def _work(kind: str, heads: dict[str, str], out: Connection) -> None:
             try:
                 model = model or tiny.build(kind, head, name)
                 inputs = tiny.batch(model)
-                checks.output(model, inputs)
+                checks.repeatable(model, inputs)
             except Exception as error:
                 trouble = trouble or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             if trouble:

@@ -24,6 +24,7 @@ MOST = 5_000_000
 VOCABULARY = 128
 # the first pattern that fits the whole of a configuration's key gives its small value
 SIZES: list[tuple[str, int]] = [
+    (r"num_experts_per_tok(en)?|moe_k|moe_topk|topk_group|n_group|num_expert_group", 2),
     (r"type_vocab_size|.*_per_(?!layer_input).*", 0),  # 0: as it is
     (r"(.*_)?vocab_size.*|vocab_offset", VOCABULARY),
     (r"pad_token_id|unk_index|pad_index", -1),
@@ -41,7 +42,6 @@ SIZES: list[tuple[str, int]] = [
     (r"(.*_)?(head_dim|d_kv|d_head|kv_channels|attention_head_size|dim_head|query_pre_attn_scalar)", 16),
     (r".*(intermediate_size|ffn_dim|ffn_hidden_size|inner_dim|n_inner|feed_forward_size|d_ff|dff|d_inner|dim_ff).*", 128),
     (r"mlp_dim|intermediate_size_mlp", 128),
-    (r"num_experts_per_tok(en)?|moe_k|moe_topk|topk_group|n_group|num_expert_group", 2),
     (r".*num_(local_)?experts|n_routed_experts|zero_expert_num", 4),
     (r"sliding_window(_size)?|attention_window_size|keep_window_size|window_size|local_attention|attention_chunk_size", 16),
     (r"q_lora_rank|kv_lora_rank|o_lora_rank|hc_lowrank|laurel_rank|gated_norm_rank|adapter_rank|d_rel|rel_extent", 16),
@@ -55,28 +55,29 @@ SIZES: list[tuple[str, int]] = [
 _ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
 _SHARING: dict[str, Any] = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
 MORE: dict[str, dict[str, Any]] = {
-    "bamba": {"mamba_d_head": 32},
+    "bamba": {"mamba_d_head": 32, "attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": VOCABULARY},
     "canine": {"num_hash_buckets": VOCABULARY},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}, "ffn_config": {"ffn_hidden_size": 128, "hidden_size": 64}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}, "ffn_config": {"ffn_hidden_size": 128, "hidden_size": 64}},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
-    "dots3_note_text": {"num_key_value_heads": 4},
     "esm": {"vocab_size": VOCABULARY, "mask_token_id": 3},
-    "esmc": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_d_head": 32},
     "gemma3n_text": {**_SHARING, "num_kv_shared_layers": 2, "intermediate_size": 128, "activation_sparsity_pattern": [0.5] * 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "granitemoehybrid": {"mamba_d_head": 32},
+    "granitemoehybrid": {"mamba_d_head": 32, "layer_types": ["linear_attention", "full_attention"]},
     "got_ocr2": {"image_seq_length": 4},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16, "moe_topk": 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "layoutlmv3": {"coordinate_size": 10, "shape_size": 12},
+    "led": {"attention_window": 16},
+    "longformer": {"attention_window": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "lxmert": {"num_qa_labels": 8, "visual_feat_dim": 64},
     "mamba2": {"num_heads": 8},
     "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
-    "qwen4_exp_text": {"num_experts_per_tok": 2, "num_experts": 4},
     "reformer": {"is_decoder": True, "axial_pos_shape": (8, 16), "axial_pos_embds_dim": (16, 48), "hash_seed": 0},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
 }
@@ -113,6 +114,8 @@ def small(plain: PretrainedConfig) -> dict[str, Any]:
             if size:
                 found[key] = max(size, 0)
     for key in found:
+        if key == "num_key_value_heads" and vars(plain).get(key) == vars(plain).get("num_attention_heads"):
+            found[key] = 4
         if re.fullmatch(r"num_hidden_layers|n_layers?|num_layers", key) and kinds:
             found[key] = len(kinds)
     return found | MORE.get(plain.model_type, {})
@@ -141,6 +144,8 @@ def build(kind: str, head: str, name: str) -> PreTrainedModel:
         whole = inside[0] if inside else whole.get_text_config()
     if head == "causal-lm" and not whole.is_encoder_decoder and hasattr(whole, "is_decoder"):
         whole.is_decoder = True
+    if whole.is_encoder_decoder and getattr(whole, "decoder_start_token_id", None) is None:
+        whole.decoder_start_token_id = 1
     with torch.device("meta"):
         count = sum(p.numel() for p in cls._from_config(whole).parameters())
     if count > MOST:
@@ -160,7 +165,7 @@ def batch(model: PreTrainedModel, rows: int = 2, length: int = 12) -> dict[str, 
     known = inspect.signature(type(model).forward).parameters
     rows *= getattr(model, "num_codebooks", 1)
     found = {"input_ids": torch.randint(4, VOCABULARY - 8, (rows, length), generator=generator)}
-    found["input_ids"][:, -1] = 2  # encoder-decoders read their class at the end of the text
+    found["input_ids"][:, [3, 5, -1]] = 2  # where texts end: some read the class there, or the question before it
     more = {
         "bbox": torch.zeros(rows, length, 4, dtype=torch.long),
         "visual_feats": torch.ones(rows, 3, 64),
