@@ -14,6 +14,8 @@ from petune.hookspecs import hookimpl
 if TYPE_CHECKING:
     from petune import testing
     from petune.adapter import Adapter, Inner, PeftTwin, Positive, Unfreeze
+    from petune.attention import attend
+    from petune.discovery import discover
     from petune.discovery import find_sites as sites
     from petune.loading.fetch import Package, Source
     from petune.loading.models import Quantizer, from_pretrained, load_tokenizer
@@ -41,6 +43,8 @@ __all__ = [
     "UnmergeableError",
     "UnsupportedError",
     "attach",
+    "attend",
+    "discover",
     "from_pretrained",
     "hookimpl",
     "load",
@@ -55,6 +59,8 @@ __all__ = [
 
 _HOMES = {
     "petune.adapter": ("Adapter", "Inner", "PeftTwin", "Positive", "Unfreeze"),
+    "petune.attention": ("attend",),
+    "petune.discovery": ("discover",),
     "petune.loading.fetch": ("Package", "Source"),
     "petune.loading.models": ("Quantizer", "from_pretrained", "load_tokenizer"),
     "petune.ops": ("lowrank_update",),

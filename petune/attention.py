@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial, wraps
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from petune.errors import UnsupportedError
-from petune.graft import Graft, Link, apply
-
-if TYPE_CHECKING:
-    from petune.routing import Plan
+from petune.graft import Link, apply, graft_of, serving
 
 Attention = Callable[..., tuple[Tensor, Any]]
 
@@ -56,20 +53,14 @@ def attend(
         attention_mask: None, or broadcastable to (batch, heads, queries, keys).
         options: What else `base` takes. A `position_bias` is extended with zeros for keys that an adapter adds.
     """
-    graft = module.__dict__.get("petune_graft")
-    plan = graft.board.plan if graft else None
-    links = _active(graft, plan) if graft else []
+    links = serving(module)
     if not links:
         return base(module, query, key, value, attention_mask, **options)
     call = Frozen(base, module, query, key, attention_mask, options)
     x = (query, key, value, call.mask)
-    if plan:
+    if plan := graft_of(module).board.plan:
         return plan.run_attention(links, call, x), None
     return around(links, call)(*x), None
-
-
-def _active(graft: Graft, plan: Plan | None) -> list[Link]:
-    return graft.attention if plan else [link for link in graft.attention if link.tuning.enabled]
 
 
 def around(links: list[Link], inner: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -110,6 +112,16 @@ def calls_attention_interface(cls: Any) -> bool:
     return code is not None and {"ALL_ATTENTION_FUNCTIONS", "get_interface"} <= set(code.co_names)
 
 
+@cache
+def computes_attention(cls: type) -> bool:
+    """The class calls a softmax and products of matrices itself, or torch's function for both."""
+    functions = [f for c in cls.__mro__ if c is not nn.Module for f in vars(c).values() if isinstance(f, FunctionType)]
+    steps = [step for f in functions for step in dis.get_instructions(f)]
+    used = {step.argrepr if step.opname == "BINARY_OP" else step.argval for step in steps if step.argval.__hash__}
+    product = {"matmul", "bmm", "baddbmm", "@"} & used
+    return "scaled_dot_product_attention" in used or bool(product and {"softmax", "Softmax"} & used)
+
+
 def base_class(module: nn.Module) -> Any:
     """The class that the module has without petune."""
     return getattr(type(module), "petune_base", type(module))
@@ -179,7 +191,19 @@ class _Block:
         return Site(name, "linear", role, self.layer, *size, module, parts=parts(size[1], role, core))
 
     def _is_attention(self, module: nn.Module) -> bool:
-        return base_class(module) in self.attention or calls_attention_interface(base_class(module))
+        cls = base_class(module)
+        if cls in self.attention or calls_attention_interface(cls):
+            return True
+        own = attention_roles([n for n, _ in linears(module, "") if "." not in n])
+        return bool({"q", "qkv"} & set(own)) and computes_attention(cls)
+
+    def _methods(self, core: nn.Module) -> Mapping[str, Callable[..., Any]]:
+        cls = base_class(core)
+        if cls in self.attention or calls_attention_interface(cls):
+            return self.attention.get(cls, {})
+        from petune.inline import forward  # it stands on the grafts, which stand on this
+
+        return {"forward": forward}
 
     def _cores(self) -> Named:
         cores = [(n, m) for n, m in self.all if self._is_attention(m)]
@@ -199,8 +223,7 @@ class _Block:
         shape = geometry(core, self.config, width) if self._is_attention(core) else None
         if shape is not None:
             role, (heads, _, dim, _) = f"{cross}attention", shape
-            methods = self.attention.get(base_class(core), {})
-            more = dict(zip(("heads", "kv_heads", "head_dim", "value_dim"), shape, strict=True), methods=methods)
+            more = dict(zip(("heads", "kv_heads", "head_dim", "value_dim"), shape, strict=True), methods=self._methods(core))
             yield self._site(f"{name}#{role}", "attention", role, core, heads * dim, **more)
         out = next((item for item, role in zip(layers, roles, strict=True) if role == "o"), None)
         if out is not None:
@@ -229,7 +252,7 @@ class _Block:
 
     def _mlps(self, rest: dict[str, nn.Module], attentions: tuple[str, ...]) -> Iterator[Site]:
         """The linear layers that are left, by MLP. A mixture of experts is one MLP, whatever it is made of."""
-        mixtures = [n for n in self._mixtures() if not f"{n}.".startswith(attentions)]
+        mixtures = [n for n in dict.fromkeys(self._mixtures()) if not f"{n}.".startswith(attentions)]
         for name in mixtures:
             yield self._site(f"{name}#mlp", "block", "mlp", self.index[name], self.hidden)
         for name, group in _groups(self.block, self.name, rest):

@@ -7,8 +7,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, wraps
-from types import MethodType
+from functools import cache, partial, wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -106,7 +105,7 @@ class Computation:
         self.kwargs = dict(kwargs)
         self.x: Tensor = args[0] if args else self.kwargs.pop(first)
         self.args = args[1:]
-        self.rest: Any = ()
+        self.rest: tuple[Any, ...] | list[Any] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         out = self.base(x, *self.args, **self.kwargs)
@@ -122,7 +121,7 @@ class Computation:
         return not any(value is not None and not isinstance(value, bool | int | float | str) for value in others)
 
     def finish(self, out: Tensor) -> Any:
-        return type(self.rest)([out, *self.rest]) if isinstance(self.rest, list) or self.rest else out
+        return out if self.rest is None else type(self.rest)([out, *self.rest])
 
 
 def chain(links: list[Link], inner: Call, call: Computation) -> Call:
@@ -234,13 +233,27 @@ def add(link: Link, board: Board, mixin: type[nn.Module] = Grafted) -> None:
     adapters[link.key] = link.adapter
 
 
+def serving(module: nn.Module) -> list[Link]:
+    """The module's attention adapters that act in this call."""
+    graft: Graft | None = vars(module).get("petune_graft")
+    if graft is None:
+        return []
+    return graft.attention if graft.board.plan else [link for link in graft.attention if link.tuning.enabled]
+
+
 def _rewire(here: Graft, site: Site) -> None:
     for name, method in site.methods.items():
-        bound = MethodType(method, site.module)
+        either = partial(_either, site.module, name, method)
         if name == "forward":
-            here.rewired = bound
+            here.rewired = either
         else:
-            vars(site.module)[name] = bound
+            vars(site.module)[name] = either
+
+
+def _either(module: nn.Module, name: str, method: Call, *args: Any, **kwargs: Any) -> Any:
+    """A method that its site replaces, and the module's own where no attention adapter acts."""
+    chosen = method if serving(module) else getattr(base_class(module), name)
+    return chosen(module, *args, **kwargs)
 
 
 def remove(link: Link) -> None:

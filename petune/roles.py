@@ -10,10 +10,10 @@ from torch import nn
 
 CROSS = re.compile(r"cross|enc_?dec|encoder_attn|crs", re.IGNORECASE)
 OUT = {"o", "out", "output", "wo", "dense", "c"}
-OTHER = {"pos", "position", "rel", "relative", "gate", "g", "index", "indexer", "global"}
+OTHER = {"pos", "position", "rel", "relative", "gate", "g", "index", "indexer", "global", "expert", "experts", "router"}
 """Words of layers in an attention that are neither its projections nor its output."""
 LETTERS = {"q": "q", "query": "q", "wq": "q", "k": "k", "key": "k", "wk": "k", "v": "v", "value": "v", "wv": "v"}
-LETTERS |= {"qkv": "qkv", "wqkv": "qkv", "kv": "kv", "wkv": "kv", "qkvz": "qkv"}
+LETTERS |= {"qkv": "qkv", "wqkv": "qkv", "kv": "kv", "wkv": "kv", "qkvz": "qkv", "in": "qkv"}
 Sizes = Sequence[tuple[int, int]]
 
 
@@ -51,12 +51,12 @@ def mlp_roles(names: Sequence[str], sizes: Sizes, hidden: int) -> list[str]:
         (i, j)
         for j, (inner, out) in enumerate(sizes)
         for i, (width, middle) in enumerate(sizes)
-        if i != j and width == out and (middle in (inner, 2 * inner) or out == hidden and middle >= inner)
+        if i < j and width == out and (middle in (inner, 2 * inner) or out == hidden and middle >= inner)
     ]
     if not pairs:
         return roles
     down = pairs[-1][1]
-    ups = [i for i, j in pairs if j == down]
+    ups = [i for i, (width, middle) in enumerate(sizes) if i != down and (width, middle) in {sizes[k] for k, _ in pairs}]
     gate = next((i for i in ups if "gate" in names[i].rpartition(".")[2]), ups[0] if len(ups) > 1 else None)
     for i in ups:
         roles[i] = "gate_up" if sizes[i][1] == 2 * sizes[down][0] else "gate" if i == gate and len(ups) > 1 else "up"

@@ -161,4 +161,4 @@ def input_table(model: nn.Module) -> nn.Embedding | None:
         table = model.get_input_embeddings()  # type: ignore[operator]
     except (NotImplementedError, AttributeError):
         return None
-    return table if isinstance(getattr(table, "weight", None), Tensor) else None
+    return table if isinstance(table, nn.Embedding) else None

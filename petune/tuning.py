@@ -284,6 +284,7 @@ def _tables(model: PreTrainedModel) -> list[nn.Module]:
     """The modules that embed input ids: T5's stacks each have one of their own for the shared table, and Gemma 3n
     looks ids up once more for each layer.
     """
-    text = getattr(model.config, "text_config", model.config)
-    sizes = {len(model.get_input_embeddings().weight), getattr(text, "vocab_size_per_layer_input", None)}
-    return [m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings in sizes]
+    table, text = model.get_input_embeddings(), getattr(model.config, "text_config", model.config)
+    size = getattr(text, "vocab_size_per_layer_input", None)
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    return [m for m in tables if m.weight is table.weight or m.num_embeddings == size]

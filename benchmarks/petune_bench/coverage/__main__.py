@@ -10,9 +10,12 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
+from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+import petune
 
 LIMIT = 600.0
 """Seconds that one architecture may take."""
@@ -26,6 +29,8 @@ def main() -> None:
     options = parser.parse_args()
     from petune_bench.coverage.tiny import architectures
 
+    import_module("petune_bench.coverage.checks")  # once, before the processes fork
+    petune.methods()
     known = architectures()
     options.out.mkdir(parents=True, exist_ok=True)
     with (options.out / "coverage.jsonl").open("w", encoding="utf-8") as file:

@@ -80,9 +80,9 @@ def _change(tuning: petune.Tuning) -> None:
 
 
 def _reached(model: PreTrainedModel, inputs: dict[str, Tensor]) -> set[int]:
-    """The modules of the base whose own parameters a gradient reaches."""
+    """The parameters of the base that a gradient reaches."""
     _backward(_forward(model, inputs))
-    found = {id(m) for m in model.modules() if any(p.grad is not None for p in m.parameters())}
+    found = {id(p) for p in model.parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return found
 
@@ -109,7 +109,8 @@ def _gradients(
             hook.remove()
     _backward(out)
     ran = [link for link in tuning.links if id(link.adapter) in seen]
-    due = [link for link in ran if id(link.site.module) in reached]
+    own = {link: link.site.module.parameters(recurse=link.site.kind != "module") for link in ran}
+    due = [link for link in ran if any(id(p) in reached for p in own[link])]
     without = [link.site.name for link in due if all(p.grad is None for p in link.adapter.parameters())]
     assert not without, f"no gradient reaches {without[0]}"
     assert any(p.grad is not None and bool(p.grad.any()) for p in tuning.parameters()), "all gradients are zero"
