@@ -14,7 +14,9 @@ from petune.hookspecs import hookimpl
 if TYPE_CHECKING:
     from petune import testing
     from petune.adapter import Adapter, Inner, Positive, Unfreeze
+    from petune.attention import attend
     from petune.batch import Batch
+    from petune.discovery import discover
     from petune.discovery import find_sites as sites
     from petune.formats.twin import PeftTwin
     from petune.loading.fetch import Package, Source
@@ -44,6 +46,8 @@ __all__ = [
     "UnmergeableError",
     "UnsupportedError",
     "attach",
+    "attend",
+    "discover",
     "from_pretrained",
     "hookimpl",
     "load",
@@ -58,7 +62,9 @@ __all__ = [
 
 _HOMES = {
     "petune.adapter": ("Adapter", "Inner", "Positive", "Unfreeze"),
+    "petune.attention": ("attend",),
     "petune.batch": ("Batch",),
+    "petune.discovery": ("discover",),
     "petune.formats.twin": ("PeftTwin",),
     "petune.loading.fetch": ("Package", "Source"),
     "petune.loading.models": ("Quantizer", "from_pretrained", "load_tokenizer"),

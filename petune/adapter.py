@@ -106,6 +106,32 @@ class TrainedCopy(Adapter):
         return self.module(*args, **kwargs)
 
 
+class TrainedParameters(TrainedCopy):
+    """Float32 copies of the parameters that a module holds itself, beside its submodules, which stay where they are."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(nn.Module())
+        for name, p in module.named_parameters(recurse=False):
+            self.module.register_parameter(name, nn.Parameter(p.detach().clone()))
+        self.owner = [module]  # in a list: it is no part of the adapter
+
+    def forward(self, inner: Inner, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        own = self.owner[0]._parameters
+        before: dict[str, Any] = dict(own)
+        try:
+            own.update({name: p.to(before[name].dtype) for name, p in self.module.named_parameters()})  # type: ignore[misc]
+            return inner(x)
+        finally:
+            own.update(before)
+
+    def write(self) -> None:
+        """Put the values into the module."""
+        for name, p in self.module.named_parameters():
+            own = self.owner[0]._parameters[name]
+            assert own is not None
+            self.owner[0]._parameters[name] = nn.Parameter(p.detach().to(own.dtype), requires_grad=False)
+
+
 def arguments(method: type) -> dict[str, inspect.Parameter]:
     """The hyperparameters of a method by name, those of its parents included where it takes `**kwargs`."""
     found: dict[str, inspect.Parameter] = {}

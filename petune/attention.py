@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial, wraps
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from petune.errors import UnsupportedError
-from petune.graft import Graft, Link, apply
-
-if TYPE_CHECKING:
-    from petune.routing import Plan
+from petune.graft import Link, apply, graft_of, serving
 
 Attention = Callable[..., tuple[Tensor, Any]]
 
@@ -40,23 +37,30 @@ def install() -> None:
 
 
 def attend(
-    base: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+    base: Attention,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Any]:
-    """`base`, with the module's attention adapters around it."""
-    graft = module.__dict__.get("petune_graft")
-    plan = graft.board.plan if graft else None
-    links = _active(graft, plan) if graft else []
+    """`base(module, query, key, value, attention_mask, **options)`, with the module's attention adapters around it.
+
+    Args:
+        base: The model's own attention; the first of its results is (batch, queries, heads, value_dim).
+        query: (batch, heads, queries, head_dim); key and value the same with kv_heads and keys.
+        attention_mask: None, or broadcastable to (batch, heads, queries, keys).
+        options: What else `base` takes. A `position_bias` is extended with zeros for keys that an adapter adds.
+    """
+    links = serving(module)
     if not links:
-        return base(module, query, key, value, mask, **options)
-    call = Frozen(base, module, query, key, mask, options)
+        return base(module, query, key, value, attention_mask, **options)
+    call = Frozen(base, module, query, key, attention_mask, options)
     x = (query, key, value, call.mask)
-    if plan:
+    if plan := graft_of(module).board.plan:
         return plan.run_attention(links, call, x), None
     return around(links, call)(*x), None
-
-
-def _active(graft: Graft, plan: Plan | None) -> list[Link]:
-    return graft.attention if plan else [link for link in graft.attention if link.tuning.enabled]
 
 
 def around(links: list[Link], inner: Callable[..., Tensor], index: Tensor | None = None) -> Callable[..., Tensor]:
@@ -118,7 +122,7 @@ class Frozen:
 
 def _is_flash(module: nn.Module) -> bool:
     """Flash attention aligns causality with the last key itself, so that keys on the left need no mask."""
-    return "flash" in str(getattr(module.config, "_attn_implementation", ""))
+    return "flash" in str(getattr(getattr(module, "config", None), "_attn_implementation", ""))
 
 
 def take(tensor: Tensor | None, index: Tensor, batch: int) -> Tensor | None:

@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from itertools import takewhile
+from types import FunctionType
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from petune.errors import UnsupportedError
 from petune.plugins import registry
-from petune.site import Site, embedding_size
+from petune.roles import CROSS, attention_roles, geometry, mlp_roles, parts, spelled
+from petune.site import Site, input_table
 
 Named = list[tuple[str, nn.Module]]
-LETTERS = {"q": "q", "query": "q", "wq": "q", "k": "k", "key": "k", "wk": "k", "v": "v", "value": "v", "wv": "v"}
-LETTERS |= {"qkv": "qkv", "wqkv": "qkv", "kv": "kv", "wkv": "kv"}
-CROSS = re.compile(r"cross|enc_?dec|encoder_attn", re.IGNORECASE)
+Attentions = Mapping[type, Mapping[str, Callable[..., Any]]]
+LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+"""Containers, which have no forward to stand around, or one that runs whatever is put into them."""
 
 
 def find_sites(model: nn.Module) -> list[Site]:
     """Every site of a transformers model, in the order of its modules."""
     kind = getattr(getattr(model, "config", None), "model_type", "")
-    extra = registry().all("petune_sites").get(kind)
-    if extra is not None:
-        return list(extra(model))
-    inside = [s for name, i, block in blocks(model) for s in _Block(model, name, i, block).sites()]
+    plugin: Callable[[nn.Module], list[Site]] = registry().all("petune_sites").get(kind, discover)
+    return list(plugin(model))
+
+
+def discover(model: nn.Module, attention: Attentions | None = None) -> list[Site]:
+    """The sites that the structure shows.
+
+    Args:
+        attention: Classes of attention that do not ask transformers for their attention function, each with methods
+            that do the same by `petune.attend`; they take the place of the class's own while an adapter is there.
+    """
+    inside = [s for name, i, block in blocks(model) for s in _Block(model, name, i, block, attention or {}).sites()]
     return [*_outside(model), *inside]
 
 
@@ -38,8 +48,16 @@ def features(module: nn.Module) -> tuple[int, int] | None:
         return int(module.nx), int(module.nf)
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if isinstance(sizes[0], int) and isinstance(sizes[1], int) and hasattr(module, "weight"):
-        return sizes[0], sizes[1]
+        return sizes if _is_plain(base_class(module)) else None  # type: ignore[return-value]
     return None
+
+
+@cache
+def _is_plain(cls: type) -> bool:
+    """A model's own subclass of nn.Linear that builds itself otherwise computes something else: a router, groups."""
+    return not (
+        cls.__module__.startswith("transformers.models.") and "__init__" in vars(cls) and nn.Linear in cls.__mro__
+    )
 
 
 def children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -61,20 +79,34 @@ def linears(module: nn.Module, name: str) -> Named:
 
 def is_norm(module: Any) -> bool:
     weight = getattr(module, "weight", None)
-    return not list(children(module)) and weight is not None and weight.dim() == 1 and features(module) is None
+    return (
+        not list(children(module)) and isinstance(weight, torch.Tensor) and weight.dim() == 1 and not features(module)
+    )
 
 
 def _width(norm: Any) -> int:
     return int(norm.weight.shape[0])
 
 
-def blocks(model: nn.Module) -> Iterator[tuple[str, int, nn.Module]]:
+def blocks(model: nn.Module, name: str = "") -> Iterator[tuple[str, int, nn.Module]]:
     """(name, index, block) of the outermost module lists whose items hold linear layers."""
-    for name, module in walk(model):
-        if isinstance(module, nn.ModuleList) and not re.search(r"\.\d+\.", name):
-            for i, block in enumerate(module):
-                if len(linears(block, "")) > 1:
-                    yield f"{name}.{i}", i, block
+    for child_name, child in children(model):
+        path = f"{name}.{child_name}" if name else child_name
+        if isinstance(child, nn.ModuleList) and any(len(linears(item, "")) > 1 for item in child):
+            for i, (item_name, item) in enumerate(_items(child, path)):
+                if len(linears(item, "")) > 1:
+                    yield item_name, i, item
+        else:
+            yield from blocks(child, path)
+
+
+def _items(modules: nn.ModuleList, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a list, and of lists in it."""
+    for i, item in enumerate(modules):
+        if isinstance(item, nn.ModuleList):
+            yield from _items(item, f"{name}.{i}")
+        else:
+            yield f"{name}.{i}", item
 
 
 @cache
@@ -84,6 +116,16 @@ def calls_attention_interface(cls: Any) -> bool:
     return code is not None and {"ALL_ATTENTION_FUNCTIONS", "get_interface"} <= set(code.co_names)
 
 
+@cache
+def computes_attention(cls: type) -> bool:
+    """The class calls a softmax and products of matrices itself, or torch's function for both."""
+    functions = [f for c in cls.__mro__ if c is not nn.Module for f in vars(c).values() if isinstance(f, FunctionType)]
+    steps = [step for f in functions for step in dis.get_instructions(f)]
+    used = {step.argrepr if step.opname == "BINARY_OP" else step.argval for step in steps if step.argval.__hash__}
+    product = {"matmul", "bmm", "baddbmm", "@"} & used
+    return "scaled_dot_product_attention" in used or bool(product and {"softmax", "Softmax"} & used)
+
+
 def base_class(module: nn.Module) -> Any:
     """The class that the module has without petune."""
     return getattr(type(module), "petune_base", type(module))
@@ -91,173 +133,167 @@ def base_class(module: nn.Module) -> Any:
 
 def _outside(model: nn.Module) -> Iterator[Site]:
     """What is not in a block: the prompt, the embedding, the norms around the stacks, the heads."""
-    hidden = embedding_size(model)
-    table = model.get_input_embeddings()  # type: ignore[operator]
+    table = input_table(model)
+    hidden = int(table.weight.shape[-1]) if table is not None else 0
     head = model.get_output_embeddings()  # type: ignore[operator]
     inside = tuple(name + "." for name, _, _ in blocks(model))
     base = getattr(model, "base_model", model)
     others = [(n, m) for n, m in children(model) if m is not base and head not in set(m.modules())]
     top = [] if base is model else [n for n, m in others if list(m.parameters())]
-    tied = [m for _, m in walk(model) if isinstance(m, nn.Embedding) and m.weight is table.weight and m is not table]
-    yield Site("prompt", "prompt", "prompt", None, hidden, hidden, model)
+    tied = [m for _, m in walk(model) if table and isinstance(m, nn.Embedding) and m.weight is table.weight]
+    if table is not None:
+        yield Site("prompt", "prompt", "prompt", None, hidden, hidden, model)
     seen_block = False
     for name, module in walk(model):
         if name.startswith(inside):
             seen_block = True
-        elif module in (tied or [table]):  # T5's stacks each have a module of their own for the shared table
-            yield Site(name, "embedding", "embed", None, table.num_embeddings, hidden, module)
-        elif module is head:
-            yield Site(name, "linear", "head", None, *(features(head) or (hidden, hidden)), module)
+        elif (module is table and len(tied) < 2) or (module in tied and module is not table):
+            # T5's stacks each have a module of their own for the shared table
+            yield Site(name, "embedding", "embed", None, module.weight.shape[0], hidden, module)
+        elif module is head and (size := features(module)):
+            yield Site(name, "linear", "head", None, *size, module)
         elif name in top:
             yield Site(name, "module", "classifier", None, *(features(module) or (hidden, hidden)), module)
         elif is_norm(module):
-            yield Site(name, "block", "final" if seen_block else "embed-norm", None, hidden, hidden, module)
+            width = _width(module)
+            yield Site(name, "block", "final" if seen_block else "embed-norm", None, width, width, module)
 
 
 class _Block:
-    """One repeated block: its attentions, its MLP, its norms."""
+    """One repeated block: its attentions, its MLPs, its norms."""
 
-    def __init__(self, model: nn.Module, name: str, layer: int, block: nn.Module) -> None:
-        self.name, self.layer, self.block = name, layer, block
-        self.config: Any = model.config
+    def __init__(self, model: nn.Module, name: str, layer: int, block: nn.Module, attention: Attentions) -> None:
+        self.name, self.layer, self.block, self.attention = name, layer, block, attention
+        self.config: Any = getattr(model, "config", None)
         self.all = list(walk(block, name))
         self.index = dict(self.all)
+        widths = [_width(m) for _, m in self.all if is_norm(m)]
+        self.hidden = max(widths, key=widths.count, default=0)
 
     def sites(self) -> Iterator[Site]:
-        found = list(self._attentions())
+        cores = list(self._cores())
+        wholes = [self._with_output(name, core) for name, core in cores]
+        found = [site for core, whole in zip(cores, wholes, strict=True) for site in self._attention(*core, *whole)]
+        self.hidden = next((s.out_features for s in found if s.role == "o"), self.hidden)
         taken = {s.name for s in found}
-        rest = [(n, m) for n, m in linears(self.block, self.name) if n not in taken]
-        hidden = next((s.out_features for s in found if s.role == "o"), self.config.hidden_size)
-        found += list(self._mlp(rest, hidden))
-        inside = tuple(n + "." for n, m in self.all if self._is_attention(m))
+        rest = {n: m for n, m in linears(self.block, self.name) if n not in taken}
+        found += self._mlps(rest, tuple(f"{n}." for n, _ in [*wholes, *cores] if n != self.name))
+        inside = tuple(f"{n}." for n, m in cores if self._is_attention(m))
         for name, module in self.all:
             if is_norm(module):
-                width = _width(module)
-                role = "qk-norm" if inside and name.startswith(inside) else "norm"
-                found.append(Site(name, "block", role, self.layer, width, width, module))
-        found.append(Site(self.name, "block", "layer", self.layer, hidden, hidden, self.block))
+                role = "qk-norm" if name.startswith(inside) else "norm"
+                found.append(self._site(name, "block", role, module, _width(module)))
+        found.append(self._site(self.name, "block", "layer", self.block, self.hidden))
         order = {n: i for i, (n, _) in enumerate(self.all)}
         yield from sorted(found, key=lambda s: order[s.name.partition("#")[0]])
 
-    def _is_attention(self, module: nn.Module) -> bool:
-        return calls_attention_interface(base_class(module))
+    def _site(self, name: str, kind: str, role: str, module: nn.Module, width: int, **more: Any) -> Site:
+        return Site(name, kind, role, self.layer, width, width, module, **more)
 
-    def _attentions(self) -> Iterator[Site]:
+    def _linear(self, name: str, role: str, module: nn.Module, core: nn.Module) -> Site:
+        size = features(module) or (0, 0)
+        return Site(name, "linear", role, self.layer, *size, module, parts=parts(size[1], role, core))
+
+    def _is_attention(self, module: nn.Module) -> bool:
+        cls = base_class(module)
+        if cls in self.attention or calls_attention_interface(cls):
+            return True
+        own = attention_roles([n for n, _ in linears(module, "") if "." not in n])
+        return bool({"q", "qkv"} & set(own)) and computes_attention(cls)
+
+    def _methods(self, core: nn.Module) -> Mapping[str, Callable[..., Any]]:
+        cls = base_class(core)
+        if cls in self.attention or calls_attention_interface(cls):
+            return self.attention.get(cls, {})
+        from petune.inline import forward  # it stands on the grafts, which stand on this
+
+        return {"forward": forward}
+
+    def _cores(self) -> Named:
         cores = [(n, m) for n, m in self.all if self._is_attention(m)]
-        if not cores:  # no attention function to wrap, but still attention's linear layers
-            named = [(n, m) for n, m in self.all if re.search(r"att(n|ention)[^.]*$", n) and linears(m, n)]
-            cores = [(n, m) for n, m in named if not any(n.startswith(o + ".") for o, _ in named)]
-        for name, core in cores:
-            cross = "cross-" if CROSS.search(name.removeprefix(self.name)) else ""
-            whole_name, whole = self._with_output(name, core)
-            roles = list(_attention_roles(linears(whole, whole_name), name))
-            out = [(n, m) for n, m, role in roles if role == "o"]
-            for n, m, role in roles:
-                size = features(m) or (0, 0)
-                yield Site(n, "linear", role, self.layer, *size, m, parts=_parts(size[1], role, core))
-            if self._is_attention(core):
-                yield self._attention_site(name, core, cross, [(m, role) for _, m, role in roles])
-            if out:
-                yield self._sublayer(cross + "attn", whole_name, whole, out[-1], core)
+        # where there is no attention function to wrap, still the attention's linear layers
+        named = [(n, m) for n, m in self.all if re.search(r"att(n|ention)[^.]*$", n) and linears(m, n)]
+        held = [n for n, _ in cores]
+        named = [(n, m) for n, m in named if not any(_inside(c, n) or _inside(n, c) for c in held)]
+        return cores + [(n, m) for n, m in named if not any(n != o and _inside(n, o) for o, _ in named)]
+
+    def _attention(self, name: str, core: nn.Module, whole_name: str, whole: nn.Module) -> Iterator[Site]:
+        cross = "cross-" if CROSS.search(name.removeprefix(self.name)) else ""
+        layers = linears(whole, whole_name)
+        roles = attention_roles([n.removeprefix(f"{name}.").removeprefix(f"{whole_name}.") for n, _ in layers])
+        for (n, module), role in zip(layers, roles, strict=True):
+            yield self._linear(n, role, module, core)
+        width = {role: (features(m) or (0, 0))[1] for (_, m), role in zip(layers, roles, strict=True)}
+        shape = geometry(core, self.config, width) if self._is_attention(core) else None
+        if shape is not None:
+            role, (heads, _, dim, _) = f"{cross}attention", shape
+            more = dict(
+                zip(("heads", "kv_heads", "head_dim", "value_dim"), shape, strict=True), methods=self._methods(core)
+            )
+            yield self._site(f"{name}#{role}", "attention", role, core, heads * dim, **more)
+        out = next((item for item, role in zip(layers, roles, strict=True) if role == "o"), None)
+        if out is not None:
+            yield self._sublayer(f"{cross}attn", whole_name, out, core)
 
     def _with_output(self, name: str, core: nn.Module) -> tuple[str, nn.Module]:
         """The smallest module around an attention that also holds its output projection."""
         inner = linears(core, name)
-        if len(inner) != 3 or any(_letters(n) == "" for n, _ in inner):
+        if not inner or any(spelled(n.removeprefix(f"{name}.")) == "" for n, _ in inner):
             return name, core
-        while (name := name.rpartition(".")[0]) != self.name and name in self.index:
-            if len(linears(self.index[name], name)) > len(inner):
-                return name, self.index[name]
-        return next((n, m) for n, m in self.all if m is core)
+        path = name
+        while (path := path.rpartition(".")[0]) != self.name and path in self.index:
+            if len(linears(self.index[path], path)) > len(inner):
+                return path, self.index[path]
+        return name, core
 
-    def _attention_site(self, name: str, core: nn.Module, cross: str, roles: list[tuple[nn.Module, str]]) -> Site:
-        heads = int(getattr(self.config, "num_attention_heads", 1))
-        kv_heads = int(getattr(self.config, "num_key_value_heads", None) or heads)
-        width = {role: (features(m) or (0, 0))[1] for m, role in roles}
-        if "q" in width:
-            head_dim = width["q"] // heads
-            kv_heads = width["k"] // head_dim if "k" in width else kv_heads
-        elif "qkv" in width:
-            head_dim = width["qkv"] // (heads + 2 * kv_heads)
-        else:
-            raise UnsupportedError(f"{name}: no linear layer there reads as its queries.")
-        sizes = heads * head_dim, heads * head_dim
-        role = cross + "attention"
-        return Site(f"{name}#{role}", "attention", role, self.layer, *sizes, core, heads, kv_heads, head_dim)
-
-    def _sublayer(self, role: str, name: str, whole: nn.Module, out: tuple[str, nn.Module], entry: nn.Module) -> Site:
+    def _sublayer(self, role: str, name: str, out: tuple[str, nn.Module], entry: nn.Module) -> Site:
         """What a sublayer adds to the residual stream. Where the norm and the sum are inside (BERT), it is seen
         between the modules: its input at `entry`, its output at the last projection.
         """
-        width = (features(out[1]) or (0, 0))[1]
-        if name == self.name or any(is_norm(m) and _width(m) == width for _, m in walk(whole)):
-            return Site(f"{out[0]}#{role}", "block", role, self.layer, width, width, out[1], entry=entry)
-        return Site(f"{name}#{role}", "block", role, self.layer, width, width, whole)
+        width, whole = (features(out[1]) or (0, 0))[1], self.index[name]
+        norms = any(is_norm(m) and _width(m) == width for _, m in walk(whole))
+        if name == self.name or norms or isinstance(whole, LISTS):
+            return self._site(f"{out[0]}#{role}", "block", role, out[1], width, entry=entry)
+        return self._site(f"{name}#{role}", "block", role, whole, width)
 
-    def _mlp(self, rest: Named, hidden: int) -> Iterator[Site]:
-        groups: dict[str, Named] = {}
-        for name, module in rest:
-            groups.setdefault(name.rpartition(".")[0], []).append((name, module))
-        whole = [g for g in groups.values() if len(g) > 1]
-        loose = [item for g in groups.values() if len(g) == 1 for item in g]
-        for group in [*whole, loose]:
-            roles = _mlp_roles(group, hidden)
-            for (n, m), role in zip(group, roles, strict=True):
-                yield Site(n, "linear", role, self.layer, *(features(m) or (0, 0)), m)
-            down = [item for item, role in zip(group, roles, strict=True) if role == "down"]
-            if down and len(whole) < 2:  # experts are many MLPs: the block around them is the layer
-                path = _common([n for n, _ in group])
-                path = path if path in self.index else self.name
-                yield self._sublayer("mlp", path, self.index[path], down[-1], group[0][1])
+    def _mlps(self, rest: dict[str, nn.Module], attentions: tuple[str, ...]) -> Iterator[Site]:
+        """The linear layers that are left, by MLP. A mixture of experts is one MLP, whatever it is made of."""
+        mixtures = [n for n in dict.fromkeys(self._mixtures()) if not f"{n}.".startswith(attentions)]
+        for name in mixtures:
+            yield self._site(f"{name}#mlp", "block", "mlp", self.index[name], self.hidden)
+        for name, group in _groups(self.block, self.name, rest):
+            roles = mlp_roles([n for n, _ in group], [features(m) or (0, 0) for _, m in group], self.hidden)
+            for (n, module), role in zip(group, roles, strict=True):
+                yield self._linear(n, role, module, module)
+            alone = not any(_inside(name, mixture) for mixture in mixtures) and not f"{name}.".startswith(attentions)
+            if "down" in roles and alone:
+                yield self._sublayer("mlp", name, group[roles.index("down")], group[0][1])
 
-
-def _common(names: list[str]) -> str:
-    """The module that holds all of these."""
-    same = takewhile(lambda parts: len(set(parts)) == 1, zip(*(n.split(".") for n in names), strict=False))
-    return ".".join(parts[0] for parts in same)
-
-
-def _letters(name: str) -> str:
-    """The roles that the last part of a name spells: `q_proj` q, `query_key_value` qkv, `dense` none."""
-    words = re.split(r"[^a-z]+", name.rpartition(".")[2].lower())
-    return "".join(LETTERS.get(w, "") for w in words)
+    def _mixtures(self) -> Iterator[str]:
+        """Modules around experts: around a list of MLPs, or around weights with an expert for their first dimension."""
+        for name, module in self.all:
+            listed = (
+                isinstance(module, nn.ModuleList) and len(module) > 1 and all(len(linears(m, "")) > 1 for m in module)
+            )
+            stacked = any(p.dim() > 2 for p in module.parameters(recurse=False)) and not isinstance(module, nn.Conv1d)
+            around = name.rpartition(".")[0]
+            if (listed or stacked) and around != self.name and around in self.index:
+                yield around
 
 
-def _attention_roles(layers: Named, core: str) -> Iterator[tuple[str, nn.Module, str]]:
-    spelled = {name: _letters(name) for name, _ in layers}
-    unnamed = [name for name, letters in spelled.items() if not letters]
-    fused = "kv" if "q" in spelled.values() else "qkv"
-    complete = {"q", "k", "v"} <= set(spelled.values()) or "qkv" in spelled.values()
-    for name, module in layers:
-        if spelled[name]:
-            yield name, module, spelled[name] if spelled[name] in ("q", "k", "v", "qkv", "kv") else "other"
-        elif name == unnamed[-1]:
-            yield name, module, "o"
-        else:
-            yield name, module, "other" if complete else fused
+def _inside(name: str, other: str) -> bool:
+    return name == other or name.startswith(f"{other}.")
 
 
-def _mlp_roles(group: Named, hidden: int) -> list[str]:
-    sizes = [features(m) or (0, 0) for _, m in group]
-    downs = [i for i, (_, o) in enumerate(sizes) if o == hidden]
-    if not downs:
-        return ["other"] * len(group)
-    last = downs[-1]
-    ups = [i for i, (n, _) in enumerate(sizes) if i != last and n == hidden and sizes[i][1] % sizes[last][0] == 0]
-    gate = next((i for i in ups if "gate" in group[i][0].rpartition(".")[2]), ups[0] if len(ups) > 1 else None)
-    roles = ["other"] * len(group)
-    for i in ups:
-        fused = sizes[i][1] == 2 * sizes[last][0]
-        roles[i] = "gate_up" if fused else "gate" if i == gate and len(ups) > 1 else "up"
-    roles[last] = "down"
-    return roles
-
-
-def _parts(width: int, role: str, core: nn.Module) -> dict[str, slice]:
-    """The runs of outputs of a fused projection. Only an attention that says where it splits has known ones: others
-    interleave q, k and v by head.
-    """
-    size = getattr(core, "split_size", None)
-    if not isinstance(size, int) or role not in ("qkv", "kv") or width != len(role) * size:
-        return {}
-    return {letter: slice(i * size, (i + 1) * size) for i, letter in enumerate(role)}
+def _groups(module: nn.Module, name: str, rest: dict[str, nn.Module]) -> Iterator[tuple[str, Named]]:
+    """The linear layers of `rest`, each with those that share with it the smallest module around two or more."""
+    own: Named = []
+    for child_name, child in children(module):
+        path = f"{name}.{child_name}"
+        inside = [(n, m) for n, m in rest.items() if _inside(n, path)]
+        if len(inside) == 1:
+            own += inside
+        elif inside:
+            yield from _groups(child, path, rest)
+    if own:
+        yield name, own

@@ -35,6 +35,8 @@ class Board:
     plan: Plan | None = None
     inserted: int | None = None
     """During `generate`, how many columns of virtual tokens stand before the user's tokens."""
+    vocabulary: int = 0
+    """Ids from here on are virtual."""
     causal: bool = True
     """The model reads left to right, so that virtual tokens may stand before its first token."""
     prompted: int | None = None
@@ -96,6 +98,8 @@ class Graft:
     """The names of `forward`'s arguments."""
     links: list[Link] = field(default_factory=list)
     attention: list[Link] = field(default_factory=list)
+    rewired: Call | None = None
+    """A forward that takes the place of the module's own while an attention adapter is there."""
     hooked: Call | None = None
     """A `forward` that someone (accelerate) had put on the instance; it is the base then."""
     held: int = 0
@@ -111,7 +115,7 @@ class Grafted(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         graft = self.petune_graft
-        base = graft.hooked or super().forward
+        base = graft.hooked or graft.rewired or super().forward
         if graft.held:
             graft.seen = args[0] if args else kwargs[graft.parameters[0]]
         plan = graft.board.plan
@@ -134,11 +138,11 @@ class Computation:
         self.kwargs = dict(kwargs)
         self.x: Tensor = args[0] if args else self.kwargs.pop(first)
         self.args = args[1:]
-        self.rest: tuple[Any, ...] = ()
+        self.rest: tuple[Any, ...] | list[Any] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         out = self.base(x, *self.args, **self.kwargs)
-        if isinstance(out, tuple):
+        if isinstance(out, tuple | list):
             self.rest = out[1:]
             return out[0]
         return out
@@ -150,7 +154,7 @@ class Computation:
         return not any(value is not None and not isinstance(value, bool | int | float | str) for value in others)
 
     def finish(self, out: Tensor) -> Any:
-        return (out, *self.rest) if self.rest else out
+        return out if self.rest is None else type(self.rest)([out, *self.rest])
 
 
 def chain(links: list[Link], inner: Call, call: Computation, index: Tensor | None = None) -> Call:
@@ -184,10 +188,14 @@ def _weighted(adapter: Call, weight: float, inner: Call, x: Tensor, *rest: Any, 
     return torch.lerp(y, adapter(once, x, *rest, **others).to(y.dtype), weight)
 
 
-def _on_part(adapter: Call, inner: Call, x: Tensor, part: slice) -> Tensor:
+def _on_part(adapter: Call, inner: Call, x: Tensor, part: slice | Tensor) -> Tensor:
     """Adapt the outputs `part` of a fused projection, which is computed once unless the adapter changes x."""
     whole = inner(x)
+    if isinstance(part, Tensor):
+        part = part.to(whole.device)
     out = apply(adapter, lambda h: (whole if h is x else inner(h))[..., part], x)
+    if isinstance(part, Tensor):
+        return whole.index_copy(-1, part, out)
     return torch.cat([whole[..., : part.start], out, whole[..., part.stop :]], -1)
 
 
@@ -258,6 +266,8 @@ def add(link: Link, board: Board, mixin: type[nn.Module] = Grafted) -> None:
     site = link.site
     here = graft(site.module, board, mixin)
     (here.attention if site.kind == "attention" else here.links).append(link)
+    if site.kind == "attention":
+        _rewire(here, site)
     if site.entry is not None:
         hold(site.entry, board)
     if "petune" not in site.module._modules:
@@ -265,6 +275,29 @@ def add(link: Link, board: Board, mixin: type[nn.Module] = Grafted) -> None:
     adapters = site.module.petune
     assert isinstance(adapters, nn.ModuleDict)
     adapters[link.key] = link.adapter
+
+
+def serving(module: nn.Module) -> list[Link]:
+    """The module's attention adapters that act in this call."""
+    graft: Graft | None = vars(module).get("petune_graft")
+    if graft is None:
+        return []
+    return graft.attention if graft.board.plan else [link for link in graft.attention if link.tuning.enabled]
+
+
+def _rewire(here: Graft, site: Site) -> None:
+    for name, method in site.methods.items():
+        either = partial(_either, site.module, name, method)
+        if name == "forward":
+            here.rewired = either
+        else:
+            vars(site.module)[name] = either
+
+
+def _either(module: nn.Module, name: str, method: Call, *args: Any, **kwargs: Any) -> Any:
+    """A method that its site replaces, and the module's own where no attention adapter acts."""
+    chosen = method if serving(module) else getattr(base_class(module), name)
+    return chosen(module, *args, **kwargs)
 
 
 def remove(link: Link) -> None:
@@ -276,6 +309,10 @@ def remove(link: Link) -> None:
         if link in links:
             links.remove(link)
     del adapters[link.key]
+    if not here.attention:
+        here.rewired = None
+        for name in link.site.methods:
+            vars(module).pop(name, None)
     if entry is not None:
         release(entry)
     restore(module)

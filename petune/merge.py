@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from petune.adapter import TrainedCopy
+from petune.adapter import TrainedCopy, TrainedParameters
 from petune.discovery import base_class, features, walk
 from petune.errors import PetuneError, UnmergeableError, UnsupportedError
 from petune.graft import Computation, Graft, Link, chain, graft_of, grafted_class, remove
@@ -170,7 +170,9 @@ class Merged:
             return "no linear layer was written"
         worst = max(self.errors, key=self.errors.__getitem__)
         error, loss = (sum(each.values()) / len(each) for each in (self.errors, self.losses))
-        text = f"{len(self.errors)} layers, relative error of the weights {error:.2g} (worst {self.errors[worst]:.2g} at "
+        text = (
+            f"{len(self.errors)} layers, relative error of the weights {error:.2g} (worst {self.errors[worst]:.2g} at "
+        )
         return text + f"{worst}), {loss:.2g} of what the tuning changes"
 
 
@@ -298,6 +300,8 @@ def _fold(tuning: Tuning, module: Any, links: list[Link], quantize: bool, merged
             module.weight, module.bias = new.weight, new.bias  # not in place: it may be tied
         else:
             _replace(tuning.model, name, module, new)
+    elif isinstance(links[0].adapter, TrainedParameters):
+        links[0].adapter.write()
     elif own is not None:
         dtype = _dtype(tuning, module)
         if features(module) is not None and is_dense(own):

@@ -19,7 +19,7 @@ class _LowRankUpdate(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1]).to(y.dtype)
         low = flat @ a.to(y.dtype).T  # (tokens, rank)
         out = torch.addmm(y.reshape(-1, y.shape[-1]), low, b.to(y.dtype).T, alpha=scale)
-        return out.view(y.shape)
+        return torch.ops.aten._unsafe_view(out, y.shape)  # no view: models change it in place
 
     @staticmethod
     @once_differentiable

@@ -176,7 +176,6 @@ class Prompted(Grafted):
         return layout
 
     def _with(self, kwargs: dict[str, Any], layout: Layout) -> dict[str, Any]:
-        table = self.get_input_embeddings()  # type: ignore[operator]
         pad = getattr(self.config, "pad_token_id", None) or 0
         out = dict(kwargs, attention_mask=layout.mask(kwargs.get("attention_mask")))
         shape = (layout.source.shape[0], layout.tokens)
@@ -184,7 +183,7 @@ class Prompted(Grafted):
             if key == "attention_mask" or not isinstance(value, Tensor):
                 continue
             if key == "input_ids":
-                out[key] = layout.spread(value, layout.virtual + table.num_embeddings, pad)
+                out[key] = layout.spread(value, layout.virtual + graft_of(self).board.vocabulary, pad)
             elif key == "inputs_embeds":
                 rows = table_of(graft_of(self).board).to(value)
                 out[key] = layout.spread(value, rows[layout.virtual.clamp(min=0)], 0)
@@ -200,6 +199,8 @@ class Prompted(Grafted):
                 out[key] = layout.spread(value, False, False)
             elif key == "token_type_ids":
                 out[key] = layout.spread(value, value[:, :1], 0)
+            elif value.shape[:2] == shape and not self.config.is_encoder_decoder:  # boxes of a layout, say
+                out[key] = layout.spread(value, 0, 0)
         return out
 
     def _without(self, out: Any, layout: Layout) -> Any:
@@ -226,17 +227,17 @@ class Prompted(Grafted):
 class Table(Grafted):
     """The mixin of the input embedding, which answers virtual ids."""
 
-    num_embeddings: int
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         board = graft_of(self).board
         if not prompts(board):
             return super().forward(*args, **kwargs)
         ids = args[0] if args else kwargs["input"]
-        virtual = ids >= self.num_embeddings
+        virtual = ids >= board.vocabulary
         out = super().forward(ids.masked_fill(virtual, 0))
         rows = table_of(board).to(out)
-        return torch.where(virtual[..., None], rows[(ids - self.num_embeddings).clamp(min=0)], out)
+        if rows.shape[-1] != out.shape[-1]:  # a second table that the model looks ids up in
+            return out
+        return torch.where(virtual[..., None], rows[(ids - board.vocabulary).clamp(min=0)], out)
 
 
 class _PastPrompt(LogitsProcessor):

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from petune.errors import PetuneError, unknown
+from petune.errors import PetuneError, UnsupportedError, unknown
 
 ALL_LINEAR = "q k v o gate up down"
 """Every linear layer inside the blocks, however the model fuses them."""
@@ -27,6 +26,12 @@ KINDS = {
 }
 """The roles of each kind of site."""
 KIND_OF = {role: kind for kind, roles in KINDS.items() for role in roles.split()}
+WHY = {
+    "attention": "it has no softmax attention over keys and values, or none that petune can stand around",
+    "prompt": "it can't take more embeddings than tokens",
+    "embedding": "it has no single table of input embeddings",
+}
+"""Why a model has no site of a kind."""
 FUSED = {"qkv": ("q", "k", "v"), "kv": ("k", "v"), "gate_up": ("gate", "up")}
 
 
@@ -35,7 +40,7 @@ class Site:
     """One place in the base model.
 
     `in_features` and `out_features` are the widths of what goes in and comes out; for attention sites `heads`,
-    `kv_heads` and `head_dim` describe q, k and v. `layer` counts within its stack, from 0.
+    `kv_heads` and `head_dim` describe q, k and v, whose rows are `value_dim` wide. `layer` counts within its stack, from 0.
     """
 
     name: str
@@ -48,14 +53,17 @@ class Site:
     heads: int = 0
     kv_heads: int = 0
     head_dim: int = 0
+    value_dim: int = 0
     entry: nn.Module | None = field(default=None, repr=False)
     """Where the input of a block is seen, if `module` is only the last of the several that compute it."""
-    parts: dict[str, slice] = field(default_factory=dict, repr=False)
-    """The outputs of a fused projection by role, where they are known to be contiguous."""
-    part: slice | None = None
+    parts: dict[str, slice | Tensor] = field(default_factory=dict, repr=False)
+    """The outputs of a fused projection by role, where they are known: a run, or indices where heads interleave."""
+    part: slice | Tensor | None = None
     """The outputs that this site covers, if it is a part of a fused projection."""
     peers: list[Site] = field(default_factory=list, repr=False)
     """All sites of the tuning, this one included."""
+    methods: Mapping[str, Callable[..., Any]] = field(default_factory=dict, repr=False)
+    """What takes the place of the module's own methods while an attention adapter is there, by name."""
     _pool: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def weight(self) -> Tensor:
@@ -65,12 +73,10 @@ class Site:
         from petune.merge import base_forward, probe
 
         if self.kind in ("embedding", "prompt"):
-            embedding: Any = self.module
-            if self.kind == "prompt":
-                embedding = embedding.get_input_embeddings()
-            return embedding.weight.detach().float()
+            table: Any = input_table(self.module) if self.kind == "prompt" else self.module
+            return table.weight.detach().float()
         weight, _ = probe(base_forward(self.module), self.module)
-        return weight[self.part or slice(None)]
+        return weight if self.part is None else weight[self.part]
 
     def shared(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """One object for all sites of a tuning: made by the first that asks for `key`."""
@@ -90,7 +96,8 @@ def select(sites: list[Site], where: str, *, strict: bool = True) -> list[Site]:
         strict: a word that picks nothing is an error; for a method's own default it is not.
 
     Raises:
-        PetuneError: nothing was picked, or (strict) a word picked nothing.
+        PetuneError: a word picked nothing (strict).
+        UnsupportedError: the model has nothing of the kind.
     """
     picked: dict[str, Site] = {}
     words = where.split()
@@ -101,7 +108,10 @@ def select(sites: list[Site], where: str, *, strict: bool = True) -> list[Site]:
             raise PetuneError(f"where={where!r} matches no site: " + unknown("role or name", word, known))
         picked |= {s.name: s for s in hits}
     if not picked:
-        raise PetuneError(f"this model has no site for {where!r}; `petune sites MODEL` shows those that it has.")
+        reasons = "; ".join(dict.fromkeys(WHY[k] for k in map(KIND_OF.get, words) if k in WHY))
+        raise UnsupportedError(
+            f"this model has no site for {where!r}: {reasons or '`petune sites MODEL` shows its sites'}."
+        )
     order = {s.name: i for i, s in enumerate(sites)}
     return sorted(picked.values(), key=lambda s: order[s.name.partition("[")[0]])
 
@@ -130,7 +140,7 @@ def _named(site: Site, what: str) -> bool:
 
 def _part(site: Site, role: str) -> Site:
     part = site.parts[role]
-    width = part.stop - part.start
+    width = len(part) if isinstance(part, Tensor) else part.stop - part.start
     return dataclasses.replace(site, name=f"{site.name}[{role}]", role=role, out_features=width, part=part, parts={})
 
 
@@ -150,7 +160,10 @@ def _range(text: str, depth: int, word: str) -> range:
     return range(depth)[bounds]
 
 
-def embedding_size(model: nn.Module) -> int:
-    """The width of the rows that the input embedding gives."""
-    table = model.get_input_embeddings()  # type: ignore[operator]
-    return int(table.weight.shape[-1]) if isinstance(table.weight, torch.Tensor) else int(table.embedding_dim)
+def input_table(model: nn.Module) -> nn.Embedding | None:
+    """The input embedding, None where the model has no single table."""
+    try:
+        table = model.get_input_embeddings()  # type: ignore[operator]
+    except (NotImplementedError, AttributeError):
+        return None
+    return table if isinstance(table, nn.Embedding) else None

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from petune import storage
-from petune.adapter import Adapter, TrainedCopy, Unfreeze
+from petune.adapter import Adapter, TrainedCopy, TrainedParameters, Unfreeze
 from petune.attention import install
 from petune.discovery import children, features, find_sites, walk
-from petune.errors import PetuneError, UnsupportedError, unknown
+from petune.errors import PetuneError, unknown
 from petune.graft import Board, Grafted, Link, add, hold, release, remove
 from petune.merge import Merged, dense, is_quantized, merge
 from petune.parts import Method, Part, Where, methods, parts, resolve
 from petune.prompts import Prompted, Table, is_causal
 from petune.routing import board_of
-from petune.site import KIND_OF, Site, select
+from petune.site import KIND_OF, Site, input_table, select
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -260,7 +260,7 @@ def _adapters(part: Part, sites: list[Site]) -> tuple[list[tuple[Adapter, Site]]
     try:
         picked = select(sites, part.where or cls.where, strict=part.where is not None)
     except PetuneError as none:
-        raise PetuneError(f"method {name!r}: {none}") from None
+        raise type(none)(f"method {name!r}: {none}") from None
     accepted = {KIND_OF[role] for role in cls.where.split() if role in KIND_OF}
     accepted |= {"linear", "block"} if accepted & {"linear", "block"} else set()
     wrong = [s for s in picked if accepted and s.kind not in accepted]
@@ -286,7 +286,8 @@ def _copies(model: PreTrainedModel, names: Sequence[str]) -> list[tuple[Adapter,
             if path in found or not list(module.parameters(recurse=False)):
                 continue
             if features(module) is None and list(children(module)):
-                raise UnsupportedError(f"{path} holds parameters beside submodules; they can't be trained as a copy.")
+                found[path] = TrainedParameters(module), Site(path, "module", "parameters", None, 0, 0, module)
+                continue
             size = features(module) or (0, 0)
             own = dense(module) if is_quantized(module) else _copy(module, memo)
             own = own.to(torch.promote_types(torch.float32, next(own.parameters()).dtype))
@@ -313,7 +314,8 @@ def _install(model: PreTrainedModel, tuning: Tuning) -> Tuning:
     board = board_of(model) or Board()
     if not board.tunings:
         board.flags = {n: p.requires_grad for n, p in model.named_parameters()}
-        board.causal = is_causal(model)
+        board.causal, table = is_causal(model), input_table(model)
+        board.vocabulary = len(table.weight) if table is not None else 0
         model.requires_grad_(False)
         if any(is_quantized(m) for _, m in walk(model)):
             model._hf_peft_config_loaded = True  # Trainer refuses a quantized model without it
@@ -343,6 +345,10 @@ def _mixin(site: Site, model: PreTrainedModel) -> type[nn.Module]:
 
 
 def _tables(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules that embed input ids: T5's stacks each have one of their own for the shared table."""
-    table = model.get_input_embeddings()
-    return [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is table.weight]
+    """The modules that embed input ids: T5's stacks each have one of their own for the shared table, and Gemma 3n
+    looks ids up once more for each layer.
+    """
+    table, text = model.get_input_embeddings(), getattr(model.config, "text_config", model.config)
+    size = getattr(text, "vocab_size_per_layer_input", None)
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    return [m for m in tables if m.weight is table.weight or m.num_embeddings == size]

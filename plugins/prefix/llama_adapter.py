@@ -17,7 +17,7 @@ class LlamaAdapter(petune.Adapter):
     def __init__(self, site: petune.Site, *, length: petune.Positive = 10) -> None:
         super().__init__()
         self.keys = nn.Parameter(torch.randn(site.kv_heads, length, site.head_dim))
-        self.values = nn.Parameter(torch.randn(site.kv_heads, length, site.head_dim))
+        self.values = nn.Parameter(torch.randn(site.kv_heads, length, site.value_dim))
         self.gate = nn.Parameter(torch.zeros(site.heads, 1))
         self.groups = site.heads // site.kv_heads
         told = getattr(site.module, "scaling", None)  # T5 does not scale

@@ -32,19 +32,19 @@ class PrefixTuning(petune.Adapter):
         self, site: petune.Site, *, length: petune.Positive = 20, hidden: petune.Positive | None = None
     ) -> None:
         super().__init__()
-        self.shape = (length, 2, site.kv_heads, site.head_dim)
+        self.shape, self.widths = (length, site.kv_heads, -1), [site.head_dim, site.value_dim]
         self.trunk = None if hidden is None else site.shared("trunk", lambda: Trunk(length, hidden))
         if hidden is None:
             self.keys = nn.Parameter(torch.randn(site.kv_heads, length, site.head_dim) * 0.02)
-            self.values = nn.Parameter(torch.randn(site.kv_heads, length, site.head_dim) * 0.02)
+            self.values = nn.Parameter(torch.randn(site.kv_heads, length, site.value_dim) * 0.02)
         else:
-            self.last = nn.Linear(hidden, 2 * site.kv_heads * site.head_dim)
+            self.last = nn.Linear(hidden, site.kv_heads * sum(self.widths))
 
     def prefix(self) -> tuple[Tensor, Tensor]:
-        """Keys and values, (kv_heads, length, head_dim)."""
+        """Keys and values, (kv_heads, length, head_dim) and (kv_heads, length, value_dim)."""
         if self.trunk is None:
             return self.keys, self.values
-        keys, values = self.last(self.trunk()).view(self.shape).permute(1, 2, 0, 3)
+        keys, values = self.last(self.trunk()).view(self.shape).transpose(0, 1).split(self.widths, -1)
         return keys, values
 
     def plain(self) -> dict[str, Tensor]:

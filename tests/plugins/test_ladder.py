@@ -29,7 +29,7 @@ def test_no_gradient_enters_the_blocks(family):
             if site.role == "layer":
                 site.module.register_forward_hook(
                     lambda module, args, out: seen.append((out[0] if isinstance(out, tuple) else out).requires_grad)
-                )  # noqa: B023, E501
+                )
         if method == "last-layers":
             model.disable_input_require_grads()
         model(**tiny_batch(family)).loss.backward()

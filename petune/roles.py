@@ -1,0 +1,105 @@
+"""What linear layers are for, read off their names and sizes; and the shape of an attention's heads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+CROSS = re.compile(r"cross|enc_?dec|encoder_attn|crs", re.IGNORECASE)
+OUT = {"o", "out", "output", "wo", "dense", "c"}
+OTHER = {"pos", "position", "rel", "relative", "gate", "g", "index", "indexer", "global", "expert", "experts", "router"}
+"""Words of layers in an attention that are neither its projections nor its output."""
+LETTERS = {"q": "q", "query": "q", "wq": "q", "k": "k", "key": "k", "wk": "k", "v": "v", "value": "v", "wv": "v"}
+LETTERS |= {"qkv": "qkv", "wqkv": "qkv", "kv": "kv", "wkv": "kv", "qkvz": "qkv", "in": "qkv"}
+Sizes = Sequence[tuple[int, int]]
+
+
+def _words(name: str) -> list[str]:
+    return re.split(r"[^a-z]+", re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower())
+
+
+def spelled(name: str) -> str:
+    """The roles that a name inside an attention spells: `q_proj` q, `query_key_value` qkv, `dense` none; `other` for
+    what is known to be none of them. The first part counts: `indexer.q` belongs to the indexer.
+    """
+    words = _words(name.partition(".")[0])
+    letters = "".join(LETTERS.get(w, "") for w in words)
+    if OTHER & set(words) or letters not in ("", "q", "k", "v", "qkv", "kv"):
+        return "other"
+    return letters
+
+
+def attention_roles(names: Sequence[str]) -> list[str]:
+    """The roles of the linear layers of an attention and its output, by their names inside it."""
+    roles = [spelled(name) for name in names]
+    unnamed = [i for i, role in enumerate(roles) if not role]
+    outs = [i for i in unnamed if OUT & set(_words(names[i]))] or unnamed
+    fused = "kv" if "q" in roles else "qkv"
+    complete = {"q", "k", "v"} <= set(roles) or "qkv" in roles or {"q", "kv"} <= set(roles)
+    for i in unnamed:
+        roles[i] = "o" if i == outs[-1] else "other" if complete else fused
+    return roles
+
+
+def mlp_roles(names: Sequence[str], sizes: Sizes, hidden: int) -> list[str]:
+    """The roles of the linear layers of an MLP: `down` is the last that gives back the width that another takes."""
+    roles = ["other"] * len(names)
+    pairs = [
+        (i, j)
+        for j, (inner, out) in enumerate(sizes)
+        for i, (width, middle) in enumerate(sizes)
+        if i < j and width == out and (middle in (inner, 2 * inner) or (out == hidden and middle >= inner))
+    ]
+    if not pairs:
+        return roles
+    down = pairs[-1][1]
+    ups = [
+        i for i, (width, middle) in enumerate(sizes) if i != down and (width, middle) in {sizes[k] for k, _ in pairs}
+    ]
+    gate = next((i for i in ups if "gate" in names[i].rpartition(".")[2]), ups[0] if len(ups) > 1 else None)
+    for i in ups:
+        roles[i] = "gate_up" if sizes[i][1] == 2 * sizes[down][0] else "gate" if i == gate and len(ups) > 1 else "up"
+    roles[down] = "down"
+    return roles
+
+
+def parts(width: int, role: str, core: nn.Module) -> dict[str, slice]:
+    """The runs of outputs of a fused projection. Only an attention that says where it splits has known ones: others
+    interleave q, k and v by head, and a plugin has to know.
+    """
+    size = getattr(core, "split_size", None)
+    told = isinstance(size, int) and role in ("qkv", "kv") and width == len(role) * size
+    if not told or not hasattr(core, "c_attn"):  # Falcon and BLOOM have the attribute and split otherwise
+        return {}
+    return {letter: slice(i * size, (i + 1) * size) for i, letter in enumerate(role)}
+
+
+def geometry(core: Any, config: Any, width: Mapping[str, int]) -> tuple[int, int, int, int] | None:
+    """(heads, kv_heads, head_dim, value_dim) of an attention; None where neither it nor its layers tell.
+
+    Args:
+        width: The outputs of its linear layers by role.
+    """
+    owners = [core, getattr(core, "config", None), config]
+
+    def told(*names: str, among: list[Any] = owners) -> int:
+        found = (getattr(owner, name, None) for owner in among for name in names)
+        return next((v for v in found if type(v) is int and v > 0), 0)
+
+    heads = told("num_heads", "num_attention_heads", "n_heads", "n_head")
+    dims = "qk_head_dim", "head_dim", "head_size", "attention_head_size", "key_value_proj_dim", "d_head"
+    kv_heads = heads // told("num_key_value_groups", among=[core]) if told("num_key_value_groups", among=[core]) else 0
+    kv_heads = kv_heads or told("num_key_value_heads", "num_kv_heads") or heads
+    dim = told(*dims, among=[core]) or (width["q"] // heads if "q" in width and heads else 0)
+    dim = dim or (width["qkv"] // (heads + 2 * kv_heads) if "qkv" in width and heads else 0)
+    if not heads or not dim:
+        return None
+    if "q" in width and width["q"] not in (heads * dim, 2 * heads * dim):  # twice: with a gate
+        heads = width["q"] // dim
+    if "k" in width:
+        kv_heads = width["k"] // dim
+    value = told("v_head_dim", among=[core]) or (width["v"] // kv_heads if "v" in width and kv_heads else dim)
+    return (heads, kv_heads, dim, value) if heads and kv_heads and heads % kv_heads == 0 else None

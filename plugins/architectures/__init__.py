@@ -1,0 +1,13 @@
+"""What discovery can't read off a model's structure, a file a family of architectures."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import petune
+
+
+@petune.hookimpl
+def petune_sites() -> Mapping[str, Callable[[Any], list[petune.Site]]]:
+    from petune_plugins.architectures import fused, xlnet
+
+    return {**fused.ARCHITECTURES, "xlnet": xlnet.sites}
