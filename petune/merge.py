@@ -139,6 +139,8 @@ def merge(tuning: Tuning) -> None:
     for link in tuning.links:
         if not link.adapter.mergeable:
             raise UnmergeableError(f"{tuning.method!r} has no merged form: it is no affine change of a linear layer.")
+        if isinstance(link.adapter, TrainedCopy) and tuning.weight != 1:
+            raise UnmergeableError(f"{tuning.method!r} trains {link.site.name} itself, which merges at weight 1 alone.")
     modes = [(link.adapter, link.adapter.training) for link in tuning.links]
     for adapter, _ in modes:
         adapter.eval()
@@ -204,7 +206,7 @@ def _check_order(tuning: Tuning, module: nn.Module, links: list[Link], weight: T
 
 def _fold(tuning: Tuning, module: nn.Module, links: list[Link]) -> None:
     name = links[0].site.name.partition("#")[0].partition("[")[0]
-    if isinstance(links[0].adapter, TrainedCopy):
+    if isinstance(links[0].adapter, TrainedCopy) and len(links) == 1:
         trained, links[0].adapter.module = links[0].adapter.module, nn.Identity()  # moved, so that ties survive
         trained.to(tuning.model.dtype if is_quantized(module) else next(module.parameters()).dtype)
         _replace(tuning.model, name, module, trained.requires_grad_(False))
