@@ -192,6 +192,8 @@ def merge(tuning: Tuning, quantize: bool = False) -> Merged:
     for link in tuning.links:
         if not link.adapter.mergeable:
             raise UnmergeableError(f"{tuning.method!r} has no merged form: it is no affine change of a linear layer.")
+        if isinstance(link.adapter, TrainedCopy) and tuning.weight != 1:
+            raise UnmergeableError(f"{tuning.method!r} trains {link.site.name} itself, which merges at weight 1 alone.")
     modes = [(link.adapter, link.adapter.training) for link in tuning.links]
     for adapter, _ in modes:
         adapter.eval()
@@ -228,9 +230,9 @@ def _chained(module: nn.Module, links: list[Link]) -> Callable[[Tensor], Tensor]
 
 
 def _copy_of(links: list[Link]) -> nn.Module | None:
-    """The trained copy that takes the module's place, if the tuning has one here."""
+    """The trained copy that takes the module's place, if all that the tuning has here is one."""
     adapter = links[0].adapter
-    return adapter.module if isinstance(adapter, TrainedCopy) else None
+    return adapter.module if isinstance(adapter, TrainedCopy) and len(links) == 1 else None
 
 
 def _check(tuning: Tuning, module: Any, links: list[Link], quantize: bool) -> None:

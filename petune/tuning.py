@@ -17,7 +17,7 @@ from petune import storage
 from petune.adapter import Adapter, TrainedCopy, TrainedParameters, Unfreeze
 from petune.attention import install
 from petune.discovery import children, features, find_sites, walk
-from petune.errors import PetuneError, unknown
+from petune.errors import PetuneError, UnsupportedError, unknown
 from petune.graft import Board, Grafted, Link, add, hold, release, remove
 from petune.merge import Merged, dense, is_quantized, merge
 from petune.parts import Method, Part, Where, methods, parts, resolve

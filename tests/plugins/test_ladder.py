@@ -25,11 +25,13 @@ def test_no_gradient_enters_the_blocks(family):
         petune.attach(model, method)
         model.enable_input_require_grads()
         seen = []
+
+        def watch(module, args, out, seen=seen):
+            seen.append((out[0] if isinstance(out, tuple) else out).requires_grad)
+
         for site in petune.sites(model):
             if site.role == "layer":
-                site.module.register_forward_hook(
-                    lambda module, args, out: seen.append((out[0] if isinstance(out, tuple) else out).requires_grad)
-                )
+                site.module.register_forward_hook(watch)
         if method == "last-layers":
             model.disable_input_require_grads()
         model(**tiny_batch(family)).loss.backward()
