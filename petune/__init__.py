@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from petune.discovery import find_sites as sites
     from petune.loading.fetch import Package, Source
     from petune.loading.models import Quantizer, from_pretrained, load_tokenizer
-    from petune.ops import lowrank_update
+    from petune.ops import lowrank_update, recompute
     from petune.routing import route
     from petune.site import ALL_LINEAR, Site
     from petune.storage import load
@@ -47,6 +47,7 @@ __all__ = [
     "load_tokenizer",
     "lowrank_update",
     "methods",
+    "recompute",
     "route",
     "sites",
     "testing",
@@ -57,7 +58,7 @@ _HOMES = {
     "petune.adapter": ("Adapter", "Inner", "PeftTwin", "Positive", "Unfreeze"),
     "petune.loading.fetch": ("Package", "Source"),
     "petune.loading.models": ("Quantizer", "from_pretrained", "load_tokenizer"),
-    "petune.ops": ("lowrank_update",),
+    "petune.ops": ("lowrank_update", "recompute"),
     "petune.routing": ("route",),
     "petune.site": ("ALL_LINEAR", "Site"),
     "petune.storage": ("load",),

@@ -2,14 +2,16 @@
 
 import math
 from fnmatch import fnmatchcase
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import torch
+from annotated_types import Ge, Lt
 from torch import Tensor
 
 import petune
 
 Start = Literal["default", "gaussian", "orthogonal", "pissa", "olora"]
+Share = Annotated[float, Ge(0), Lt(1)]
 
 
 T = TypeVar("T")
