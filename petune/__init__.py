@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from petune.formats.twin import PeftTwin
     from petune.loading.fetch import Package, Source
     from petune.loading.models import Quantizer, from_pretrained, load_tokenizer
-    from petune.ops import lowrank_update
+    from petune.ops import lowrank_update, recompute
     from petune.routing import route
     from petune.site import ALL_LINEAR, Site
     from petune.storage import load
@@ -54,6 +54,7 @@ __all__ = [
     "load_tokenizer",
     "lowrank_update",
     "methods",
+    "recompute",
     "route",
     "sites",
     "testing",
@@ -68,7 +69,7 @@ _HOMES = {
     "petune.formats.twin": ("PeftTwin",),
     "petune.loading.fetch": ("Package", "Source"),
     "petune.loading.models": ("Quantizer", "from_pretrained", "load_tokenizer"),
-    "petune.ops": ("lowrank_update",),
+    "petune.ops": ("lowrank_update", "recompute"),
     "petune.routing": ("route",),
     "petune.site": ("ALL_LINEAR", "Site"),
     "petune.storage": ("load",),

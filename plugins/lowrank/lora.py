@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 import petune
 
-from .start import Start, at, check_patterns, start
+from .start import Share, Start, at, check_patterns, start
 from .twins import LORA
 
 
@@ -31,7 +31,7 @@ class LoRA(petune.Adapter):
         *,
         rank: petune.Positive = 8,
         alpha: float = 16.0,
-        dropout: float = 0.0,
+        dropout: Share = 0.0,
         rslora: bool = False,
         init: Start = "default",
         rank_pattern: dict[str, petune.Positive] | None = None,
@@ -40,7 +40,7 @@ class LoRA(petune.Adapter):
     ) -> None:
         super().__init__()
         rank, alpha, self.lr_ratio = at(site, rank_pattern, rank), at(site, alpha_pattern, alpha), lr_ratio
-        self.scale, self.dropout = alpha / (math.sqrt(rank) if rslora else rank), nn.Dropout(dropout)
+        self.scale, self.dropout = alpha / (math.sqrt(rank) if rslora else rank), dropout
         a, b = start(init, site, rank, self.scale)
         self.A, self.B = nn.Parameter(a), nn.Parameter(b)
         cut = init in ("pissa", "olora")
@@ -60,4 +60,4 @@ class LoRA(petune.Adapter):
         return dict(zip("AB", self.factors(), strict=True))
 
     def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
-        return petune.lowrank_update(inner(x), self.dropout(x), *self.factors(), self.scale)
+        return petune.lowrank_update(inner(x), x, *self.factors(), self.scale, dropout=self.dropout * self.training)

@@ -3,14 +3,16 @@
 import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
+from annotated_types import Ge, Lt
 from torch import Tensor
 
 import petune
 
 Start = Literal["default", "gaussian", "orthogonal", "pissa", "olora"]
+Share = Annotated[float, Ge(0), Lt(1)]
 
 
 T = TypeVar("T")

@@ -39,4 +39,7 @@ class VeRA(petune.Adapter):
         self.b = nn.Parameter(torch.zeros(site.out_features))
 
     def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
-        return inner(x) + self.b * F.linear(self.d * F.linear(x, self.A), self.B)
+        return inner(x) + petune.recompute(self.expand, F.linear(x, self.A), self.d, self.b)
+
+    def expand(self, low: Tensor, d: Tensor, b: Tensor) -> Tensor:
+        return b * F.linear(d * low, self.B)
