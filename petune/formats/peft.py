@@ -47,9 +47,9 @@ def export(tuning: Tuning, *, parts: bool = False) -> tuple[dict[str, Tensor], d
     Raises:
         UnsupportedError: PEFT has no such method, or no such place to put it.
     """
-    twin = _twin(tuning)
     if not parts and tuning.weight != 1:
         raise UnsupportedError(f"PEFT's format has no place for a weight of {tuning.weight}; save without format=.")
+    twin = _twin(tuning)
     own = [link for link in tuning.links if link.site.kind != "module"]
     if not parts and any(link.site.part is not None for link in own):
         what = f"{tuning.method!r} acts on parts of a fused projection here, which PEFT can't"
