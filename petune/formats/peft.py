@@ -51,7 +51,7 @@ def export(tuning: Tuning, *, parts: bool = False) -> tuple[dict[str, Tensor], d
     own = [link for link in tuning.links if link.site.kind != "module"]
     if not parts and any(link.site.part is not None for link in own):
         what = f"{tuning.method!r} acts on parts of a fused projection here, which PEFT can't"
-        raise UnsupportedError(f'{what}; format="serving" writes LoRA for the whole.')
+        raise UnsupportedError(f'{what}; format="serving" can write some for the whole.')
     plain = {link.site.name: dict(link.adapter.plain()) for link in own}
     config: dict[str, Any] = {"peft_type": twin.kind, "task_type": _task(tuning.model), "inference_mode": True}
     config["base_model_name_or_path"] = getattr(tuning.model.config, "name_or_path", None)
