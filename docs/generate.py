@@ -15,13 +15,25 @@ HEAD = """# Methods
 Equations, papers, hook points and arguments, from the methods' own docstrings and signatures (`python docs/generate.py`
 writes this page, `petune methods` prints its short form). *Lines* is the length of the method's file.
 """
+TAIL = """## peft:NAME
+
+Every method of the installed peft package goes by `peft:` and its name there: `peft:hra`, `peft:miss`, `peft:vblora`, …
+PEFT's own layers stand around petune's sites, so that they train on any base, switch, route, save and merge like those
+above. Their arguments are the fields of PEFT's configuration (`petune methods` lists them; `where` and `train` take the
+place of `target_modules` and `modules_to_save`). What acts on the whole model (prompts), asks for more than a layer's
+input or mixes the rows of a batch is refused with the reason. `peft:adalora` trains without its rank schedule, which
+PEFT leaves to the training loop.
+
+[How near petune's own are to PEFT's](parity.md), with the number of lines of both.
+"""
 
 
 def page() -> str:
     """The page as it should be."""
     parts = [HEAD]
     for name, cls in sorted(petune.methods().items()):
-        if registry().plugins[registry().owner("petune_methods", name)].package != "petune":
+        plugin = registry().owner("petune_methods", name)
+        if registry().plugins[plugin].package != "petune" or plugin == "peft":
             continue
         known = [
             f"`{key}: {type_name(p.annotation)}" + ("" if p.default is p.empty else f" = {p.default!r}") + "`"
@@ -32,7 +44,7 @@ def page() -> str:
         parts.append(
             f"## {name}\n\n{inspect.getdoc(cls)}\n\n{'; '.join(facts)}. Arguments: {', '.join(known) or 'none'}.\n"
         )
-    return "\n".join(parts)
+    return "\n".join([*parts, TAIL])
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ class Tuning:
 
     def save(self, path: str | PathLike[str], format: str = "petune") -> None:
         """Write `adapter.safetensors` and `adapter.json` into the folder `path`; with "peft" what PEFT reads, with
-        "serving" LoRA as vLLM and llama.cpp's converter take it.
+        "serving" the form of it that vLLM and llama.cpp's converter take.
 
         Raises:
             PetuneError: no such format, or it has no such method; nothing is written then.

@@ -129,10 +129,11 @@ def _outputs(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
 def _gradients(twin: PeftTwin, tuning: petune.Tuning, theirs: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """Ours beside PEFT's, of the tensors of one name."""
     named = {n.replace(".default", ""): p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+    names = twin.tensors or {}
     found = []
     for link in tuning.links:
         for name, p in link.adapter.named_parameters():
-            other = named.get(f"{PREFIX}{link.site.name}.{twin.tensors.get(name)}")
+            other = named.get(f"{PREFIX}{link.site.name}.{names.get(name)}")
             if p.grad is not None and other is not None:
                 found.append((p.grad.flatten(), other.flatten()))
     return found

@@ -53,7 +53,7 @@ def export(tuning: Tuning, *, parts: bool = False) -> tuple[dict[str, Tensor], d
     own = [link for link in tuning.links if link.site.kind != "module"]
     if not parts and any(link.site.part is not None for link in own):
         what = f"{tuning.method!r} acts on parts of a fused projection here, which PEFT can't"
-        raise UnsupportedError(f'{what}; format="serving" writes LoRA for the whole.')
+        raise UnsupportedError(f'{what}; format="serving" can write some for the whole.')
     plain = {link.site.name: dict(link.adapter.plain()) for link in own}
     config: dict[str, Any] = {"peft_type": twin.kind, "task_type": _task(tuning.model), "inference_mode": True}
     config["base_model_name_or_path"] = getattr(tuning.model.config, "name_or_path", None)
@@ -89,7 +89,8 @@ def _renamed(
                 seen.add(id(tensor))
                 tensor = tensor.detach().cpu()
                 layout = twin.layouts.get(key)
-                found[module, twin.tensors[key]] = SHAPES[layout].write(tensor, place) if layout else tensor
+                theirs = twin.tensors[key] if twin.tensors is not None else key
+                found[module, theirs] = SHAPES[layout].write(tensor, place) if layout else tensor
     return found
 
 
@@ -108,9 +109,9 @@ def load(model: PreTrainedModel, folder: Path, name: str) -> Tuning:
     drawn = {ours: saved.pop(theirs, None) for ours, theirs in twin.drawn.items()}
     # PEFT lists the names that a head of the task might have
     heads = [h for h in config.get("modules_to_save") or () if any(k.startswith(h + ".") for k in saved)]
-    modules = _modules(model, saved, twin)
-    names = dict.fromkeys(module for module, _ in modules.values())
     site = {s.name: s for s in find_sites(model)}
+    modules = _modules(model, saved, site, twin)
+    names = dict.fromkeys(module for module, _ in modules.values())
     given = {our: config[theirs] for theirs, our in twin.arguments.items() if config.get(theirs) is not None}
     for theirs, our in twin.roles.items():
         ends = tuple(config.get(theirs) or ())
@@ -143,34 +144,42 @@ def _read(
     tuning: Tuning, saved: Mapping[str, Tensor], modules: Mapping[str, tuple[str, str]], twin: PeftTwin
 ) -> dict[str, Tensor]:
     """The tensors by our names."""
-    order, listed = list(twin.tensors), _roles(tuning, twin)
+    order, listed = list(twin.tensors or ()), _roles(tuning, twin)
     sites = {link.site.name: link.site for link in tuning.links}
     found: dict[str, dict[str, Tensor]] = {}
-    for key in sorted(modules, key=lambda k: order.index(modules[k][1])):
+    for key in sorted(modules, key=lambda k: order.index(modules[k][1]) if order else 0):
         module, ours = modules[key]
         here, layout = found.setdefault(module, {}), twin.layouts.get(ours)
         if layout and module in sites:
             here[ours] = SHAPES[layout].read(saved[key], Place(sites[module], sites[module].role in listed, here))
         else:
             here[ours] = saved[key]
-    flat = {f"{module}.{ours}": t for module, here in found.items() for ours, t in here.items()}
-    own = {key for key, _ in tuning.state()} & flat.keys()
-    # PEFT saves what several modules share under the names of all
-    again = {
-        k for k in flat.keys() - own for o in own if k.split(".")[-1] == o.split(".")[-1] and _same(flat[k], flat[o])
+    saved_as = {id(tensor): key for key, tensor in tuning.state()}  # PEFT names what modules share after each of them
+    own = {
+        f"{link.site.name}.{name}": saved_as[id(tensor)]
+        for link in tuning.links
+        if link.site.kind != "module"
+        for name, tensor in link.adapter.plain().items()
     }
-    return {key: tensor for key, tensor in flat.items() if key not in again}
+    flat = {f"{module}.{ours}": t for module, here in found.items() for ours, t in here.items()}
+    return {own.get(key, key): tensor for key, tensor in flat.items()}
 
 
-def _modules(model: PreTrainedModel, saved: Iterable[str], twin: PeftTwin) -> dict[str, tuple[str, str]]:
+def _modules(
+    model: PreTrainedModel, saved: Iterable[str], sites: Mapping[str, Site], twin: PeftTwin
+) -> dict[str, tuple[str, str]]:
     """(module, our tensor) of each key that is the method's."""
     found: dict[str, tuple[str, str]] = {}
-    table, embed = _input_embedding(model), [s.name for s in find_sites(model) if s.kind == "embedding"]
+    table, embed = _input_embedding(model), [s.name for s in sites.values() if s.kind == "embedding"]
+    linear = [name for name, site in sites.items() if site.kind == "linear"]
     for key in saved:
-        for ours, theirs in twin.tensors.items():
+        for ours, theirs in (twin.tensors or {}).items():
             if key.endswith("." + theirs):
                 module = key.removesuffix("." + theirs)
                 found[key] = (embed[0] if embed and module == table else module), ours
+        for name in linear if twin.tensors is None else []:
+            if key.startswith(name + "."):
+                found[key] = name, key.removeprefix(name + ".")
     return found
 
 
@@ -268,15 +277,16 @@ def _method(config: Mapping[str, Any], folder: Path) -> tuple[str, PeftTwin]:
 
     kind = config.get("peft_type")
     found = {name: vars(cls).get("peft") for name, cls in methods().items()}
-    twins = {name: twin for name, twin in found.items() if isinstance(twin, PeftTwin) and twin.tensors}
+    known = {name: twin for name, twin in found.items() if isinstance(twin, PeftTwin) and twin.tensors != {}}
+    twins = {name: twin for name, twin in known.items() if kind in (twin.kind, *twin.also)}
+    renamed = {name: twin for name, twin in twins.items() if twin.tensors is not None}
     refused = ""
-    for name, twin in twins.items():
-        if kind in (twin.kind, *twin.also):
-            other = next((k for k, allowed in twin.neutral.items() if config.get(k, allowed[0]) not in allowed), None)
-            if other is None:
-                return name, twin
-            refused = refused or f" with {other}={config[other]!r}"
-    have = ", ".join(sorted({kind for twin in twins.values() for kind in (twin.kind, *twin.also)}))
+    for name, twin in (renamed or twins).items():  # our own method of that kind, if there is one, or PEFT's in ours
+        other = next((k for k, allowed in twin.neutral.items() if config.get(k, allowed[0]) not in allowed), None)
+        if other is None:
+            return name, twin
+        refused = refused or f" with {other}={config[other]!r}"
+    have = ", ".join(sorted({kind for twin in known.values() for kind in (twin.kind, *twin.also)}))
     raise UnsupportedError(f"{folder / CONFIG}: no method here is PEFT's {kind}{refused}. Known: {have}.")
 
 

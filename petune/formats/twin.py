@@ -17,7 +17,7 @@ class PeftTwin:
         kind: `peft_type`.
         arguments: PEFT's key of the configuration -> ours.
         tensors: our tensor (of `Adapter.plain`) -> PEFT's, after the module's name. Without any the method saves in
-            PEFT's format and is not loaded from it.
+            PEFT's format and is not loaded from it; None: they have PEFT's names.
         neutral: PEFT's options that must be missing or have one of these values, the first of which is written where
             no argument of ours says which: another value makes another method of it.
         roles: PEFT's key of the configuration, which lists modules -> our argument, which lists their roles.
@@ -33,7 +33,7 @@ class PeftTwin:
 
     kind: str
     arguments: Mapping[str, str]
-    tensors: Mapping[str, str]
+    tensors: Mapping[str, str] | None
     neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     roles: Mapping[str, str] = field(default_factory=dict)
     ranked: str = ""

@@ -23,7 +23,7 @@ LORA = petune.PeftTwin(
 )
 DORA = replace(
     LORA,
-    tensors={**LORA.tensors, "m": "lora_magnitude_vector"},
+    tensors={"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"},
     neutral={**LORA.neutral, "use_dora": (True,)},
 )
 VERA = petune.PeftTwin(

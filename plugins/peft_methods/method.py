@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from types import MethodType
 from typing import Any
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import petune
 
-from .stub import Stub, close, is_affine, mixes_rows
+from .inject import inject, sample, tuner
+from .stub import close, is_affine
 
 # `where` and `train` say these
 PLACES = {"target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern"}
@@ -53,6 +54,13 @@ class PeftMethod(petune.Adapter):
         self.layer = layers[site.name]
         self.shared = nn.ParameterDict(shared if site is site.peers[0] else {})
 
+    def plain(self) -> dict[str, Tensor]:
+        if tuner(self.kind).uses_shared_state:
+            raise petune.UnsupportedError(
+                f"peft:{self.kind.lower()} shares tensors between layers; save without format=."
+            )
+        return {key.replace(".default", ""): t for key, t in self.layer.state_dict(keep_vars=True).items()}
+
     def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
         stub = self.layer.base_layer
         stub.inner = inner
@@ -62,11 +70,31 @@ class PeftMethod(petune.Adapter):
             stub.inner = None
 
 
+class Options(Mapping[str, str]):
+    """The options of a method, each under its own name; looked up when needed."""
+
+    def __init__(self, cls: type[PeftMethod]) -> None:
+        self.cls = cls
+
+    def __getitem__(self, name: str) -> str:
+        return name
+
+    def __iter__(self) -> Iterator[str]:
+        known = inspect.signature(self.cls.__init__).parameters.values()
+        return (p.name for p in known if p.kind is p.KEYWORD_ONLY)
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
 def method(kind: str) -> type[PeftMethod]:
     """The class of a type of PEFT's."""
     about = f"PEFT's {kind}: its layers around petune's sites. Its options are those of PEFT's configuration."
     lazy = {"__init__": Lazy(signature), "mergeable": Affine(mergeable), "starts_at_base": Lazy(starts_at_base)}
-    return type(f"Peft_{kind}", (PeftMethod,), {"kind": kind, "__doc__": about, "__module__": __name__, **lazy})
+    made: Any = type(f"Peft_{kind}", (PeftMethod,), {"kind": kind, "__doc__": about, "__module__": __name__, **lazy})
+    made.peft = petune.PeftTwin(kind, arguments=Options(made), tensors=None)
+    cls: type[PeftMethod] = made
+    return cls
 
 
 def signature(cls: type[PeftMethod]) -> Callable[..., None]:
@@ -94,87 +122,16 @@ def signature(cls: type[PeftMethod]) -> Callable[..., None]:
     return __init__
 
 
-def inject(
-    kind: str, sites: list[petune.Site], options: dict[str, Any]
-) -> tuple[dict[str, nn.Module], dict[str, nn.Parameter]]:
-    """(PEFT's layers by site, the parameters that they share without owning them).
-
-    Raises:
-        PetuneError: PEFT refuses the options.
-        UnsupportedError: the method is none of layers, or PEFT has none for these.
-    """
-    import peft
-    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-
-    name, tuner = f"peft:{kind.lower()}", peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING.get(peft.PeftType(kind))
-    if not isinstance(tuner, type) or not issubclass(tuner, BaseTuner):
-        raise petune.UnsupportedError(f"{name} acts on the whole model, which only PEFT's own can.")
-    box, paths = nn.Module(), {site.name: site.name.replace("[", ".").rstrip("]").replace("#", ".") for site in sites}
-    stubs = {site.name: Stub(site) for site in sites}
-    device = stubs[sites[0].name].weight.device
-    box.register_parameter("device", nn.Parameter(torch.zeros(0, device=device), requires_grad=False))  # PEFT asks
-    for site in sites:
-        _put(box, paths[site.name], stubs[site.name])
-    try:
-        config: Any = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)](**options)
-        config.target_modules = list(paths.values())
-        made = tuner(box, config, "default")
-    except Exception as refusal:
-        raise petune.UnsupportedError(f"{name}: PEFT: {' '.join(str(refusal).split())}") from refusal
-    layers = {at: box.get_submodule(path) for at, path in paths.items()}
-    for at, layer in layers.items():
-        if not isinstance(layer, BaseTunerLayer) or not any(p.requires_grad for p in layer.parameters()):
-            raise petune.UnsupportedError(f"{name}: PEFT has nothing to train at a linear layer such as {at}.")
-    _try(name, layers[sites[0].name], stubs[sites[0].name])
-    for stub in stubs.values():
-        stub.last = None
-    owned = {id(p) for layer in layers.values() for p in layer.parameters()}
-    others = {n: p for n, p in made.named_parameters() if id(p) not in owned and p.requires_grad}
-    return layers, {n.replace(".", "_"): p for n, p in others.items()}
-
-
-def _put(box: nn.Module, path: str, stub: Stub) -> None:
-    *parents, last = path.split(".")
-    for name in parents:
-        if name not in box._modules:
-            box.add_module(name, nn.Module())
-        box = box.get_submodule(name)
-    box.add_module(last, stub)
-
-
-def _try(name: str, layer: Any, stub: Stub) -> None:
-    """A few forwards, so that a layer that asks for more than the input of a row is refused at once."""
-    try:
-        mixes = mixes_rows(layer, stub)
-    except Exception as refusal:
-        raise petune.UnsupportedError(f"{name}: PEFT: {' '.join(str(refusal).split())}") from refusal
-    if mixes:
-        raise petune.UnsupportedError(f"{name} mixes the rows of a batch, which may belong to several tunings.")
-
-
-def _sample(cls: type[PeftMethod]) -> tuple[Any, Stub] | None:
-    """The method at a layer of its own, with the default options."""
-    base = nn.Linear(256, 256)
-    site = petune.Site("layer", "linear", "q", 0, 256, 256, base)
-    site.peers.append(site)
-    try:
-        with torch.random.fork_rng():
-            layer: Any = inject(cls.kind, [site], {})[0]["layer"]
-    except petune.PetuneError:
-        return None
-    return layer, layer.base_layer
-
-
 def mergeable(cls: type[PeftMethod]) -> bool:
     """An affine change of the layer, tried on one where the options have defaults."""
-    found = _sample(cls)
+    found = sample(cls.kind)
     return found is None or is_affine(*found)
 
 
 @torch.no_grad()
 def starts_at_base(cls: type[PeftMethod]) -> bool:
     """A fresh layer computes what it is put around."""
-    found = _sample(cls)
+    found = sample(cls.kind)
     if found is None:
         return True
     layer, stub = found

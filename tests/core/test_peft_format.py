@@ -226,7 +226,8 @@ def test_what_peft_can_not_hold_is_refused_before_anything_is_written(
     ("method", "change", "message"),
     [
         ("lora", {"bias": "lora_only"}, "no method here is PEFT's LORA with bias='lora_only'"),
-        ("lora", {"peft_type": "HRA"}, "no method here is PEFT's HRA"),
+        ("lora", {"peft_type": "NOVEL"}, "no method here is PEFT's NOVEL"),
+        ("lora", {"peft_type": "HRA"}, "lora_A.weight', which this model has no place for|it has no '.*hra_u"),
         ("lora", {"init_lora_weights": "pissa"}, "with init_lora_weights='pissa'"),
         ("lora", {"r": 5}, "does not fit this model"),
         ("lokr", {"decompose_both": True}, "with decompose_both=True"),
