@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from petune.adapter import check_arguments
 from petune.errors import PetuneError, UnsupportedError, unknown
-from petune.testing.behaviours import BEHAVIOURS, Case, generates_cached
+from petune.testing.behaviours import BEHAVIOURS, generates_cached
+from petune.testing.case import Case
 from petune.testing.models import FAMILIES, tiny_batch, tiny_model
 from petune.tuning import Method, resolve
 
 __all__ = ["BEHAVIOURS", "FAMILIES", "Case", "Row", "check_method", "run_checks", "tiny_batch", "tiny_model"]
+
+NO_GENERATION = "an encoder does not generate"
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ def run_checks(
     *,
     families: Sequence[str] = ("llama", "gpt2", "bert", "t5"),
     precisions: Sequence[str] = ("fp32",),
+    device: str = "cpu",
     **arguments: Any,
 ) -> Iterator[Row]:
     """Run every behaviour, each on models of its own; a failure does not stop the others.
@@ -45,20 +51,32 @@ def run_checks(
             raise PetuneError(unknown("family", family, FAMILIES))
         for precision in precisions:
             tiny_model(family, precision)  # an unknown precision is the caller's mistake, not the method's
-            case = Case(method, family, precision, arguments)
-            for behaviour, check in BEHAVIOURS.items():
-                if check is generates_cached and not case.generates:
-                    yield Row(behaviour, family, precision, refused="an encoder does not generate")
-                    continue
-                try:
-                    check(case)
-                except UnsupportedError as reason:
-                    yield Row(behaviour, family, precision, refused=str(reason))
-                except Exception as failure:
-                    error = f"{type(failure).__name__}: {failure}" if str(failure) else type(failure).__name__
-                    yield Row(behaviour, family, precision, error)
-                else:
-                    yield Row(behaviour, family, precision)
+            case = Case(method, family, precision, arguments, device)
+            for behaviour in BEHAVIOURS:
+                yield _checked(case, behaviour)
+
+
+def _checked(case: Case, behaviour: str) -> Row:
+    error = refused = None
+    check = BEHAVIOURS[behaviour]
+    if check is generates_cached and not case.generates:
+        refused = NO_GENERATION
+    else:
+        try:
+            check(case)
+        except UnsupportedError as reason:
+            refused = str(reason)
+            if not _is_stated(refused, case.cls):
+                error = f"refused, and the docstring does not say so: {reason}"
+        except Exception as failure:
+            error = f"{type(failure).__name__}: {failure}" if str(failure) else type(failure).__name__
+    return Row(behaviour, case.family, case.precision, error, refused)
+
+
+def _is_stated(reason: str, cls: Method) -> bool:
+    """A user who reads the docstring is told: it has two of the words that the reason is made of."""
+    said, given = (set(re.findall(r"[a-z]{4,}", text.lower())) for text in (inspect.getdoc(cls) or "", reason))
+    return len(said & given - set(re.findall(r"[a-z]+", reason.partition(":")[0].lower()))) > 1
 
 
 def check_method(method: str | Method, **options: Any) -> None:

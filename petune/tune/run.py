@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from petune import Tuning
+    from petune.merge import Merged
 
 
 @dataclass
@@ -65,25 +66,40 @@ class Run:
         answers = self.task.predict(self.model, asked)
         return [{**row, "prediction": answer} for row, answer in zip(rows, answers, strict=True)]
 
-    def merge(self, out: str | Path) -> Path:
-        """Fold the tuning into the base and write a dense transformers folder that needs no petune.
+    def merge(self, out: str | Path, *, quantized: bool = False) -> Merged:
+        """Fold the tuning into the base and write a transformers folder that needs no petune.
 
         The run's model is merged afterwards.
 
+        Args:
+            quantized: store the layers in the run's precision, in place of dense weights.
+
+        Returns:
+            What storing the merged weights cost.
+
         Raises:
             UnmergeableError: the method has no merged form; nothing is written.
-            PetuneError: `out` exists already.
+            PetuneError: `out` exists already, the base is not quantized, or the architecture has no place for what the
+                tuning adds; nothing is written.
         """
-        from petune.merge import dequantize
+        from petune.merge import dequantize, is_quantized
+        from petune.saveable import unplaced
 
-        out = Path(out)
+        out, model = Path(out), self.model
         if out.exists() and any(out.iterdir()):
             raise PetuneError(f"{out}: exists already; name a new folder.")
-        self.tuning.merge()
-        dequantize(self.model)
-        self.model.save_pretrained(out)
+        if quantized and not any(is_quantized(module) for module in model.modules()):
+            raise PetuneError(f"the base of {self.path} is not quantized (precision: {self.recipe.precision}).")
+        if quantized and not model.hf_quantizer.is_serializable():
+            raise PetuneError(f"transformers can't save {self.recipe.precision} weights; merge into dense ones.")
+        merged = self.tuning.merge(quantize=quantized)
+        if not quantized:
+            dequantize(model)
+        if lost := unplaced(model):
+            raise PetuneError(f"a saved {model.config.model_type} has no place for {lost[0]}; keep the adapter instead.")
+        model.save_pretrained(out)
         self.tokenizer.save_pretrained(out)
-        return out
+        return merged
 
     def _columns(self) -> dict[str, str]:
         """The names of the training data's columns; a set's own where the recipe says nothing."""
@@ -132,8 +148,8 @@ def predict(
         return loaded.predict(data)
 
 
-def merge_run(run: str | Path, out: str | Path) -> Path:
+def merge_run(run: str | Path, out: str | Path, *, quantized: bool = False) -> Merged:
     """See `Run.merge`."""
     loaded = load_run(run)
     with quietly():
-        return loaded.merge(out)
+        return loaded.merge(out, quantized=quantized)

@@ -38,11 +38,12 @@ class WeightOnly:
 
     def prepare(self, model: Any) -> None:
         """Give the layers a forward that keeps codes alone for backward."""
-        if find_spec("torchao") is None or model.config.quantization_config.quant_method != "torchao":
+        config: Any = getattr(model.config, "quantization_config", None)
+        if getattr(config, "quant_method", None) != "torchao":
             return
         from petune_plugins.torchao.layers import adopt
 
-        skip = model.config.quantization_config.modules_to_not_convert or ()
+        skip = config.modules_to_not_convert or ()
         for name, module in model.named_modules():
             if not any(name == kept or name.startswith(f"{kept}.") for kept in skip):
                 adopt(module)
