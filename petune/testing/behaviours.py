@@ -240,19 +240,26 @@ def copies(case: Case) -> None:
     assert torch.equal(logits(model, case.batch), on), "the copy is not independent"
 
 
-def trainer(case: Case) -> None:
-    """transformers' own Trainer: steps of finite loss, a checkpoint that holds what was trained, the base as it was."""
-    from transformers import Trainer, TrainingArguments
+def runs_under_trainer(case: Case) -> None:
+    """The Trainer of transformers: steps of finite loss, a checkpoint that holds what was trained, the base as it was."""
+    from transformers import PrinterCallback, Trainer, TrainingArguments
 
     model = case.base()
     before = logits(model, case.batch)
     tuning = case.attach(model, change=False)
     fresh = [p.detach().clone() for p in tuning.parameters()]
     rows = [{key: rows[i] for key, rows in case.batch.items()} for i in range(2)]
-    options: dict[str, Any] = {"report_to": [], "disable_tqdm": True, "use_cpu": case.device == "cpu", "learning_rate": 1e-2}
+    options: dict[str, Any] = {
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": case.device == "cpu",
+        "learning_rate": 1e-2,
+    }
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(folder, max_steps=2, save_steps=2, save_only_model=True, **options)
-        loss = Trainer(model, arguments, train_dataset=rows).train().training_loss
+        trainer = Trainer(model, arguments, train_dataset=rows)
+        trainer.remove_callback(PrinterCallback)
+        loss = trainer.train().training_loss
         saved = load_file(Path(folder, "checkpoint-2", "model.safetensors"))
     assert torch.tensor(loss).isfinite(), f"the loss is {loss}"
     assert not all(map(torch.equal, tuning.parameters(), fresh)), "nothing was trained"
@@ -275,5 +282,5 @@ BEHAVIOURS: dict[str, Callable[[Case], None]] = {
     "routing": routes,
     "stacking": stacks,
     "deepcopy": copies,
-    "Trainer": trainer,
+    "Trainer": runs_under_trainer,
 }

@@ -86,17 +86,20 @@ class Run:
         from petune.saveable import unplaced
 
         out, model = Path(out), self.model
+        quantizer: Any = getattr(model, "hf_quantizer", None)
         if out.exists() and any(out.iterdir()):
             raise PetuneError(f"{out}: exists already; name a new folder.")
         if quantized and not any(is_quantized(module) for module in model.modules()):
             raise PetuneError(f"the base of {self.path} is not quantized (precision: {self.recipe.precision}).")
-        if quantized and not model.hf_quantizer.is_serializable():
+        if quantized and not (quantizer and quantizer.is_serializable()):
             raise PetuneError(f"transformers can't save {self.recipe.precision} weights; merge into dense ones.")
         merged = self.tuning.merge(quantize=quantized)
         if not quantized:
             dequantize(model)
         if lost := unplaced(model):
-            raise PetuneError(f"a saved {model.config.model_type} has no place for {lost[0]}; keep the adapter instead.")
+            raise PetuneError(
+                f"a saved {model.config.model_type} has no place for {lost[0]}; keep the adapter instead."
+            )
         model.save_pretrained(out)
         self.tokenizer.save_pretrained(out)
         return merged

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-logging.getLogger("torchao").setLevel(logging.ERROR)  # names each kernel that it has no use for here, once a process
+# on import it names each kernel that it could not load, and torch its deprecated calls
+logging.getLogger("torchao").setLevel(logging.ERROR)
+logging.getLogger("torch.utils._pytree").addFilter(lambda record: "Enum subclass" not in record.getMessage())
 
 
 @dataclass(frozen=True)
