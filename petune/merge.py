@@ -153,10 +153,8 @@ class Merged:
             return "no linear layer was written"
         worst = max(self.errors, key=self.errors.__getitem__)
         error, loss = (sum(each.values()) / len(each) for each in (self.errors, self.losses))
-        text = (
-            f"{len(self.errors)} layers, relative error of the weights {error:.2g} (worst {self.errors[worst]:.2g} at "
-        )
-        return text + f"{worst}), {loss:.2g} of what the tuning changes"
+        most = f"worst {self.errors[worst]:.2g}, {worst}"
+        return f"{len(self.errors)} layers: relative error {error:.2g} ({most}), {loss:.2g} of what the tuning changes"
 
 
 @torch.no_grad()

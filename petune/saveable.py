@@ -17,17 +17,26 @@ def settle(model: Any) -> None:
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     if model.config.tie_word_embeddings and head is not None and head.weight is not table.weight:
         model.config.tie_word_embeddings = False
-    flags = {key: True for key, value in model.config.to_dict().items() if key.endswith("bias") and value is False}
+    _declare_biases(model)
+
+
+def _declare_biases(model: Any) -> None:
     lost = unplaced(model)
-    if lost and unplaced(model, **flags):
+    if not lost:
+        return
+    flags = {key: True for key, value in model.config.to_dict().items() if key.endswith("bias") and value is False}
+    for key in list(flags):  # only those that it takes
+        if not unplaced(model, **{other: True for other in flags if other != key}):
+            del flags[key]
+    if unplaced(model, **flags):
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-        warnings.warn(f"a saved {model.config.model_type} has no place for {lost[0]}{more}.", stacklevel=4)
-    elif lost:
-        for key in flags:
-            setattr(model.config, key, True)
-        for name in _places(model) - {n for n, _ in model.named_parameters(remove_duplicate=False)}:
-            owner = model.get_submodule(name.rpartition(".")[0])  # what transformers would draw anew
-            owner.bias = nn.Parameter(torch.zeros(owner.out_features, device=owner.weight.device), requires_grad=False)
+        warnings.warn(f"a saved {model.config.model_type} has no place for {lost[0]}{more}.", stacklevel=6)
+        return
+    for key in flags:
+        setattr(model.config, key, True)
+    for name in _places(model) - {n for n, _ in model.named_parameters(remove_duplicate=False)}:
+        owner = model.get_submodule(name.rpartition(".")[0])  # transformers would draw it anew
+        owner.bias = nn.Parameter(torch.zeros(owner.out_features, device=owner.weight.device), requires_grad=False)
 
 
 def unplaced(model: Any, **changed: Any) -> list[str]:

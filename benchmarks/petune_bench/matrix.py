@@ -91,6 +91,7 @@ def check(cell: Cell, device: str = "cpu") -> tuple[Cell, list[Row], float]:
     """The kit on one method, family and precision."""
     from transformers.utils import logging
 
+    import petune
     from petune.testing import run_checks
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -98,7 +99,10 @@ def check(cell: Cell, device: str = "cpu") -> tuple[Cell, list[Row], float]:
     method, family, precision = cell
     began = time.perf_counter()
     options: dict[str, Any] = {"families": [family], "precisions": [precision], "device": device}
-    rows = list(run_checks(method, **options, **ARGUMENTS.get(method, {})))
+    try:
+        rows = list(run_checks(method, **options, **ARGUMENTS.get(method, {})))
+    except petune.PetuneError as wrong:  # it needs arguments that ARGUMENTS does not have
+        rows = [Row("run", family, precision, str(wrong))]
     return cell, rows, time.perf_counter() - began
 
 

@@ -241,7 +241,7 @@ def copies(case: Case) -> None:
 
 
 def runs_under_trainer(case: Case) -> None:
-    """The Trainer of transformers: steps of finite loss, a checkpoint that holds what was trained, the base as it was."""
+    """Transformers' own Trainer takes steps of finite loss, saves what was trained and leaves the base as it was."""
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     model = case.base()

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from warnings import catch_warnings
 
 from petune.errors import PetuneError
 from petune.files import read_json
@@ -93,7 +94,8 @@ class Run:
             raise PetuneError(f"the base of {self.path} is not quantized (precision: {self.recipe.precision}).")
         if quantized and not (quantizer and quantizer.is_serializable()):
             raise PetuneError(f"transformers can't save {self.recipe.precision} weights; merge into dense ones.")
-        merged = self.tuning.merge(quantize=quantized)
+        with catch_warnings(action="ignore"):  # of what would be lost: that is an error here
+            merged = self.tuning.merge(quantize=quantized)
         if not quantized:
             dequantize(model)
         if lost := unplaced(model):
