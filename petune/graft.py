@@ -108,6 +108,12 @@ class Graft:
     """The last input, for those that begin here."""
 
 
+class Adapters(nn.ModuleDict):
+    """The adapters of one module, by tuning."""
+
+    _tied_weights_keys = {"": ""}  # any may share tensors with others: transformers' `save_pretrained` writes one
+
+
 class Grafted(nn.Module):
     """The mixin of every adapted module but the model itself."""
 
@@ -271,7 +277,7 @@ def add(link: Link, board: Board, mixin: type[nn.Module] = Grafted) -> None:
     if site.entry is not None:
         hold(site.entry, board)
     if "petune" not in site.module._modules:
-        site.module.add_module("petune", nn.ModuleDict())
+        site.module.add_module("petune", Adapters())
     adapters = site.module.petune
     assert isinstance(adapters, nn.ModuleDict)
     adapters[link.key] = link.adapter

@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -19,6 +20,7 @@ from petune.discovery import base_class, features, walk
 from petune.errors import PetuneError, UnmergeableError, UnsupportedError
 from petune.graft import Computation, Graft, Link, chain, graft_of, grafted_class, remove
 from petune.plugins import registry
+from petune.saveable import forget_quantization, settle
 
 if TYPE_CHECKING:
     from petune.tuning import Tuning
@@ -45,10 +47,10 @@ def compute_dtype(module: nn.Module) -> torch.dtype:
 
 
 @torch.no_grad()
-def probe(f: Callable[[Tensor], Tensor], module: Any) -> tuple[Tensor, Tensor]:
+def probe(f: Callable[[Tensor], Tensor], module: Any, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """(W, b) in float32 of an affine map f over a linear layer's inputs: W (out, in), b (out)."""
-    width, weight = (features(module) or (0, 0))[0], module.weight
-    dtype, device = compute_dtype(module), weight.device
+    width, device = (features(module) or (0, 0))[0], module.weight.device
+    dtype = dtype or compute_dtype(module)
     b = f(torch.zeros(1, width, dtype=dtype, device=device))[0].float()
     columns = []
     for start in range(0, width, ROWS):
@@ -79,13 +81,14 @@ def dense(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 def _linear(old: nn.Module, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
     """A dense layer of the class that the architecture has there, so that a saved model loads again."""
-    conv = isinstance(old, Conv1D) or getattr(old, "source_cls", None) is Conv1D  # said by transformers' quantizers
+    transposed = isinstance(old, Conv1D) or getattr(old, "source_cls", None) is Conv1D  # as transformers notes it
+    kind: Any = Conv1D
     out, into = weight.shape
     with torch.device("meta"):
-        layer: nn.Module = Conv1D(out, into) if conv else nn.Linear(into, out, bias=bias is not None)
-    bias = weight.new_zeros(out) if conv and bias is None else bias
-    layout = (weight.T if conv else weight).to(dtype).contiguous()
-    layer.weight = nn.Parameter(layout, requires_grad=False)
+        layer: nn.Module = kind(out, into) if transposed else nn.Linear(into, out, bias=bias is not None)
+    layer.weight = nn.Parameter((weight.T if transposed else weight).to(dtype).contiguous(), requires_grad=False)
+    if transposed and bias is None:
+        bias = weight.new_zeros(out)
     if bias is not None:
         layer.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
     return layer
@@ -107,26 +110,6 @@ def dequantize(model: nn.Module) -> None:
         if is_quantized(module):
             _replace(model, name, module, dense(module, compute_dtype(module)))
     forget_quantization(model)
-
-
-def forget_quantization(model: Any) -> None:
-    """Tell transformers that nothing quantized is left, so that it saves and moves the model as any other."""
-    if any(is_quantized(m) for _, m in walk(model)):
-        return
-    for owner, key in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method")):
-        if hasattr(owner, key):
-            delattr(owner, key)
-    model.is_quantized = False
-    for key in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
-        if hasattr(model, key):
-            setattr(model, key, False)
-
-
-def _untie(model: Any) -> None:
-    """Saving a model whose head was tied and now differs must write both."""
-    head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    if model.config.tie_word_embeddings and head is not None and head.weight is not table.weight:
-        model.config.tie_word_embeddings = False
 
 
 def _replace(model: nn.Module, name: str, old: nn.Module, new: nn.Module) -> None:
@@ -170,10 +153,8 @@ class Merged:
             return "no linear layer was written"
         worst = max(self.errors, key=self.errors.__getitem__)
         error, loss = (sum(each.values()) / len(each) for each in (self.errors, self.losses))
-        text = (
-            f"{len(self.errors)} layers, relative error of the weights {error:.2g} (worst {self.errors[worst]:.2g} at "
-        )
-        return text + f"{worst}), {loss:.2g} of what the tuning changes"
+        most = f"worst {self.errors[worst]:.2g}, {worst}"
+        return f"{len(self.errors)} layers: relative error {error:.2g} ({most}), {loss:.2g} of what the tuning changes"
 
 
 @torch.no_grad()
@@ -207,8 +188,9 @@ def merge(tuning: Tuning, quantize: bool = False) -> Merged:
         for adapter, mode in modes:
             adapter.train(mode)
     tuning.detach()
-    forget_quantization(tuning.model)
-    _untie(tuning.model)
+    if not any(is_quantized(m) for _, m in walk(tuning.model)):
+        forget_quantization(tuning.model)
+    settle(tuning.model)
     return merged
 
 
@@ -219,14 +201,20 @@ def _by_module(tuning: Tuning) -> Iterator[tuple[nn.Module, list[Link]]]:
     yield from list(found.values())
 
 
-def _chained(module: nn.Module, links: list[Link]) -> Callable[[Tensor], Tensor]:
-    """The module's computation with these adapters, whatever is switched on."""
+def _chained(links: list[Link], base: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
+    """A computation with these adapters around it, whatever is switched on."""
 
     def f(x: Tensor) -> Tensor:
-        call = Computation(base_forward(module), (x,), {}, "")
+        call = Computation(base, (x,), {}, "")
         return chain(links, call, call)(x)
 
     return f
+
+
+def _linear_map(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A layer's map in float32, whatever it rounds or quantizes on its way."""
+    weight, bias = _stored(module)
+    return lambda x: F.linear(x, weight, bias)
 
 
 def _copy_of(links: list[Link]) -> nn.Module | None:
@@ -266,11 +254,12 @@ def _check_order(tuning: Tuning, module: nn.Module, links: list[Link]) -> None:
     everything = graft_of(module).links
     inside = [link for link in everything[: everything.index(links[0])] if link.tuning.enabled]
     if inside:
-        weight, bias = probe(_chained(module, links), module)
-        x = torch.randn(4, weight.shape[1], dtype=compute_dtype(module), device=weight.device)
-        merged = Computation(lambda h: nn.functional.linear(h.float(), weight, bias).to(h.dtype), (x,), {}, "")
-        before, after = _chained(module, [*inside, *links])(x), chain(inside, merged, merged)(x)
-        if not torch.allclose(before.float(), after.float(), atol=1e-3 * float(before.abs().max()), rtol=1e-3):
+        base = _linear_map(module)
+        weight, bias = probe(_chained(links, base), module, torch.float32)
+        x = torch.randn(4, weight.shape[1], device=weight.device)
+        before = _chained([*inside, *links], base)(x)
+        after = _chained(inside, partial(F.linear, weight=weight, bias=bias))(x)
+        if not torch.allclose(before, after, atol=1e-3 * float(before.abs().max()), rtol=1e-3):
             first = inside[0].tuning.name
             raise PetuneError(f"merge {first!r} first: {tuning.name!r} stands around it and they do not commute.")
 
@@ -278,7 +267,7 @@ def _check_order(tuning: Tuning, module: nn.Module, links: list[Link]) -> None:
 def _layer(module: Any, links: list[Link], quantize: bool) -> tuple[nn.Module, Tensor]:
     """The linear layer that the module is to become, and the weight that it should have."""
     own = _copy_of(links)
-    weight, bias = _stored(own) if own is not None else probe(_chained(module, links), module)
+    weight, bias = _stored(own) if own else probe(_chained(links, _linear_map(module)), module, torch.float32)
     given = bias if module.bias is not None or bool(bias.any()) else None
     if quantize and is_quantized(module):
         return _requantized(module, weight, given), weight
@@ -313,7 +302,7 @@ def _fold(tuning: Tuning, module: Any, links: list[Link], quantize: bool, merged
         _replace(tuning.model, name, module, own.to(dtype).requires_grad_(False))
     else:
         ids = torch.arange(module.num_embeddings, device=module.weight.device)
-        module.weight.copy_(_chained(module, links)(ids))
+        module.weight.copy_(_chained(links, base_forward(module))(ids))
     for link in links:
         remove(link)
         tuning.links.remove(link)

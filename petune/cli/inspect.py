@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from petune.cli.output import as_json, complain, table, warn_of_failures
+from petune.cli.output import as_json, table, warn_of_failures
 from petune.plugins import registry
 
 if TYPE_CHECKING:
     from petune import Site
+    from petune.testing import Row
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -79,6 +80,7 @@ def check(
     families: Annotated[str, typer.Option(help="The families of models to run on.")] = "llama gpt2 bert t5",
     precisions: Annotated[str, typer.Option(help="The precisions to run at.")] = "fp32 nf4",
     argument: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="An argument of the method.")] = None,
+    device: Annotated[str, typer.Option(help="Where to run: cpu or cuda.")] = "cpu",
     json: AsJson = False,
 ) -> None:
     """Run the conformance kit on a method: one row a behaviour, one column a family and precision."""
@@ -92,19 +94,27 @@ def check(
 
     pairs = [pair.partition("=") for pair in argument or []]
     arguments = {key: yaml.safe_load(value) for key, _, value in pairs}
-    rows = list(run_checks(method, families=families.split(), precisions=precisions.split(), **arguments))
+    where: dict[str, Any] = {"families": families.split(), "precisions": precisions.split(), "device": device}
+    rows = list(run_checks(method, **where, **arguments))
     if json:
         as_json([vars(row) for row in rows])
     else:
-        columns = list(dict.fromkeys((row.family, row.precision) for row in rows))
-        marks = {(r.behaviour, r.family, r.precision): "fails" if r.error else "-" if r.refused else "ok" for r in rows}
-        names = list(dict.fromkeys(row.behaviour for row in rows))
-        table(("behaviour", *map(" ".join, columns)), [(n, *(marks[n, f, p] for f, p in columns)) for n in names])
-        for row in rows:
-            if row.error:
-                complain(f"{row.behaviour} ({row.family} {row.precision}): {row.error or row.refused}")
+        _print_checks(rows)
     if any(row.error for row in rows):
         raise typer.Exit(1)
+
+
+def _print_checks(rows: list[Row]) -> None:
+    """The table, and under it each reason once with what it stands for."""
+    from petune.testing import reasons
+
+    columns = list(dict.fromkeys((row.family, row.precision) for row in rows))
+    marks = {(row.behaviour, row.family, row.precision): row.mark for row in rows}
+    names = list(dict.fromkeys(row.behaviour for row in rows))
+    cells = [(name, *(marks.get((name, *column)) for column in columns)) for name in names]
+    table(("behaviour", *map(" ".join, columns)), cells)
+    for what, found in reasons(rows).items():
+        print(f"{found[0].mark} {what}", file=sys.stderr if found[0].error else sys.stdout)
 
 
 def _print_tree(model: str, found: list[Site]) -> None:

@@ -83,11 +83,18 @@ def predict(
         table(list(rows[0]), [list(row.values()) for row in rows])
 
 
-def merge(run: RunFolder, out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")]) -> None:
+def merge(
+    run: RunFolder,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    quantized: Annotated[bool, typer.Option("--quantized", help="Keep the run's precision; dense otherwise.")] = False,
+) -> None:
     """Fold a run's adapter into its model: a transformers folder that needs no petune."""
     from petune.tune.run import merge_run
 
-    print(merge_run(run, out))
+    merged = merge_run(run, out, quantized=quantized)
+    print(out)
+    if quantized:
+        print(merged)
 
 
 def export(
@@ -101,4 +108,5 @@ def export(
     """Hand a run's result to other programs."""
     from petune.tune.run import export_run
 
-    print(export_run(run, out, format))
+    export_run(run, out, format)
+    print(out)

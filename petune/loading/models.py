@@ -89,11 +89,11 @@ def from_pretrained(
     fresh = _fresh(model, info)
     if "" in fresh or model.base_model_prefix in fresh:
         raise PetuneError(f"{name}: the checkpoint has no weights of a {type(model.base_model).__name__}.")
-    if quantizer or getattr(model.config, "quantization_config", None) is not None:
-        for each in quantizers.values():
-            each.prepare(model)
-        if not any(is_quantized(module) for module in model.modules()):
-            raise PetuneError(f"{name}: it has no linear layer that could be stored at {precision}; load it at bf16.")
+    told = getattr(model.config, "quantization_config", None) is not None
+    for each in quantizers.values() if quantizer or told else ():  # a checkpoint may have been quantized by any
+        each.prepare(model)
+    if told and not any(is_quantized(module) for module in model.modules()):
+        raise PetuneError(f"{name}: it has no linear layer that could be stored at {precision}; load it at bf16.")
     model.petune_fresh = fresh
     return model
 

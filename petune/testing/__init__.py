@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from petune.adapter import check_arguments
 from petune.errors import PetuneError, UnsupportedError, unknown
-from petune.testing.behaviours import BEHAVIOURS, Case, generates_cached
+from petune.testing.behaviours import BEHAVIOURS, generates_cached
+from petune.testing.case import Case
 from petune.testing.models import FAMILIES, tiny_batch, tiny_model
 from petune.tuning import Method, resolve
 
-__all__ = ["BEHAVIOURS", "FAMILIES", "Case", "Row", "check_method", "run_checks", "tiny_batch", "tiny_model"]
+__all__ = ["BEHAVIOURS", "FAMILIES", "Case", "Row", "check_method", "reasons", "run_checks", "tiny_batch", "tiny_model"]
+
+HOLDS, FAILS, REFUSED = "✓✗–"
 
 
 @dataclass(frozen=True)
@@ -25,15 +30,22 @@ class Row:
     error: str | None = None
     refused: str | None = None
 
+    @property
+    def mark(self) -> str:
+        """How tables show it."""
+        return FAILS if self.error else REFUSED if self.refused else HOLDS
+
 
 def run_checks(
     method: str | Method,
     *,
     families: Sequence[str] = ("llama", "gpt2", "bert", "t5"),
     precisions: Sequence[str] = ("fp32",),
+    device: str = "cpu",
     **arguments: Any,
 ) -> Iterator[Row]:
-    """Run every behaviour, each on models of its own; a failure does not stop the others.
+    """Run every behaviour, each on models of its own; a failure does not stop the others. (An encoder has no
+    generation to check.)
 
     Raises:
         PetuneError: an unknown method, or arguments that it does not take.
@@ -45,20 +57,46 @@ def run_checks(
             raise PetuneError(unknown("family", family, FAMILIES))
         for precision in precisions:
             tiny_model(family, precision)  # an unknown precision is the caller's mistake, not the method's
-            case = Case(method, family, precision, arguments)
+            case = Case(method, family, precision, arguments, device)
             for behaviour, check in BEHAVIOURS.items():
-                if check is generates_cached and not case.generates:
-                    yield Row(behaviour, family, precision, refused="an encoder does not generate")
-                    continue
-                try:
-                    check(case)
-                except UnsupportedError as reason:
-                    yield Row(behaviour, family, precision, refused=str(reason))
-                except Exception as failure:
-                    error = f"{type(failure).__name__}: {failure}" if str(failure) else type(failure).__name__
-                    yield Row(behaviour, family, precision, error)
-                else:
-                    yield Row(behaviour, family, precision)
+                if case.generates or check is not generates_cached:
+                    yield _checked(case, behaviour)
+
+
+def _checked(case: Case, behaviour: str) -> Row:
+    error = refused = None
+    try:
+        BEHAVIOURS[behaviour](case)
+    except UnsupportedError as reason:
+        refused = str(reason)
+        if not _is_stated(refused, case.cls):
+            error = f"refused, and the docstring does not say so: {reason}"
+    except Exception as failure:
+        error = f"{type(failure).__name__}: {failure}" if str(failure) else type(failure).__name__
+    return Row(behaviour, case.family, case.precision, error, refused)
+
+
+def _is_stated(reason: str, cls: Method) -> bool:
+    """A user who reads the docstring is told: it has two of the words that the reason is made of."""
+    said, given = (set(re.findall(r"[a-z]{4,}", text.lower())) for text in (inspect.getdoc(cls) or "", reason))
+    return len(said & given - set(re.findall(r"[a-z]+", reason.partition(":")[0].lower()))) > 1
+
+
+def reasons(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """What does not hold, a line each, and the rows that it is about: `bert, t5: routing: <why>`."""
+    alike: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.error or row.refused:
+            alike.setdefault((row.family, " ".join((row.error or row.refused or "").split())), []).append(row)
+    found: dict[tuple[str, str], list[Row]] = {}
+    for (family, why), mine in alike.items():
+        every = {row.behaviour for row in rows if row.family == family}
+        some = list(dict.fromkeys(row.behaviour for row in mine))
+        found.setdefault(("everything" if set(some) == every else ", ".join(some), why), []).extend(mine)
+    return {
+        f"{', '.join(dict.fromkeys(row.family for row in mine))}: {what}: {why}": mine
+        for (what, why), mine in found.items()
+    }
 
 
 def check_method(method: str | Method, **options: Any) -> None:

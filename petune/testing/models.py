@@ -45,28 +45,34 @@ FAMILIES: dict[str, tuple[str, str, str, float, dict[str, Any]]] = {
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def tiny_model(family: str, precision: str = "fp32", attention: str = "sdpa") -> Any:
+def tiny_model(
+    family: str, precision: str = "fp32", attention: str = "sdpa", *, layers: int = LAYERS, device: str = "cpu"
+) -> Any:
     """A tiny model in evaluation mode, the same at every call."""
-    return copy.deepcopy(_built(family, precision, attention))
+    return copy.deepcopy(_built(family, precision, attention, layers, device))
 
 
 @cache
-def _built(family: str, precision: str, attention: str) -> Any:
+def _built(family: str, precision: str, attention: str, layers: int, device: str) -> Any:
     config_class, model_class, head, scale, arguments = FAMILIES[family]
     if precision not in DTYPES:  # loaded by its quantizer, as a user's model is
+        options: dict[str, Any] = {"device_map": device} if device != "cpu" else {}
         with tempfile.TemporaryDirectory() as folder:
-            _built(family, "fp32", attention).save_pretrained(folder)
-            made: Any = petune.from_pretrained(folder, precision=precision, head=head, attn_implementation=attention)
+            _built(family, "fp32", attention, layers, "cpu").save_pretrained(folder)
+            made: Any = petune.from_pretrained(
+                folder, precision=precision, head=head, attn_implementation=attention, **options
+            )
             return made.eval()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = getattr(transformers, config_class)(**arguments)
+        depth = {key: layers for key in ("num_hidden_layers", "n_layer", "num_layers") if key in arguments}
+        config = getattr(transformers, config_class)(**arguments | depth)
         model = getattr(transformers, model_class)._from_config(config, attn_implementation=attention)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(scale)
-    return model.to(DTYPES[precision]).eval()
+    return model.to(device, DTYPES[precision]).eval()
 
 
 def tiny_batch(family: str, rows: int = 2, length: int = 10, padding: int = 3) -> dict[str, torch.Tensor]:

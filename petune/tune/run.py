@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from warnings import catch_warnings
 
 from petune.errors import PetuneError
 from petune.files import read_json
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from petune import Tuning
+    from petune.merge import Merged
 
 
 @dataclass
@@ -65,25 +67,44 @@ class Run:
         answers = self.task.predict(self.model, asked)
         return [{**row, "prediction": answer} for row, answer in zip(rows, answers, strict=True)]
 
-    def merge(self, out: str | Path) -> Path:
-        """Fold the tuning into the base and write a dense transformers folder that needs no petune.
+    def merge(self, out: str | Path, *, quantized: bool = False) -> Merged:
+        """Fold the tuning into the base and write a transformers folder that needs no petune.
 
         The run's model is merged afterwards.
 
+        Args:
+            quantized: store the layers in the run's precision, in place of dense weights.
+
+        Returns:
+            What storing the merged weights cost.
+
         Raises:
             UnmergeableError: the method has no merged form; nothing is written.
-            PetuneError: `out` exists already.
+            PetuneError: `out` exists already, the base is not quantized, or the architecture has no place for what the
+                tuning adds; nothing is written.
         """
-        from petune.merge import dequantize
+        from petune.merge import dequantize, is_quantized
+        from petune.saveable import unplaced
 
-        out = _free(out)
-        self.tuning.merge()
-        dequantize(self.model)
-        self.model.save_pretrained(out)
+        out, model = _free(out), self.model
+        quantizer: Any = getattr(model, "hf_quantizer", None)
+        if quantized and not any(is_quantized(module) for module in model.modules()):
+            raise PetuneError(f"the base of {self.path} is not quantized (precision: {self.recipe.precision}).")
+        if quantized and not (quantizer and quantizer.is_serializable()):
+            raise PetuneError(f"transformers can't save {self.recipe.precision} weights; merge into dense ones.")
+        with catch_warnings(action="ignore"):  # of what would be lost: that is an error here
+            merged = self.tuning.merge(quantize=quantized)
+        if not quantized:
+            dequantize(model)
+        if lost := unplaced(model):
+            raise PetuneError(
+                f"a saved {model.config.model_type} has no place for {lost[0]}; keep the adapter instead."
+            )
+        model.save_pretrained(out)
         self.tokenizer.save_pretrained(out)
-        return out
+        return merged
 
-    def export(self, out: str | Path, format: str) -> Path:
+    def export(self, out: str | Path, format: str) -> None:
         """Write the tuning for others: `peft`, `serving` (what vLLM and llama.cpp's converter take) or `dense`.
 
         Raises:
@@ -91,9 +112,9 @@ class Run:
             PetuneError: no such format, or `out` exists already.
         """
         if format == "dense":
-            return self.merge(out)
-        self.tuning.save(_free(out), format)
-        return Path(out)
+            self.merge(out)
+        else:
+            self.tuning.save(_free(out), format)
 
     def _columns(self) -> dict[str, str]:
         """The names of the training data's columns; a set's own where the recipe says nothing."""
@@ -149,18 +170,18 @@ def predict(
         return loaded.predict(data)
 
 
-def merge_run(run: str | Path, out: str | Path) -> Path:
+def merge_run(run: str | Path, out: str | Path, *, quantized: bool = False) -> Merged:
     """See `Run.merge`."""
     loaded = load_run(run)
     with quietly():
-        return loaded.merge(out)
+        return loaded.merge(out, quantized=quantized)
 
 
-def export_run(run: str | Path, out: str | Path, format: str) -> Path:
+def export_run(run: str | Path, out: str | Path, format: str) -> None:
     """See `Run.export`."""
     if format == "gguf":
         remedy = f"run llama.cpp's convert_lora_to_gguf.py on `petune export {run} {out} --format serving`"
         raise PetuneError(f"--format gguf: petune has no converter of its own; {remedy}.")
     loaded = load_run(run)
     with quietly():
-        return loaded.export(out, format)
+        loaded.export(out, format)

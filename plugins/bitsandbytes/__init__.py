@@ -51,14 +51,13 @@ class FourBit:
 
     def requantize(self, module: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module | None:
         """The same code and blocks."""
-        from bitsandbytes.nn import Linear4bit, Params4bit
-
-        if not isinstance(module, Linear4bit):
+        bnb = _layers()
+        if not isinstance(module, bnb.Linear4bit):
             return None
         old: Any = module.weight
         how = {key: getattr(old, key) for key in ("quant_type", "compress_statistics", "quant_storage")}
-        new = Linear4bit(*weight.T.shape, bias=False, compute_dtype=module.compute_dtype, device="meta", **how)
-        new.weight = Params4bit(weight.cpu().to(old.quant_state.dtype), blocksize=old.blocksize, module=new, **how)
+        new = bnb.Linear4bit(*weight.T.shape, bias=False, compute_dtype=module.compute_dtype, device="meta", **how)
+        new.weight = bnb.Params4bit(weight.to(old.quant_state.dtype), blocksize=old.blocksize, module=new, **how)
         new.support_avx512bf16_for_cpu = False
         return _dressed(new, module, bias, weight.device)
 
@@ -78,13 +77,12 @@ class EightBit:
 
     def requantize(self, module: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module | None:
         """Row by row, with the same threshold for activations."""
-        from bitsandbytes.nn import Int8Params, Linear8bitLt
-
-        if not isinstance(module, Linear8bitLt):
+        bnb = _layers()
+        if not isinstance(module, bnb.Linear8bitLt):
             return None
-        how: dict[str, Any] = {"has_fp16_weights": False, "threshold": module.state.threshold}
-        new = Linear8bitLt(*weight.T.shape, bias=False, device="meta", **how)
-        new.weight = Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
+        threshold = module.state.threshold
+        new = bnb.Linear8bitLt(*weight.T.shape, bias=False, has_fp16_weights=False, threshold=threshold, device="meta")
+        new.weight = bnb.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
         return _dressed(new, module, bias, weight.device)
 
 
@@ -97,6 +95,12 @@ def petune_quantizers() -> Mapping[str, petune.Quantizer]:
         "fp4": FourBit("fp4", nested=True),
         "int8": EightBit(),
     }
+
+
+def _layers() -> Any:
+    from bitsandbytes import nn
+
+    return nn
 
 
 def _dressed(new: Any, old: Any, bias: torch.Tensor | None, device: torch.device) -> nn.Module:

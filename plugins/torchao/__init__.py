@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-logging.getLogger("torchao").setLevel(logging.ERROR)  # names each kernel that it has no use for here, once a process
+# on import it names each kernel that it could not load, and torch its deprecated calls
+logging.getLogger("torchao").setLevel(logging.ERROR)
+logging.getLogger("torch.utils._pytree").addFilter(lambda record: "Enum subclass" not in record.getMessage())
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,12 @@ class WeightOnly:
 
     def prepare(self, model: Any) -> None:
         """Give the layers a forward that keeps codes alone for backward."""
-        if find_spec("torchao") is None or model.config.quantization_config.quant_method != "torchao":
+        config: Any = getattr(model.config, "quantization_config", None)
+        if getattr(config, "quant_method", None) != "torchao":
             return
         from petune_plugins.torchao.layers import adopt
 
-        skip = model.config.quantization_config.modules_to_not_convert or ()
+        skip = config.modules_to_not_convert or ()
         for name, module in model.named_modules():
             if not any(name == kept or name.startswith(f"{kept}.") for kept in skip):
                 adopt(module)

@@ -59,8 +59,9 @@ def remade(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module 
         return None
     out, into = weight.shape
     wide, dtype = isinstance(module, QuantizedConv1D), module.weight.dtype
+    conv: Any = QuantizedConv1D
     with torch.device("meta"):
-        new: Any = QuantizedConv1D(out, into) if wide else QuantizedLinear(into, out, bias=bias is not None)
+        new: Any = conv(out, into) if wide else QuantizedLinear(into, out, bias=bias is not None)
     new.weight = _codes((weight.T if wide else weight).to(dtype).contiguous(), int(wide))
     if bias is not None:
         new.bias = nn.Parameter(bias.to(dtype), requires_grad=False)

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -158,6 +159,40 @@ def test_export(generation: dict[str, Any], tmp_path: Path, capsys: pytest.Captu
     assert main(["export", run, str(tmp_path / "x"), "--format", "onnx"]) == 2
     assert "'peft', 'serving', 'dense', 'gguf'" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+def test_merging_into_the_same_precision_says_what_it_costs(
+    file: str, recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", file, "training.steps=4", "precision=nf4", "--quiet"]) == 0
+    capsys.readouterr()
+    assert main(["merge", recipe["output"], str(tmp_path / "merged"), "--quantized"]) == 0
+    path, cost = capsys.readouterr().out.splitlines()
+    assert path == str(tmp_path / "merged")
+    assert re.fullmatch(
+        r"13 layers: relative error 0\.0\d+ \(worst 0\.\d+, bert.*\), .* of what the tuning changes", cost
+    )
+
+
+def test_check_shows_a_table_and_the_reasons(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "ladder-side-tuning", "--families", "bert", "--precisions", "fp32 nf4"]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["BEHAVIOUR", "BERT", "FP32", "BERT", "NF4"]
+    assert lines[0].split() == ["starts", "at", "the", "base", "–", "–"]
+    assert lines[-1].startswith("– bert: everything: ladder-side-tuning: no norm follows")
+    assert main(["check", "ladder-side-tuning", "--families", "bert", "--precisions", "fp32", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["error"] for row in rows} == {None}
+    assert all(row["refused"] for row in rows)
+
+
+def test_check_fails_where_something_does(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(case: Any) -> None:
+        raise AssertionError("two words")
+
+    monkeypatch.setattr("petune.testing.BEHAVIOURS", {"one": broken, "two": lambda case: None})
+    assert main(["check", "lora", "--families", "bert llama", "--precisions", "fp32"]) == 1
+    said = capsys.readouterr()
+    assert said.out.splitlines()[1:] == ["one        ✗          ✗", "two        ✓          ✓"]
+    assert said.err == "✗ bert, llama: one: AssertionError: two words\n"
 
 
 def test_train_again_asks_first(file: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,41 +1,53 @@
-"""Every built-in method holds the conformance kit."""
+"""Every method holds the conformance kit. By default each at one family and precision, which differ from method to
+method; slow, each at every precision and on every family; all pairs of them: `python -m petune_bench.matrix`.
+"""
 
 import pytest
+import torch
 
 import petune
 from petune.testing import check_method
+from petune_bench.matrix import ARGUMENTS, FAMILIES, PRECISIONS
 
-FIRST = ["lora", "ia3", "bitfit", "houlsby", "prompt-tuning", "prefix-tuning", "last-layers", "full"]
-MORE = ["dora", "vera", "loha", "lokr", "oft", "boft", "ln-tuning", "pfeiffer", "parallel-adapter", "compacter"]
-MORE += ["p-tuning", "llama-adapter", "loreft", "trainable-tokens", "ladder-side-tuning"]
-ARGUMENTS = {"trainable-tokens": {"ids": [81, 10, 20, 59, 102, 93, 41]}}
-FAMILIES = ["llama", "gpt2", "bert", "t5"]
+METHODS = sorted(name for name in petune.methods() if ":" not in name)
+FIRST = ["lora", "prefix-tuning", "prompt-tuning", "houlsby"]
+families, precisions = FAMILIES.split(), PRECISIONS.split()
 slow = pytest.mark.slow
 
 
-def late(values):
-    """The same, to be run with the slow tests."""
-    return [pytest.param(value, marks=slow) for value in values]
+def check(method, family, precision="fp32", **options):
+    if precision == "int8wo":
+        pytest.importorskip("torchao")
+    check_method(method, families=[family], precisions=[precision], **options, **ARGUMENTS.get(method, {}))
 
 
-def check(method, family, precision="fp32"):
-    check_method(method, families=[family], precisions=[precision], **ARGUMENTS.get(method, {}))
+@pytest.mark.parametrize(
+    ("method", "family", "precision"),
+    [(m, families[i % 4], precisions[(i + i // 4) % 6]) for i, m in enumerate(METHODS)],
+)
+def test_each_method_somewhere(method, family, precision):
+    check(method, family, precision)
 
 
-def test_no_method_is_left_out():
-    assert {*FIRST, *MORE} <= set(petune.methods())
-
-
-@pytest.mark.parametrize("family", ["llama", "bert", *late(["gpt2", "t5"])])
 @pytest.mark.parametrize("method", FIRST)
-def test_float32(method, family):
-    check(method, family)
+def test_float32(method):
+    check(method, "llama")
 
 
-@pytest.mark.parametrize("family", ["gpt2", *late(["llama", "bert", "t5"])])
-@pytest.mark.parametrize("method", FIRST)
-def test_4_bit(method, family):
-    check(method, family, "nf4")
+@slow
+@pytest.mark.parametrize("precision", precisions)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_precision(method, precision):
+    check(method, "llama", precision)
+
+
+@slow
+@pytest.mark.parametrize(
+    ("method", "family", "precision"),
+    [(m, f, precisions[(i + j) % 6]) for i, m in enumerate(METHODS) for j, f in enumerate(["gpt2", "bert", "t5"])],
+)
+def test_every_family(method, family, precision):
+    check(method, family, precision)
 
 
 @slow
@@ -45,21 +57,9 @@ def test_more_families(method, family):
     check(method, family)
 
 
-@slow
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", MORE)
-def test_more_methods(method, family):
-    check(method, family)
-
-
-@slow
-@pytest.mark.parametrize("method", MORE)
-def test_more_methods_at_4_bit(method):
-    check(method, "llama", "nf4")
-
-
-@slow
-@pytest.mark.parametrize(("family", "precision"), [("bert", "int8"), ("llama", "bf16")])
-@pytest.mark.parametrize("method", FIRST)
-def test_more_precisions(method, family, precision):
-    check(method, family, precision)
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", families)
+@pytest.mark.parametrize("method", METHODS)
+def test_half_precision(method, family):
+    check(method, family, "fp16", device="cuda")

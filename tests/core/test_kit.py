@@ -1,11 +1,13 @@
-"""The kit sees planted faults: each of these methods breaks one promise."""
+"""The kit sees planted faults: each of these methods breaks one promise, and each behaviour has one that it sees."""
+
+import itertools
 
 import pytest
 import torch
 from torch import nn
 
 import petune
-from petune.testing import BEHAVIOURS, run_checks
+from petune.testing import BEHAVIOURS, Row, reasons, run_checks
 
 
 class Shift(petune.Adapter):
@@ -16,6 +18,7 @@ class Shift(petune.Adapter):
     def __init__(self, site):
         super().__init__()
         self.delta = nn.Parameter(torch.zeros(site.out_features))
+        self.base = [site.module]  # in a list, so that it is no part of the adapter
 
     def forward(self, inner, x):
         return inner(x) + self.delta
@@ -26,15 +29,24 @@ class NotTheBase(Shift):
         return inner(x) + self.delta + 1
 
 
-class NotAffine(Shift):
-    def forward(self, inner, x):
-        return inner(x) + self.delta * x.abs().mean(-1, keepdim=True)
-
-
 class Unused(Shift):
     def __init__(self, site):
         super().__init__(site)
         self.more = nn.Parameter(torch.zeros(3))
+
+
+class Detached(Shift):
+    def forward(self, inner, x):
+        return inner(x) + self.delta.detach() + 0 * self.delta
+
+
+class WritesTheBase(Shift):
+    """What it learns stays when it is switched off."""
+
+    def forward(self, inner, x):
+        with torch.no_grad():
+            self.base[0].weight[0] += self.delta[0]
+        return super().forward(inner, x)
 
 
 class Forgetful(Shift):
@@ -48,6 +60,40 @@ class Forgetful(Shift):
         return inner(x) + self.delta * self.noise
 
 
+class NotAffine(Shift):
+    def forward(self, inner, x):
+        return inner(x) + self.delta * x.abs().mean(-1, keepdim=True)
+
+
+class Marks(Shift):
+    def __init__(self, site):
+        super().__init__(site)
+        site.module.was_here = True
+
+
+class ReadsTheLength(Shift):
+    """What a token gets depends on how many come with it: with a cache that is one."""
+
+    def forward(self, inner, x):
+        return inner(x) + self.delta * x.shape[1]
+
+
+class Counts(Shift):
+    """Computes something else when it is run again."""
+
+    def __init__(self, site):
+        super().__init__(site)
+        self.calls = itertools.count(1)
+
+    def forward(self, inner, x):
+        return inner(x) + self.delta * next(self.calls)
+
+
+class NoGraph(Shift):
+    def forward(self, inner, x):
+        return inner(x) + (self.delta if self.delta.sum() > -1e9 else 0)
+
+
 class MixesRows(Shift):
     mergeable = False
 
@@ -56,14 +102,34 @@ class MixesRows(Shift):
         return y + self.delta * y.mean(0, keepdim=True)
 
 
-class Detached(Shift):
+class OnlyTheLast(Shift):
+    """One that is attached later switches it off for good."""
+
+    last = {}
+
+    def __init__(self, site):
+        super().__init__(site)
+        self.last[site.name] = self.number = self.last.get(site.name, 0) + 1
+        self.name = site.name
+
     def forward(self, inner, x):
-        return inner(x) + self.delta.detach() + 0 * self.delta
+        return super().forward(inner, x) if self.number == self.last[self.name] else inner(x)
 
 
-class NoGraph(Shift):
+class Shared(Shift):
+    """Copies of it are the same object."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+class Drifts(Shift):
+    """Moves the base while it trains."""
+
     def forward(self, inner, x):
-        return inner(x) + (self.delta if self.delta.sum() > -1e9 else 0)
+        if torch.is_grad_enabled():
+            self.base[0].weight.data.mul_(1.001)
+        return super().forward(inner, x)
 
 
 def failing(method):
@@ -74,18 +140,56 @@ def test_a_right_method_passes_everything():
     assert failing(Shift) == set()
 
 
-@pytest.mark.parametrize(
-    ("method", "behaviour"),
-    [
-        (NotTheBase, "starts at the base"),
-        (NotAffine, "merge, or a reason"),
-        (Unused, "trains, and nothing else does"),
-        (Detached, "trains, and nothing else does"),
-        (Forgetful, "save and load"),
-        (MixesRows, "routing"),
-        (NoGraph, "torch.compile"),
-    ],
-)
-def test_a_fault_is_seen(method, behaviour):
-    assert behaviour in BEHAVIOURS
-    assert behaviour in failing(method)
+FAULTS = [
+    ("starts at the base", NotTheBase),
+    ("trains, and nothing else does", Unused),
+    ("trains, and nothing else does", Detached),
+    ("off equals base", WritesTheBase),
+    ("save and load", Forgetful),
+    ("merge, or a reason", NotAffine),
+    ("detach restores", Marks),
+    ("cached generation", ReadsTheLength),
+    ("gradient checkpointing", Counts),
+    ("torch.compile", NoGraph),
+    ("routing", MixesRows),
+    ("stacking", OnlyTheLast),
+    ("deepcopy", Shared),
+    ("Trainer", Drifts),
+]
+
+
+def test_every_behaviour_has_a_fault():
+    assert list(dict.fromkeys(behaviour for behaviour, _ in FAULTS)) == list(BEHAVIOURS)
+
+
+@pytest.mark.parametrize(("behaviour", "method"), FAULTS, ids=lambda value: getattr(value, "__name__", None))
+def test_a_fault_is_seen(behaviour, method, monkeypatch):
+    monkeypatch.setattr("petune.testing.BEHAVIOURS", {behaviour: BEHAVIOURS[behaviour]})
+    (row,) = run_checks(method, families=["llama"])
+    assert row.error
+    assert not row.error.startswith(("TypeError", "AttributeError", "NameError"))
+
+
+class Refuses(Shift):
+    """y = W x + delta. Models whose queries are odd numbers are refused."""
+
+    def __init__(self, site):
+        raise petune.UnsupportedError("refuses: the queries are odd numbers")
+
+
+class RefusesInSilence(Refuses):
+    """y = W x + delta."""
+
+
+def test_a_refusal_must_be_stated():
+    rows = list(run_checks(Refuses, families=["bert"]))
+    assert all(row.refused and not row.error for row in rows)
+    assert list(reasons(rows)) == ["bert: everything: refuses: the queries are odd numbers"]
+    assert all("docstring" in row.error for row in run_checks(RefusesInSilence, families=["bert"]))
+
+
+def test_reasons_are_said_once():
+    rows = [Row("a", f, p, refused=why) for f, why in (("x", "r"), ("y", "r"), ("z", "s")) for p in ("fp32", "nf4")]
+    rows.append(Row("b", "x", "fp32"))
+    assert {what: len(found) for what, found in reasons(rows).items()} == {"x: a: r": 2, "y: everything: r": 2,
+                                                                           "z: everything: s": 2}  # fmt: skip

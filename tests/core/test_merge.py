@@ -1,13 +1,19 @@
 """Merging: into dense and quantized layers, in order, and never half."""
 
+import copy
+import itertools
+
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import petune
-from petune.merge import dequantize, is_quantized
+from petune import merge as merge_module
+from petune.merge import dense, dequantize, is_quantized
+from petune.plugins import registry
 from petune.testing import tiny_batch, tiny_model
-from petune.testing.behaviours import logits
+from petune.testing.case import logits
 
 
 def changed(model, method, name="default", **arguments):
@@ -34,7 +40,10 @@ def test_a_base_without_bias_gets_one_if_needed():
     model = tiny_model("llama")
     before = set(model.state_dict())
     changed(model, "bitfit", where="q").merge()
-    assert set(model.state_dict()) - before == {f"model.layers.{i}.self_attn.q_proj.bias" for i in range(3)}
+    added = set(model.state_dict()) - before  # all of its attention: the configuration knows no less
+    assert added == {f"model.layers.{i}.self_attn.{role}_proj.bias" for i in range(3) for role in "qkvo"}
+    assert model.model.layers[0].self_attn.q_proj.bias.any()
+    assert not model.model.layers[0].self_attn.k_proj.bias.any()
 
 
 def test_several_merge_one_by_one():
@@ -73,8 +82,6 @@ def test_a_merge_that_is_not_finite_changes_nothing():
 
 
 def test_a_quantized_model_merges_to_one_that_transformers_loads(tmp_path):
-    from transformers import AutoModelForCausalLM
-
     model, batch = tiny_model("llama", "nf4"), tiny_batch("llama")
     changed(model, "ia3").merge()
     assert is_quantized(model.model.layers[0].self_attn.q_proj)
@@ -86,6 +93,108 @@ def test_a_quantized_model_merges_to_one_that_transformers_loads(tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert not hasattr(again.config, "quantization_config")
     torch.testing.assert_close(logits(again, batch), before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("precision", "most"), [("nf4", 0.1), ("fp4", 0.13), ("int8", 0.01), ("int8wo", 0.01)])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_quantized_layer_is_quantized_again_at_the_cost_that_is_said(family, precision, most, tmp_path):
+    model, batch = tiny_model(family, precision), tiny_batch(family)
+    tuning = changed(model, "lora")
+    name = "model.layers.1.mlp.up_proj" if family == "llama" else "transformer.h.1.mlp.c_fc"
+    layer, wanted = model.get_submodule(name), dense(copy.deepcopy(model).get_submodule(name))
+    a, b = (getattr(tuning.adapters[name], n).detach() for n in "AB")
+    change = 2 * b @ a
+    wanted = (wanted.weight.T if family == "gpt2" else wanted.weight) + change
+    kinds = {n: type(m).__name__ for n, m in tiny_model(family, precision).named_modules()}
+    merged = tuning.merge(quantize=True)
+    assert {n: type(m).__name__ for n, m in model.named_modules()} == kinds
+    layer = dense(model.get_submodule(name)).weight
+    error = ((layer.T if family == "gpt2" else layer) - wanted).norm()
+    assert merged.errors[name] == pytest.approx(float(error / wanted.norm()), rel=1e-3)
+    assert merged.losses[name] == pytest.approx(float(error / change.norm()), rel=1e-3)
+    assert 0 < max(merged.errors.values()) < most
+    assert f"worst {max(merged.errors.values()):.2g}" in str(merged)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(petune.from_pretrained(tmp_path), batch), logits(model, batch))
+
+
+def test_training_on_a_quantized_base_is_quantized_back():
+    """Copies that trained in float32 too."""
+    model = tiny_model("llama", "nf4")
+    kinds = [type(m) for m in model.modules()]
+    tuning = changed(model, "last-layers")
+    wanted = tuning.adapters["model.layers.2.mlp.up_proj"].module.weight.detach().clone()
+    merged = tuning.merge(quantize=True)
+    assert [type(m) for m in model.modules()] == kinds
+    stored = dense(model.model.layers[2].mlp.up_proj).weight
+    error = float((stored - wanted).norm() / wanted.norm())
+    assert merged.errors["model.layers.2.mlp.up_proj"] == pytest.approx(error, rel=1e-3)
+
+
+def test_rounding_to_16_bits_is_said():
+    merged = changed(tiny_model("llama", "bf16"), "lora").merge()
+    assert 0 < max(merged.errors.values()) < 2**-8
+    merged = changed(tiny_model("llama"), "lora").merge()
+    assert max(merged.errors.values()) == 0
+
+
+def test_a_layer_that_no_quantizer_knows_is_not_quantized_again(monkeypatch):
+    model, batch = tiny_model("llama", "nf4"), tiny_batch("llama")
+    tuning = changed(model, "lora")
+    before = logits(model, batch)
+    monkeypatch.setitem(registry()._found, "petune_quantizers", {})
+    with pytest.raises(petune.UnsupportedError, match="no installed quantizer can write a Linear4bit"):
+        tuning.merge(quantize=True)
+    assert torch.equal(logits(model, batch), before)
+    tuning.merge()
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_an_interrupted_merge_leaves_what_the_model_computes(quantize, monkeypatch):
+    """Layers are written one by one, and each gives up its adapter: the rest goes on, also later."""
+    model, batch = tiny_model("llama"), tiny_batch("llama")
+    tuning = changed(model, "lora")
+    before = logits(model, batch)
+    count, fold = itertools.count(), merge_module._fold
+
+    def interrupted(*args):
+        if next(count) == 5:
+            raise KeyboardInterrupt
+        fold(*args)
+
+    monkeypatch.setattr(merge_module, "_fold", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tuning.merge(quantize=quantize)
+    torch.testing.assert_close(logits(model, batch), before, rtol=1e-4, atol=1e-5)
+    assert len(tuning.links) == 21 - 5
+    tuning.merge()
+    torch.testing.assert_close(logits(model, batch), before, rtol=1e-4, atol=1e-5)
+    assert petune.tunings(model) == {}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "nf4"])
+def test_a_saved_model_keeps_the_biases_that_a_merge_adds(precision, tmp_path):
+    model, batch = tiny_model("llama", precision), tiny_batch("llama")
+    changed(model, "bitfit", where="q").merge()
+    dequantize(model)
+    assert (model.config.attention_bias, model.config.mlp_bias) == (True, False)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(petune.from_pretrained(tmp_path), batch), logits(model, batch))
+
+
+def test_biases_that_no_saved_model_has_a_place_for_are_said():
+    model = tiny_model("t5")
+    with pytest.warns(UserWarning, match=r"a saved t5 has no place for encoder.block.0.*\.q\.bias and 8 more"):
+        changed(model, "bitfit", where="q").merge()
+
+
+def test_a_quantized_conv1d_merges_to_one_that_transformers_loads(tmp_path):
+    model, batch = tiny_model("gpt2", "nf4"), tiny_batch("gpt2")
+    changed(model, "lora").merge()
+    dequantize(model)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(again, batch), logits(model, batch), rtol=1e-4, atol=1e-4)
 
 
 def test_an_embedding_that_scales_its_rows_is_refused():

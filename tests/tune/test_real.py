@@ -45,7 +45,8 @@ def test_a_4_bit_decoder_learns_answers_and_is_merged(tmp_path: Path) -> None:
     ids = run.tokenizer("The origin of species", return_tensors="pt")
     with torch.no_grad():
         expected = run.model(**ids).logits
-    out = merge_run(tmp_path / "run", tmp_path / "merged")
+    out = tmp_path / "merged"
+    merge_run(tmp_path / "run", out)
     plain = AutoModelForCausalLM.from_pretrained(out)
     assert AutoTokenizer.from_pretrained(out).chat_template
     with torch.no_grad():

@@ -8,7 +8,9 @@ from peft import PeftModel
 from samples import jsonl, opinions
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+import petune
 from petune import PetuneError, UnmergeableError, UnsupportedError
+from petune.merge import is_quantized
 from petune.tune import evaluate, export_run, load_run, merge_run, predict, train
 
 
@@ -49,7 +51,8 @@ def test_a_merged_run_needs_no_petune(request: pytest.FixtureRequest, tmp_path: 
     batch = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
     with torch.no_grad():
         expected = run.model(**batch).logits
-    out = merge_run(recipe["output"], tmp_path / "merged")
+    out = tmp_path / "merged"
+    merge_run(recipe["output"], out)
     auto = AutoModelForSequenceClassification if kind == "recipe" else AutoModelForCausalLM
     plain, info = auto.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"]
@@ -74,7 +77,8 @@ def test_an_exported_run_serves_in_peft(generation: dict[str, Any], tmp_path: Pa
     run = load_run(generation["output"])
     batch = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
     base = AutoModelForCausalLM.from_pretrained(generation["model"])
-    served = PeftModel.from_pretrained(base, export_run(generation["output"], tmp_path / "out", "serving"))
+    export_run(generation["output"], tmp_path / "out", "serving")
+    served = PeftModel.from_pretrained(base, tmp_path / "out")
     with torch.no_grad():
         torch.testing.assert_close(served(**batch).logits, run.model(**batch).logits, atol=1e-5, rtol=1e-4)
 
@@ -84,6 +88,25 @@ def test_a_head_is_nothing_that_engines_serve(recipe: dict[str, Any], tmp_path: 
     with pytest.raises(UnsupportedError, match="head that was trained along"):
         export_run(recipe["output"], tmp_path / "out", "serving")
     assert not (tmp_path / "out").exists()
+def test_a_quantized_run_merges_into_its_precision(recipe: dict[str, Any], tmp_path: Path) -> None:
+    train({**recipe, "precision": "nf4"}, quiet=True)
+    out = tmp_path / "merged"
+    merged = merge_run(recipe["output"], out, quantized=True)
+    assert 0 < max(merged.errors.values()) < 0.2
+    model = petune.from_pretrained(out)
+    assert sum(map(is_quantized, model.modules())) == len(merged.errors)
+    assert torch.isfinite(model(torch.tensor([[5, 6, 7, 8]])).logits).all()
+
+
+def test_a_merge_that_can_not_be_written_is_refused(recipe: dict[str, Any], tmp_path: Path) -> None:
+    train(recipe, quiet=True)
+    with pytest.raises(PetuneError, match=r"is not quantized \(precision: fp32\)"):
+        merge_run(recipe["output"], tmp_path / "merged", quantized=True)
+    run = load_run(recipe["output"])
+    run.model.bert.embeddings.more = torch.nn.Linear(2, 2)
+    with pytest.raises(PetuneError, match=r"a saved bert has no place for bert\.embeddings\.more\.weight"):
+        run.merge(tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_folder_in_the_way_of_a_merge(recipe: dict[str, Any]) -> None:

@@ -1,0 +1,197 @@
+"""Every method on every precision: the conformance kit's results as a page. `python -m petune_bench.matrix --help`."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from petune.testing import Row, reasons
+
+FAMILIES, PRECISIONS = "llama gpt2 bert t5", "fp32 bf16 nf4 fp4 int8 int8wo"
+ARGUMENTS: dict[str, dict[str, Any]] = {"trainable-tokens": {"ids": [81, 10, 20, 59, 102, 93, 41]}}
+"""For methods that can't do without: tokens of the kit's batch."""
+NAMES = {"llama": "Llama (grouped-query)", "gpt2": "GPT-2", "bert": "BERT", "t5": "T5"}
+Cell = tuple[str, str, str]
+"""Method, family, precision."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is not in the results yet, write the page; 1 if something fails."""
+    import petune
+
+    options = _parser().parse_args(argv)
+    known = options.methods.split() or [n for n in sorted(petune.methods()) if options.all or ":" not in n]
+    cells = list(product(known, options.families.split(), options.precisions.split()))
+    results = Path(options.results)
+    results.parent.mkdir(parents=True, exist_ok=True)
+    if options.fresh:
+        results.unlink(missing_ok=True)
+    done = read(results)
+    ran_on = {**versions(), "source": source()}
+    missing = [cell for cell in cells if cell not in done]
+    for number, (cell, rows, seconds) in enumerate(run(missing, options.jobs, options.device), 1):
+        line = {"cell": cell, "rows": [vars(row) for row in rows], "seconds": round(seconds, 2), "ran_on": ran_on}
+        with results.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        failed, refused = sum(bool(row.error) for row in rows), sum(bool(row.refused) for row in rows)
+        said = f"{failed} FAIL" if failed else "refused" if refused == len(rows) else "holds"
+        print(f"{number}/{len(missing)}  {' '.join(cell)}  {said}  {seconds:.1f} s", flush=True)
+    done = read(results)
+    found = {cell: done[cell] for cell in cells}
+    if options.out:
+        Path(options.out).write_text(page(found))
+    alike = [(f"{cell[0]} {cell[2]}: {why}", rows) for cell in cells for why, rows in reasons(found[cell]).items()]
+    failures = [line for line, rows in alike if rows[0].error]
+    print("\n".join([*failures, f"{len(found)} cells, {len(failures)} failures"]))
+    return 1 if failures else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m petune_bench.matrix", description=__doc__)
+    parser.add_argument("--out", help="the page to write, such as docs/matrix.md")
+    parser.add_argument(
+        "--results", default="bench/matrix.jsonl", help="one row a cell; what is there is not run again"
+    )
+    parser.add_argument("--fresh", action="store_true", help="run everything anew")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--methods", default="", help="all that are registered by default")
+    parser.add_argument("--all", action="store_true", help="also methods of other packages behind a prefix (peft:…)")
+    parser.add_argument("--families", default=FAMILIES)
+    parser.add_argument("--precisions", default=PRECISIONS)
+    parser.add_argument("--device", default="cpu")
+    return parser
+
+
+def run(cells: Sequence[Cell], jobs: int, device: str) -> Iterator[tuple[Cell, list[Row], float]]:
+    """The cells as they get done, each method's in one process."""
+    if jobs < 2:
+        for cell in cells:
+            yield check(cell, device)
+        return
+    os.environ["OMP_NUM_THREADS"] = "1"  # threads that wait for each other take most of the time of a tiny model
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(check, cell, device) for cell in cells]):
+            yield future.result()
+
+
+def check(cell: Cell, device: str = "cpu") -> tuple[Cell, list[Row], float]:
+    """The kit on one method, family and precision."""
+    from transformers.utils import logging
+
+    import petune
+    from petune.testing import run_checks
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    method, family, precision = cell
+    began = time.perf_counter()
+    options: dict[str, Any] = {"families": [family], "precisions": [precision], "device": device}
+    try:
+        rows = list(run_checks(method, **options, **ARGUMENTS.get(method, {})))
+    except petune.PetuneError as wrong:  # it needs arguments that ARGUMENTS does not have
+        rows = [Row("run", family, precision, str(wrong))]
+    return cell, rows, time.perf_counter() - began
+
+
+def read(results: Path) -> dict[Cell, list[Row]]:
+    """What was run with the code and the versions that are installed; the last of each cell."""
+    found: dict[Cell, list[Row]] = {}
+    for text in results.read_text().splitlines() if results.exists() else ():
+        line = json.loads(text)
+        if line["ran_on"] == {**versions(), "source": source()}:
+            method, family, precision = line["cell"]
+            found[method, family, precision] = [Row(**row) for row in line["rows"]]
+    return found
+
+
+@cache
+def source() -> str:
+    """A digest of the code that results depend on."""
+    digest = hashlib.sha256()
+    for package in ("petune", "petune_plugins"):
+        for path in sorted(Path(importlib.import_module(package).__path__[0]).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """The packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("petune", "torch", "transformers", "bitsandbytes", "torchao"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "-"
+    return found
+
+
+def page(found: dict[Cell, list[Row]]) -> str:
+    """The results as Markdown: a row a method, a column a precision, the families folded."""
+    methods, families, precisions = (list(dict.fromkeys(cell[i] for cell in found)) for i in range(3))
+    notes: dict[str, int] = {}
+    lines = [f"| method | {' | '.join(precisions)} |", f"| --- |{' :-: |' * len(precisions)}"]
+    for method in methods:
+        cells = []
+        for precision in precisions:
+            rows = [row for family in families for row in found.get((method, family, precision), [])]
+            why = [notes.setdefault(f"{method}, {each}", len(notes) + 1) for each in reasons(rows)]
+            mark = "✗" if any(row.error for row in rows) else "–" if all(row.refused for row in rows) else "✓"
+            cells.append(mark + (f" <sup>{' '.join(map(str, why))}</sup>" if why else ""))
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    rows = [row for each in found.values() for row in each]
+    behaviours = list(dict.fromkeys(row.behaviour for row in rows))
+    return HEAD.format(
+        count=len(methods),
+        date=time.strftime("%Y-%m-%d"),
+        versions=", ".join(f"{name} {number}" for name, number in versions().items()),
+        families=", ".join(NAMES.get(family, family) for family in families),
+        behaviours="; ".join(f"*{name}*" for name in behaviours),
+        held=sum(not row.error and not row.refused for row in rows),
+        refused=sum(bool(row.refused) and not row.error for row in rows),
+        failed=sum(bool(row.error) for row in rows),
+        table="\n".join(lines),
+        notes="\n".join(f"{number}. {note}" for note, number in notes.items()) or "None.",
+    )
+
+
+HEAD = """# Every method on every precision
+
+The conformance kit (`petune.testing`, `petune check METHOD`) on {count} methods, as it was last run by
+
+```sh
+python -m petune_bench.matrix --out docs/matrix.md --jobs 2
+```
+
+on {date} with {versions}.
+
+A cell stands for these behaviours on {families}, tiny random models of the real structure:
+{behaviours}. *Merge, or a reason* holds where the method merges into dense weights
+and, on a quantized base, back into the same quantization, and where it says that it has no merged form. *Cached
+generation* is for models that generate.
+
+✓ holds everywhere but for what its numbers say; – is refused; ✗ fails. {held:,} checks hold, {refused:,} are refused,
+{failed:,} fail. `nf4`, `fp4` and `int8` are bitsandbytes' (its int8 rounds activations too), `int8wo` is torchao's
+weight-only int8. fp16 needs a GPU: `--precisions fp16 --device cuda`.
+
+{table}
+
+## Refused, and why
+
+{notes}
+"""
+
+if __name__ == "__main__":
+    raise SystemExit(main())
