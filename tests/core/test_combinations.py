@@ -41,13 +41,11 @@ def shaken(model, method, name="default", **arguments):
     ("methods", "family"),
     [
         (MAM, "llama"),
-        (UNIPELT, "bert"),
-        (ONE_SITE, "gpt2"),
-        (OVER_COPIES, "llama"),
         *[
             pytest.param(methods, family, marks=pytest.mark.slow)
-            for methods in (MAM, UNIPELT, ONE_SITE)
+            for methods in (MAM, UNIPELT, ONE_SITE, OVER_COPIES)
             for family in ("llama", "gpt2", "bert", "t5")
+            if (methods, family) not in ((MAM, "llama"), (OVER_COPIES, "t5"))  # its single tables are not routable
         ],
     ],
 )
