@@ -20,11 +20,12 @@ SKIP = -100
 class Batch(NamedTuple):
     """The rows of one forward, as the stack of blocks around a site sees them.
 
-    `place` (batch, length) numbers the tokens of each row's prompt from 0; it is -1 for all else: padding, virtual
-    tokens, completions, and what `generate` has added. `size` (batch, 1) is how many the prompt has. The prompt is
-    what the row begins with, up to the first label where a language model gets labels, and all of it where those
-    begin with the row; in the decoder of an encoder-decoder it is what the decoding starts with. `decoding`: no
-    column here belongs to a prompt, as in each step of cached generation but the first.
+    `place` (batch, length) numbers the tokens of each prompt from 0; it is -1 for all else: padding, virtual tokens,
+    completions, and what `generate` has added. `size` (batch, length) is how many the prompt has. A prompt is what a
+    row begins with, and each sequence that is packed into one (position ids begin anew there): up to the first label
+    where a language model gets labels, all of it where those begin at once. In the decoder of an encoder-decoder that
+    generates it is what the decoding starts with. `decoding`: no column here belongs to a prompt, as in each step of
+    cached generation but the first.
     """
 
     place: Tensor
@@ -53,18 +54,23 @@ def batches(model: Any, board: Board, kwargs: dict[str, Any], prompts: bool) -> 
         raise UnsupportedError("beside virtual tokens, a method that acts by position needs input ids, not in chunks.")
     found = {}
     if not model.config.is_encoder_decoder:
-        answers = _answers(kwargs) if model.can_generate() else None
         if given is not None:
-            prompted = board.prompted if board.prompted is not None or not seen else 0
-            found["decoder"] = _prompt(_tokens(mask, given, virtual, seen), seen, prompted, answers)
+            whole = board.prompted is None and not seen
+            tokens = _tokens(mask, given, virtual, seen)
+            starts = _starts(kwargs.get("position_ids"), tokens) if whole else None
+            answers = _answers(kwargs) if model.can_generate() else None
+            found["decoder"] = _prompt(tokens, seen, None if whole else board.prompted or 0, answers, starts)
         return found
     if given is not None:
-        found["encoder"] = _prompt(_tokens(mask, given, virtual, 0), 0, None, None)
+        found["encoder"] = _prompt(_tokens(mask, given, virtual, 0), 0)
     answer = _either(kwargs, "decoder_input_ids", "decoder_inputs_embeds")
-    answer = kwargs.get("labels") if answer is None else answer
+    if not model.can_generate():  # a classifier, whose decoder reads what its encoder does
+        answer, prompted, mask = given if answer is None else answer, None, kwargs.get("decoder_attention_mask", mask)
+    else:
+        answer, prompted = kwargs.get("labels") if answer is None else answer, board.prompted or 1
+        mask = kwargs.get("decoder_attention_mask")
     if answer is not None:
-        tokens = _tokens(kwargs.get("decoder_attention_mask"), answer, virtual, seen)
-        found["decoder"] = _prompt(tokens, seen, board.prompted or 1, None)
+        found["decoder"] = _prompt(_tokens(mask, answer, virtual, seen), seen, prompted)
     return found
 
 
@@ -94,18 +100,39 @@ def _tokens(mask: Tensor | None, given: Tensor, virtual: int, seen: int) -> Tens
     return tokens & F.pad(given < virtual, (seen, 0), value=True) if given.dim() == 2 else tokens
 
 
-def _prompt(tokens: Tensor, seen: int, prompted: int | None, answers: Tensor | None) -> Batch:
+def _starts(positions: Tensor | None, tokens: Tensor) -> Tensor | None:
+    """(batch, length) bool: where sequences that are packed into a row begin."""
+    return (positions == 0).expand_as(tokens) if positions is not None and positions.dim() == 2 else None
+
+
+def _prompt(
+    tokens: Tensor, seen: int, prompted: int | None = None, answers: Tensor | None = None, starts: Tensor | None = None
+) -> Batch:
     """The batch without its first `seen` columns.
 
     Args:
         prompted: how many columns are the prompt's, None if all up to the first of the answers are.
     """
+    column = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     if prompted is not None and seen >= prompted:
-        return Batch(torch.full_like(tokens[:, seen:], -1, dtype=torch.long), tokens.sum(1, keepdim=True) * 0, True)
+        return Batch(torch.full_like(column, -1)[:, seen:], torch.zeros_like(column)[:, seen:], True)
     if prompted is not None:
-        tokens = tokens & (torch.arange(tokens.shape[1], device=tokens.device) < prompted)
+        tokens = tokens & (column < prompted)
+    starts = column == 0 if starts is None else starts | (column == 0)
+    sequence = starts.cumsum(1) - 1
     if answers is not None:
-        before = tokens & (answers.cumsum(1) == 0)
-        tokens = torch.where(before.any(1, keepdim=True), before, tokens)
-    place = torch.where(tokens, tokens.cumsum(1) - 1, -1)
-    return Batch(place[:, seen:], tokens.sum(1, keepdim=True))
+        before = tokens & (_so_far(answers, starts) == 0)
+        tokens = torch.where(_total(before, sequence) > 0, before, tokens)
+    place = torch.where(tokens, _so_far(tokens, starts) - 1, -1)
+    return Batch(place[:, seen:], _total(tokens, sequence)[:, seen:])
+
+
+def _so_far(hits: Tensor, starts: Tensor) -> Tensor:
+    """How many hits there are in a sequence up to each column."""
+    count = hits.cumsum(1)
+    return count - torch.where(starts, count - hits.long(), 0).cummax(1).values
+
+
+def _total(hits: Tensor, sequence: Tensor) -> Tensor:
+    """How many hits there are in the sequence of each column."""
+    return torch.zeros_like(sequence).scatter_add(1, sequence, hits.long()).gather(1, sequence)

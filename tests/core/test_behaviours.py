@@ -7,7 +7,8 @@ from petune.testing import check_method
 
 FIRST = ["lora", "ia3", "bitfit", "houlsby", "prompt-tuning", "prefix-tuning", "last-layers", "full"]
 MORE = ["dora", "vera", "loha", "lokr", "oft", "boft", "ln-tuning", "pfeiffer", "parallel-adapter", "compacter"]
-MORE += ["p-tuning", "llama-adapter", "loreft", "trainable-tokens", "ladder-side-tuning"]
+MORE += ["p-tuning", "llama-adapter", "loreft", "trainable-tokens", "ladder-side-tuning", "adalora"]
+MORE += ["gated-lora", "gated-pfeiffer", "gated-prefix-tuning"]
 ARGUMENTS = {"trainable-tokens": {"ids": [81, 10, 20, 59, 102, 93, 41]}}
 FAMILIES = ["llama", "gpt2", "bert", "t5"]
 slow = pytest.mark.slow
