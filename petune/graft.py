@@ -45,6 +45,12 @@ class Board:
     """Which base parameters asked for gradients before the first attach."""
 
 
+@cache
+def _reads(cls: Any) -> bool:
+    """The method's `forward` asks for the batch."""
+    return "batch" in inspect.signature(cls.forward).parameters
+
+
 @dataclass(eq=False)
 class Link:
     """One adapter at one site. Those of a module act in the order of its list, the first innermost."""
@@ -58,7 +64,8 @@ class Link:
     """Whose batch it sees."""
 
     def __post_init__(self) -> None:
-        self.reads = "batch" in inspect.signature(type(self.adapter).forward).parameters
+        kind: Any = type(self.adapter)
+        self.reads = _reads(kind)
 
     def bound(self, index: Tensor | None = None) -> Call:
         """The adapter as it acts: with the batch that it asks for, or the rows `index` of it, and at its weight."""
@@ -84,7 +91,8 @@ class Link:
     def key(self) -> str:
         """Where the adapter is registered: one tuning can act twice on a module, on parts or kinds of it."""
         tag = self.site.name.removeprefix(_plain(self.site.name))
-        return f"{self.tuning.name}:{self._method}{tag}".rstrip(":").replace(".", "_")
+        method = f":{self._method}" if self._method else ""
+        return (self.tuning.name + method + tag).replace(".", "_")
 
 
 @dataclass(eq=False)

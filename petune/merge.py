@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from petune.adapter import TrainedCopy
-from petune.discovery import base_class, features, walk
+from petune.discovery import base_class, features, is_norm, walk
 from petune.errors import PetuneError, UnmergeableError
 from petune.graft import Computation, Graft, Link, chain, graft_of, grafted_class
+from petune.norms import probe_norm, swapped, write_norm
 
 if TYPE_CHECKING:
     from petune.tuning import Tuning
@@ -137,7 +138,7 @@ def merge(tuning: Tuning) -> None:
             and the two do not commute. Nothing is changed then.
     """
     for link in tuning.links:
-        if not link.adapter.mergeable:
+        if not link.adapter.mergeable or (link.site.kind == "block" and not is_norm(link.site.module)):
             raise UnmergeableError(f"{tuning.method!r} has no merged form: it is no affine change of a linear layer.")
         if isinstance(link.adapter, TrainedCopy) and tuning.weight != 1:
             raise UnmergeableError(f"{tuning.method!r} trains {link.site.name} itself, which merges at weight 1 alone.")
@@ -183,9 +184,13 @@ def _check(tuning: Tuning, module: nn.Module, links: list[Link]) -> None:
     if all(isinstance(link.adapter, TrainedCopy) or link.site.kind == "embedding" for link in links):
         finite = all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())
     else:
-        weight, bias = probe(_chained(module, links), module)
+        weight, bias = _read(module, links)
         dtype = compute_dtype(module)
         finite = bool(weight.to(dtype).isfinite().all()) and bool(bias.to(dtype).isfinite().all())
+        if finite and is_norm(module):
+            x = torch.randn(4, len(weight), dtype=dtype, device=weight.device)
+            if not _alike(_chained(module, links)(x), _with(module, weight, bias)(x)):
+                raise UnmergeableError(f"{tuning.method!r} does more to {links[0].site.name} than scale and shift it.")
         _check_order(tuning, module, links, weight, bias)
     if not finite:
         raise PetuneError(f"{links[0].site.name}: the merged weights are not finite; nothing was changed.")
@@ -196,12 +201,32 @@ def _check_order(tuning: Tuning, module: nn.Module, links: list[Link], weight: T
     everything = graft_of(module).links
     inside = [link for link in everything[: everything.index(links[0])] if link.tuning.enabled]
     if inside:
-        x = torch.randn(4, weight.shape[1], dtype=compute_dtype(module), device=weight.device)
-        merged = Computation(lambda h: nn.functional.linear(h.float(), weight, bias).to(h.dtype), (x,), {}, "")
-        before, after = _chained(module, [*inside, *links])(x), chain(inside, merged, merged)(x)
-        if not torch.allclose(before.float(), after.float(), atol=1e-3 * float(before.abs().max()), rtol=1e-3):
+        x = torch.randn(4, weight.shape[-1], dtype=compute_dtype(module), device=weight.device)
+        merged = Computation(_with(module, weight, bias), (x,), {}, "")
+        if not _alike(_chained(module, [*inside, *links])(x), chain(inside, merged, merged)(x)):
             first = inside[0].tuning.name
             raise PetuneError(f"merge {first!r} first: {tuning.name!r} stands around it and they do not commute.")
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    near = 1e-3 if one.dtype in (torch.float32, torch.float64) else 3e-2
+    return torch.allclose(one.float(), other.float(), atol=near * float(one.abs().max()), rtol=near)
+
+
+def _read(module: nn.Module, links: list[Link]) -> tuple[Tensor, Tensor]:
+    """(weight, bias) with which the module alone computes what it does with these adapters."""
+    f = _chained(module, links)
+    return probe_norm(f, base_forward(module), module) if is_norm(module) else probe(f, module)
+
+
+def _with(module: nn.Module, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
+    """The module's computation with another weight and bias."""
+
+    def norm(h: Tensor) -> Tensor:
+        with swapped(module, weight, bias):
+            return base_forward(module)(h)
+
+    return norm if is_norm(module) else lambda h: nn.functional.linear(h.float(), weight, bias).to(h.dtype)
 
 
 def _fold(tuning: Tuning, module: nn.Module, links: list[Link]) -> None:
@@ -214,11 +239,14 @@ def _fold(tuning: Tuning, module: nn.Module, links: list[Link]) -> None:
         ids = torch.arange(module.num_embeddings, device=module.weight.device)
         module.weight.copy_(_chained(module, links)(ids))
     else:
-        weight, bias = probe(_chained(module, links), module)
+        weight, bias = _read(module, links)
         _write(tuning.model, name, module, weight, bias)
 
 
 def _write(model: nn.Module, name: str, module: nn.Module, weight: Tensor, bias: Tensor) -> None:
+    if is_norm(module):
+        write_norm(module, weight, bias)
+        return
     dtype = compute_dtype(module)
     has_bias = module.bias is not None or bool(bias.any())
     if not is_dense(module):
