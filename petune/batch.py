@@ -48,30 +48,37 @@ def batches(model: Any, board: Board, kwargs: dict[str, Any], prompts: bool) -> 
     """
     past = kwargs.get("past_key_values")
     seen = int(past.get_seq_length()) if past is not None else 0
-    given, mask = _either(kwargs, "input_ids", "inputs_embeds"), kwargs.get("attention_mask")
-    virtual = model.get_input_embeddings().num_embeddings
+    given = _either(kwargs, "input_ids", "inputs_embeds")
     if prompts and given is not None and (given.dim() > 2 or 0 < seen < (board.prompted or 0)):
         raise UnsupportedError("beside virtual tokens, a method that acts by position needs input ids, not in chunks.")
-    found = {}
     if not model.config.is_encoder_decoder:
-        if given is not None:
-            whole = board.prompted is None and not seen
-            tokens = _tokens(mask, given, virtual, seen)
-            starts = _starts(kwargs.get("position_ids"), tokens) if whole else None
-            answers = _answers(kwargs) if model.can_generate() else None
-            found["decoder"] = _prompt(tokens, seen, None if whole else board.prompted or 0, answers, starts)
-        return found
-    if given is not None:
-        found["encoder"] = _prompt(_tokens(mask, given, virtual, 0), 0)
+        return {} if given is None else {"decoder": _decoder(model, board, kwargs, given, seen)}
+    vocabulary, generates = model.get_input_embeddings().num_embeddings, model.can_generate()
+    mask, decoder_mask = kwargs.get("attention_mask"), kwargs.get("decoder_attention_mask")
+    found = {} if given is None else {"encoder": _prompt(_tokens(mask, given, vocabulary), 0)}
     answer = _either(kwargs, "decoder_input_ids", "decoder_inputs_embeds")
-    if not model.can_generate():  # a classifier, whose decoder reads what its encoder does
-        answer, prompted, mask = given if answer is None else answer, None, kwargs.get("decoder_attention_mask", mask)
-    else:
-        answer, prompted = kwargs.get("labels") if answer is None else answer, board.prompted or 1
-        mask = kwargs.get("decoder_attention_mask")
+    if not generates:  # a classifier, whose decoder reads what its encoder does
+        answer, decoder_mask = given if answer is None else answer, mask if decoder_mask is None else decoder_mask
+    elif answer is None:
+        answer = kwargs.get("labels")
+    if board.prompted is not None and decoder_mask is not None and decoder_mask.dim() != 2:
+        decoder_mask = None  # that of a static cache
     if answer is not None:
-        found["decoder"] = _prompt(_tokens(mask, answer, virtual, seen), seen, prompted)
+        tokens = _tokens(decoder_mask, answer, vocabulary, seen)
+        found["decoder"] = _prompt(tokens, seen, board.prompted or 1 if generates else None)
     return found
+
+
+def _decoder(model: Any, board: Board, kwargs: dict[str, Any], given: Tensor, seen: int) -> Batch:
+    """The batch of a model of one stack."""
+    generating = board.prompted is not None
+    mask = board.mask if generating else kwargs.get("attention_mask")
+    tokens = _tokens(mask, given, model.get_input_embeddings().num_embeddings, seen)
+    if generating or seen:
+        return _prompt(tokens, seen, board.prompted or 0)
+    positions = kwargs.get("position_ids")
+    starts = (positions == 0).expand_as(tokens) if positions is not None and positions.dim() == 2 else None
+    return _prompt(tokens, 0, None, _answers(kwargs) if model.can_generate() else None, starts)
 
 
 def _either(kwargs: dict[str, Any], one: str, other: str) -> Tensor | None:
@@ -86,23 +93,16 @@ def _answers(kwargs: dict[str, Any]) -> Tensor | None:
     return F.pad(kept, (1, 0))[:, :-1] if isinstance(kept, Tensor) and kept.dim() == 2 else None
 
 
-def _tokens(mask: Tensor | None, given: Tensor, virtual: int, seen: int) -> Tensor:
-    """(batch, seen + length) bool: the columns that hold tokens, `seen` of them cached and not in `given`.
-
-    Args:
-        virtual: ids from here on are no tokens.
+def _tokens(mask: Tensor | None, given: Tensor, vocabulary: int, seen: int = 0) -> Tensor:
+    """(batch, seen + length) bool: the columns that hold tokens, `seen` of them cached and not in `given`. Ids past the
+    vocabulary are virtual tokens.
     """
     if mask is not None and mask.dim() != 2:
         raise UnsupportedError("a method that acts by position needs an attention mask of (batch, length), or none.")
     rows, length = given.shape[:2]
     width = seen + length
     tokens = given.new_ones((rows, width), dtype=torch.bool) if mask is None else mask[:, :width].bool()
-    return tokens & F.pad(given < virtual, (seen, 0), value=True) if given.dim() == 2 else tokens
-
-
-def _starts(positions: Tensor | None, tokens: Tensor) -> Tensor | None:
-    """(batch, length) bool: where sequences that are packed into a row begin."""
-    return (positions == 0).expand_as(tokens) if positions is not None and positions.dim() == 2 else None
+    return tokens & F.pad(given < vocabulary, (seen, 0), value=True) if given.dim() == 2 else tokens
 
 
 def _prompt(
@@ -112,6 +112,7 @@ def _prompt(
 
     Args:
         prompted: how many columns are the prompt's, None if all up to the first of the answers are.
+        starts: (batch, length) bool, where the sequences begin that are packed into a row.
     """
     column = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     if prompted is not None and seen >= prompted:

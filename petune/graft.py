@@ -39,6 +39,8 @@ class Board:
     """The model reads left to right, so that virtual tokens may stand before its first token."""
     prompted: int | None = None
     """During `generate`, how many columns are the prompt's, those of virtual tokens included."""
+    mask: Tensor | None = None
+    """During `generate`, which columns hold tokens, (batch, columns)."""
     batch: dict[str, Batch] = field(default_factory=dict)
     """What adapters may know of the forward that runs, by stack."""
     flags: dict[str, bool] = field(default_factory=dict)

@@ -143,7 +143,12 @@ class Prompted(Grafted):
                 out.sequences = out.sequences[:, board.inserted :]
             return out
         finally:
-            board.inserted = board.prompted = None
+            board.inserted = board.prompted = board.mask = None
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """For a static cache `generate` makes a mask of four dimensions here, which no longer tells the tokens."""
+        graft_of(self).board.mask = kwargs.get("attention_mask")
+        return super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
 
     def _maybe_prepare_encoder_kwargs_for_generation(self, inputs: Tensor, kwargs: dict[str, Any], *rest: Any) -> Any:
         board = graft_of(self).board

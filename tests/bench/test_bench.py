@@ -70,6 +70,7 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_several_methods_in_a_cell(tmp_path: Path, suite: Any) -> None:
     cell = {"method": ["prefix-tuning", "ia3"], "method_args": {"prefix-tuning": {"length": 3}}, "where": {"ia3": "k"}}
     assert main(["bench", suite(cell), "--out", str(tmp_path / "out")]) == 0

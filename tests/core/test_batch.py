@@ -115,6 +115,10 @@ def test_generation_adds_nothing_to_the_prompt(cached):
         seen.clear()
         model.generate(IDS, attention_mask=LEFT, prefill_chunk_size=3, **options)
         assert [places(b) for b in seen[:2]] == [[[-1, -1, 0], [0, 1, 2]], [[1, 2], [3, 4]]]
+        seen.clear()
+        model.generate(IDS, attention_mask=LEFT, cache_implementation="static", disable_compile=True, **options)
+        assert places(seen[0]) == [[-1, -1, 0, 1, 2], [0, 1, 2, 3, 4]]
+        assert [b.decoding for b in seen] == [False, True, True, True]
     model(IDS)
     assert places(seen[-1])[0] == [0, 1, 2, 3, 4]
 

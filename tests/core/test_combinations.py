@@ -175,6 +175,20 @@ def test_a_weight_is_its_formula_and_is_saved(method, tmp_path):
         tuning.save(tmp_path, format="peft")
 
 
+def test_a_weight_under_compile_and_in_half_precision():
+    model, batch = tiny_model("llama", "bf16"), tiny_batch("llama")
+    tuning = shaken(model, "lora")
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    torch.compiler.reset()
+    compiled = torch.compile(lambda: model(**inputs, use_cache=False).logits, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for weight in (0.5, 0.0):
+            tuning.weight = weight
+            torch.testing.assert_close(compiled(), model(**inputs).logits, rtol=0, atol=0.1)
+        base = tiny_model("llama", "bf16")(**inputs).logits
+    assert torch.equal(model(**inputs).logits, base)
+
+
 def test_a_weight_that_can_not_be():
     model = tiny_model("llama")
     prompt = petune.attach(model, "prompt-tuning")

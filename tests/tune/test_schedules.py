@@ -86,3 +86,14 @@ def test_adalora_cuts_to_its_budget_and_resumes(recipe: dict[str, Any], tmp_path
     assert sum(left) == 2 * len(left)
     assert not [name for name in found if "mean" in name], "what only training needs was saved"
     assert torch.stack([tensor.sum() for name, tensor in found.items() if name.endswith(".keep")]).sum() == sum(left)
+
+
+def test_loreft_knows_the_prompt_in_training_and_in_scoring(generation: dict[str, Any]) -> None:
+    """The held-out loss is that of the prompt edited and the completion not, however the labels are handed over."""
+    generation |= {"method": "loreft", "method_args": {"first": 1, "last": 1}}
+    metrics = []
+    for labelled in (True, False):
+        run = changed(generation, labelled_logits=labelled, steps=10)
+        train(run, quiet=True, overwrite=True)
+        metrics.append(evaluate(run["output"])["loss"])
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-5)
