@@ -73,6 +73,9 @@ def _decoder(model: Any, board: Board, kwargs: dict[str, Any], given: Tensor, se
     """The batch of a model of one stack."""
     generating = board.prompted is not None
     mask = board.mask if generating else kwargs.get("attention_mask")
+    if generating and mask is not None:  # as many rows as there are beams, and all that was added is tokens
+        mask = mask.repeat_interleave(given.shape[0] // mask.shape[0], 0)
+        mask = F.pad(mask, (0, max(0, seen + given.shape[1] - mask.shape[1])), value=1)
     tokens = _tokens(mask, given, model.get_input_embeddings().num_embeddings, seen)
     if generating or seen:
         return _prompt(tokens, seen, board.prompted or 0)

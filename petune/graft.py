@@ -40,7 +40,7 @@ class Board:
     prompted: int | None = None
     """During `generate`, how many columns are the prompt's, those of virtual tokens included."""
     mask: Tensor | None = None
-    """During `generate`, which columns hold tokens, (batch, columns)."""
+    """During `generate`, which columns of the prompts hold tokens, (rows, columns)."""
     batch: dict[str, Batch] = field(default_factory=dict)
     """What adapters may know of the forward that runs, by stack."""
     flags: dict[str, bool] = field(default_factory=dict)

@@ -145,13 +145,10 @@ class Prompted(Grafted):
         finally:
             board.inserted = board.prompted = board.mask = None
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        """For a static cache `generate` makes a mask of four dimensions here, which no longer tells the tokens."""
-        graft_of(self).board.mask = kwargs.get("attention_mask")
-        return super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
-
     def _maybe_prepare_encoder_kwargs_for_generation(self, inputs: Tensor, kwargs: dict[str, Any], *rest: Any) -> Any:
+        """Before the first forward of `generate`, whose mask may have four dimensions and tell no tokens any more."""
         board = graft_of(self).board
+        board.mask = kwargs.get("attention_mask")
         if self.config.is_encoder_decoder and _asked(board):  # `generate` runs an encoder by itself
             board.batch = batches(self, board, {**kwargs, "input_ids": inputs}, bool(prompts(board)))
         return super()._maybe_prepare_encoder_kwargs_for_generation(inputs, kwargs, *rest)  # type: ignore[misc]
