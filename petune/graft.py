@@ -69,9 +69,13 @@ class Link:
         kind: Any = type(self.adapter)
         self.reads = _reads(kind)
 
-    def bound(self, index: Tensor | None = None) -> Call:
-        """The adapter as it acts: with the batch that it asks for, or the rows `index` of it, and at its weight."""
+    def bound(self, index: Tensor | None = None, *args: Any, **kwargs: Any) -> Call:
+        """The adapter as it acts: with the batch that it asks for, or the rows `index` of it, and at its weight.
+        After `inner` and x it gets what else is given here.
+        """
         call: Call = self.adapter
+        if args or kwargs:
+            call = lambda inner, x: self.adapter(inner, x, *args, **kwargs)  # noqa: E731
         if self.reads:
             batch = graft_of(self.site.module).board.batch.get(self.stack)
             if batch is None:
@@ -171,11 +175,10 @@ def chain(links: list[Link], inner: Call, call: Computation, index: Tensor | Non
 
 
 def _around(link: Link, inner: Call, call: Computation, index: Tensor | None) -> Call:
-    adapter, site = link.bound(index), link.site
+    site = link.site
+    adapter = link.bound(index, *call.args, **call.kwargs) if site.kind == "module" else link.bound(index)
     if isinstance(site.module, nn.Embedding):  # ids have no dtype to follow
         return lambda ids: adapter(inner, ids).to(site.module.weight.dtype)
-    if site.kind == "module":
-        return lambda x: apply(lambda inner, x: adapter(inner, x, *call.args, **call.kwargs), inner, x)
     if site.part is not None:
         return lambda x: _on_part(adapter, inner, x, site.part)  # type: ignore[arg-type]
     if site.entry is not None:

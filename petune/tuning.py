@@ -233,7 +233,7 @@ def attach(
     links: list[tuple[Adapter, Site, Part | None]] = []
     settled = []
     for part in wanted:
-        own, part = (_adapters(part, sites)) if issubclass(part.cls, Adapter) else ([], part)
+        own, part = _adapters(part, sites) if issubclass(part.cls, Adapter) else ([], part)
         links += [(adapter, site, part) for adapter, site in own]
         settled.append(part)
     copies = [(adapter, site, None) for adapter, site in _copies(model, [*trained, *heads])]
