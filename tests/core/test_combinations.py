@@ -37,21 +37,11 @@ def shaken(model, method, name="default", **arguments):
     return tuning
 
 
+LATER = [(MAM, "bert"), (MAM, "t5"), (UNIPELT, "llama"), (UNIPELT, "t5"), (ONE_SITE, "gpt2"), (OVER_COPIES, "llama")]
+
+
 @pytest.mark.parametrize(
-    ("methods", "family"),
-    [
-        (MAM, "llama"),
-        *[
-            pytest.param(methods, family, marks=pytest.mark.slow)
-            for methods, families in (
-                (MAM, "bert t5"),
-                (UNIPELT, "llama t5"),
-                (ONE_SITE, "gpt2"),
-                (OVER_COPIES, "llama"),
-            )  # fmt: skip
-            for family in families.split()
-        ],
-    ],
+    ("methods", "family"), [(MAM, "llama"), *[pytest.param(*case, marks=pytest.mark.slow) for case in LATER]]
 )
 def test_a_list_of_methods_behaves_as_one(methods, family):
     case = Several(methods, family, "fp32")
@@ -199,7 +189,7 @@ def test_a_weight_that_can_not_be():
     with pytest.raises(petune.UnsupportedError, match="no weighted form"):
         prompt.weight = 0.5
     lora = petune.attach(model, "lora", name="lora")
-    for weight in (float("nan"), float("inf")):
+    for weight in (float("nan"), float("inf"), "much", None):
         with pytest.raises(petune.PetuneError, match="wanted is a finite number"):
             lora.weight = weight
     assert lora.weight == 1.0
