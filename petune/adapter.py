@@ -45,7 +45,7 @@ class Adapter(nn.Module):
     where: ClassVar[str] = ""
     """Roles at which the method acts if the user names none, separated by spaces."""
     mergeable: ClassVar[bool] = False
-    """The adapted layer is an affine map of its input, so it can be folded into the base's weight."""
+    """The adapted layer is an affine map of its input (a norm: scaled and shifted), so it can be folded in."""
     peft: ClassVar[PeftTwin | None] = None
     """How PEFT names the same method, for its folder format."""
     starts_at_base: ClassVar[bool] = True

@@ -41,10 +41,18 @@ class Board:
     """The model reads left to right, so that virtual tokens may stand before its first token."""
     prompted: int | None = None
     """During `generate`, how many columns are the prompt's, those of virtual tokens included."""
+    mask: Tensor | None = None
+    """During `generate`, which columns of the prompts hold tokens, (rows, columns)."""
     batch: dict[str, Batch] = field(default_factory=dict)
     """What adapters may know of the forward that runs, by stack."""
     flags: dict[str, bool] = field(default_factory=dict)
     """Which base parameters asked for gradients before the first attach."""
+
+
+@cache
+def _reads(cls: Any) -> bool:
+    """The method's `forward` asks for the batch."""
+    return "batch" in inspect.signature(cls.forward).parameters
 
 
 @dataclass(eq=False)
@@ -60,11 +68,16 @@ class Link:
     """Whose batch it sees."""
 
     def __post_init__(self) -> None:
-        self.reads = "batch" in inspect.signature(type(self.adapter).forward).parameters
+        kind: Any = type(self.adapter)
+        self.reads = _reads(kind)
 
-    def bound(self, index: Tensor | None = None) -> Call:
-        """The adapter as it acts: with the batch that it asks for, or the rows `index` of it, and at its weight."""
+    def bound(self, index: Tensor | None = None, *args: Any, **kwargs: Any) -> Call:
+        """The adapter as it acts: with the batch that it asks for, or the rows `index` of it, and at its weight.
+        After `inner` and x it gets what else is given here.
+        """
         call: Call = self.adapter
+        if args or kwargs:
+            call = lambda inner, x: self.adapter(inner, x, *args, **kwargs)  # noqa: E731
         if self.reads:
             batch = graft_of(self.site.module).board.batch.get(self.stack)
             if batch is None:
@@ -86,7 +99,8 @@ class Link:
     def key(self) -> str:
         """Where the adapter is registered: one tuning can act twice on a module, on parts or kinds of it."""
         tag = self.site.name.removeprefix(_plain(self.site.name))
-        return f"{self.tuning.name}:{self._method}{tag}".rstrip(":").replace(".", "_")
+        method = f":{self._method}" if self._method else ""
+        return (self.tuning.name + method + tag).replace(".", "_")
 
 
 @dataclass(eq=False)
@@ -171,11 +185,10 @@ def chain(links: list[Link], inner: Call, call: Computation, index: Tensor | Non
 
 
 def _around(link: Link, inner: Call, call: Computation, index: Tensor | None) -> Call:
-    adapter, site = link.bound(index), link.site
+    site = link.site
+    adapter = link.bound(index, *call.args, **call.kwargs) if site.kind == "module" else link.bound(index)
     if isinstance(site.module, nn.Embedding):  # ids have no dtype to follow
         return lambda ids: adapter(inner, ids).to(site.module.weight.dtype)
-    if site.kind == "module":
-        return lambda x: apply(lambda inner, x: adapter(inner, x, *call.args, **call.kwargs), inner, x)
     if site.part is not None:
         return lambda x: _on_part(adapter, inner, x, site.part)  # type: ignore[arg-type]
     if site.entry is not None:

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from petune.adapter import TrainedCopy, TrainedParameters
-from petune.discovery import base_class, features, walk
+from petune.discovery import base_class, features, is_norm, walk
 from petune.errors import PetuneError, UnmergeableError, UnsupportedError
 from petune.graft import Computation, Graft, Link, chain, graft_of, grafted_class, remove
+from petune.norms import probe_norm, swapped, write_norm
 from petune.plugins import registry
 from petune.saveable import forget_quantization, settle
 
@@ -171,7 +172,7 @@ def merge(tuning: Tuning, quantize: bool = False) -> Merged:
             and the two do not commute. Nothing is changed then.
     """
     for link in tuning.links:
-        if not link.adapter.mergeable:
+        if not link.adapter.mergeable or (link.site.kind == "block" and not is_norm(link.site.module)):
             raise UnmergeableError(f"{tuning.method!r} has no merged form: it is no affine change of a linear layer.")
         if isinstance(link.adapter, TrainedCopy) and tuning.weight != 1:
             raise UnmergeableError(f"{tuning.method!r} trains {link.site.name} itself, which merges at weight 1 alone.")
@@ -211,10 +212,32 @@ def _chained(links: list[Link], base: Callable[..., Any]) -> Callable[[Tensor], 
     return f
 
 
-def _linear_map(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """A layer's map in float32, whatever it rounds or quantizes on its way."""
-    weight, bias = _stored(module)
-    return lambda x: F.linear(x, weight, bias)
+def _map(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What a norm computes, or a layer in float32, whatever it rounds or quantizes on its way."""
+    return base_forward(module) if is_norm(module) else _with(module, *_stored(module))
+
+
+def _with(module: nn.Module, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
+    """The module's computation with this weight and bias."""
+
+    def norm(x: Tensor) -> Tensor:
+        with swapped(module, weight, bias):
+            out: Tensor = base_forward(module)(x)
+        return out
+
+    return norm if is_norm(module) else lambda x: F.linear(x, weight, bias)
+
+
+def _read(module: nn.Module, links: list[Link]) -> tuple[Tensor, Tensor]:
+    """(weight, bias) in float32 with which the module alone computes what it does with these adapters."""
+    base = _map(module)
+    f = _chained(links, base)
+    return probe_norm(f, base, module) if is_norm(module) else probe(f, module, torch.float32)
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    near = 1e-3 if one.dtype in (torch.float32, torch.float64) else 3e-2
+    return torch.allclose(one.float(), other.float(), atol=near * float(one.abs().max()), rtol=near)
 
 
 def _copy_of(links: list[Link]) -> nn.Module | None:
@@ -229,15 +252,26 @@ def _check(tuning: Tuning, module: Any, links: list[Link], quantize: bool) -> No
         rows = torch.arange(min(4, module.num_embeddings), device=module.weight.device)
         if not torch.equal(base_forward(module)(rows), module.weight[rows]):
             raise UnmergeableError(f"{tuning.method!r} can't be merged here: {links[0].site.name} changes its rows.")
-    if own is None and features(module) is not None:
+    if own is None and not isinstance(module, nn.Embedding):
         _check_order(tuning, module, links)
     if _rewritten(module, links, quantize):
         values = _stored(_layer(module, links, quantize)[0])
+    elif own is None and is_norm(module):
+        values = _check_norm(tuning, module, links)
     else:
         tensors = (t for link in links for t in link.adapter.state_dict().values() if t.is_floating_point())
         values = tuple(t.to(_dtype(tuning, module)) for t in tensors)
     if not all(bool(t.isfinite().all()) for t in values):
         raise PetuneError(f"{links[0].site.name}: the merged weights are not finite; nothing was changed.")
+
+
+def _check_norm(tuning: Tuning, module: Any, links: list[Link]) -> tuple[Tensor, ...]:
+    weight, bias = (t.to(module.weight.dtype) for t in _read(module, links))
+    x = torch.randn(4, len(weight), dtype=weight.dtype, device=weight.device)
+    finite = bool(weight.isfinite().all() and bias.isfinite().all())
+    if finite and not _alike(_chained(links, base_forward(module))(x), _with(module, weight, bias)(x)):
+        raise UnmergeableError(f"{tuning.method!r} does more to {links[0].site.name} than scale and shift it.")
+    return weight, bias
 
 
 def _rewritten(module: nn.Module, links: list[Link], quantize: bool) -> bool:
@@ -249,17 +283,17 @@ def _dtype(tuning: Tuning, module: nn.Module) -> torch.dtype:
     return tuning.model.dtype if is_quantized(module) else next(module.parameters()).dtype
 
 
-def _check_order(tuning: Tuning, module: nn.Module, links: list[Link]) -> None:
+def _check_order(tuning: Tuning, module: Any, links: list[Link]) -> None:
     """A tuning that stands inside this one will stand around the merged weights: that must be the same map."""
     everything = graft_of(module).links
     inside = [link for link in everything[: everything.index(links[0])] if link.tuning.enabled]
     if inside:
-        base = _linear_map(module)
-        weight, bias = probe(_chained(links, base), module, torch.float32)
-        x = torch.randn(4, weight.shape[1], device=weight.device)
-        before = _chained([*inside, *links], base)(x)
-        after = _chained(inside, partial(F.linear, weight=weight, bias=bias))(x)
-        if not torch.allclose(before, after, atol=1e-3 * float(before.abs().max()), rtol=1e-3):
+        base = _map(module)
+        weight, bias = _read(module, links)
+        dtype = module.weight.dtype if is_norm(module) else torch.float32
+        x = torch.randn(4, weight.shape[-1], dtype=dtype, device=weight.device)
+        before, after = _chained([*inside, *links], base)(x), _chained(inside, _with(module, weight, bias))(x)
+        if not _alike(before, after):
             first = inside[0].tuning.name
             raise PetuneError(f"merge {first!r} first: {tuning.name!r} stands around it and they do not commute.")
 
@@ -267,7 +301,7 @@ def _check_order(tuning: Tuning, module: nn.Module, links: list[Link]) -> None:
 def _layer(module: Any, links: list[Link], quantize: bool) -> tuple[nn.Module, Tensor]:
     """The linear layer that the module is to become, and the weight that it should have."""
     own = _copy_of(links)
-    weight, bias = _stored(own) if own else probe(_chained(links, _linear_map(module)), module, torch.float32)
+    weight, bias = _stored(own) if own is not None else _read(module, links)
     given = bias if module.bias is not None or bool(bias.any()) else None
     if quantize and is_quantized(module):
         return _requantized(module, weight, given), weight
@@ -300,6 +334,8 @@ def _fold(tuning: Tuning, module: Any, links: list[Link], quantize: bool, merged
             merged.add(name, _stored(module)[0], weight, weight.to(dtype).float())
         links[0].adapter.module = nn.Identity()  # the copy is moved, so that ties survive
         _replace(tuning.model, name, module, own.to(dtype).requires_grad_(False))
+    elif is_norm(module):
+        write_norm(module, *_read(module, links))
     else:
         ids = torch.arange(module.num_embeddings, device=module.weight.device)
         module.weight.copy_(_chained(links, base_forward(module))(ids))

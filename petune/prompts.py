@@ -143,10 +143,12 @@ class Prompted(Grafted):
                 out.sequences = out.sequences[:, board.inserted :]
             return out
         finally:
-            board.inserted = board.prompted = None
+            board.inserted = board.prompted = board.mask = None
 
     def _maybe_prepare_encoder_kwargs_for_generation(self, inputs: Tensor, kwargs: dict[str, Any], *rest: Any) -> Any:
+        """Before the first forward of `generate`, whose mask may have four dimensions and tell no tokens any more."""
         board = graft_of(self).board
+        board.mask = kwargs.get("attention_mask")
         if self.config.is_encoder_decoder and _asked(board):  # `generate` runs an encoder by itself
             board.batch = batches(self, board, {**kwargs, "input_ids": inputs}, bool(prompts(board)))
         return super()._maybe_prepare_encoder_kwargs_for_generation(inputs, kwargs, *rest)  # type: ignore[misc]

@@ -77,7 +77,7 @@ class Tuning:
 
     @weight.setter
     def weight(self, weight: float) -> None:
-        if not math.isfinite(weight):
+        if not isinstance(weight, int | float) or not math.isfinite(weight):
             raise PetuneError(f"weight={weight!r} of tuning {self.name!r}: wanted is a finite number.")
         if self.prompts and weight != 1:
             raise UnsupportedError(f"tuning {self.name!r} puts tokens before the input, which have no weighted form.")
@@ -240,7 +240,7 @@ def attach(
     links: list[tuple[Adapter, Site, Part | None]] = []
     settled = []
     for part in wanted:
-        own, part = (_adapters(part, sites)) if issubclass(part.cls, Adapter) else ([], part)
+        own, part = _adapters(part, sites) if issubclass(part.cls, Adapter) else ([], part)
         links += [(adapter, site, part) for adapter, site in own]
         settled.append(part)
     copies = [(adapter, site, None) for adapter, site in _copies(model, [*trained, *heads])]

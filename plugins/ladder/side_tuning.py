@@ -14,7 +14,7 @@ class LadderSideTuning(petune.Adapter):
     is attached inside the blocks trains along. What it comes to is added behind the last block. m_i is a residual MLP
     (the paper has small transformer blocks), so that it needs no cache of its own. U starts at zero, so that training
     starts at the base. In an encoder-decoder the ladder stands beside the decoder: no gradient could pass it to reach
-    one beside the encoder.
+    one beside the encoder. With gradient checkpointing a backward has to come before the next forward.
     """
 
     where = "layer"

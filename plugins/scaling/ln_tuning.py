@@ -8,10 +8,10 @@ class LNTuning(petune.Adapter):
     """y = s * norm(x) + t   (Zhao et al. 2023, arXiv:2312.11420).
 
     The gains of the norms train, as a scale on their output, and the shifts of those that have one (LayerNorm; RMSNorm
-    has none). s starts at one, t at zero. There is no linear layer to fold it into, so it can't be merged.
+    has none). s starts at one, t at zero.
     """
 
-    where = "norm final"
+    where, mergeable = "norm final", True
     peft = petune.PeftTwin(
         "LN_TUNING",
         arguments={},

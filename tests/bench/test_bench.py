@@ -70,6 +70,17 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
+def test_several_methods_in_a_cell(tmp_path: Path, suite: Any) -> None:
+    cell = {"method": ["prefix-tuning", "ia3"], "method_args": {"prefix-tuning": {"length": 3}}, "where": {"ia3": "k"}}
+    assert main(["bench", suite(cell), "--out", str(tmp_path / "out")]) == 0
+    row = json.loads((tmp_path / "out" / "results.jsonl").read_text())
+    assert (row["cell"], row["method"], row["status"]) == ("prefix-tuning+ia3", "prefix-tuning+ia3", "ok")
+    assert row["method_args"] == {"prefix-tuning": {"length": 3}}
+    bad = suite({**cell, "method_args": {"prefix-tunign": {}}})
+    assert main(["bench", bad, "--out", str(tmp_path / "bad")]) == 2
+
+
 def test_each_cell_has_its_row_and_its_place_in_the_report(suite, plugin, tmp_path, capsys):
     cells = [
         {"method": "gate", "precision": "nf4"},

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import petune
@@ -45,7 +46,7 @@ def test_padding_on_both_sides(family):
     for mask, row in ((RIGHT, [0, 1, 2, -1, -1]), (LEFT, [-1, -1, 0, 1, 2]), (None, [0, 1, 2, 3, 4])):
         model(input_ids=IDS, attention_mask=mask)
         assert places(seen[-1]) == [row, [0, 1, 2, 3, 4]]
-        assert seen[-1].size.tolist() == [[1 + max(row)], [5]]
+        assert seen[-1].size.tolist() == [[1 + max(row)] * 5, [5] * 5]
         assert not seen[-1].decoding
 
 
@@ -57,6 +58,33 @@ def test_labels_end_the_prompt():
     keep = torch.tensor([[False, True, True, False, False], [False, False, False, True, False]])
     model(input_ids=IDS, logits_to_keep=keep)
     assert places(seen[-1]) == [[0, 1, -1, -1, -1], [0, 1, 2, 3, -1]]
+
+
+def test_packed_sequences_each_have_a_prompt():
+    model, seen = watched("llama")
+    positions = torch.tensor([[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]])
+    labels = torch.tensor([[-100, -100, 1, -100, 1], [1, 1, -100, 1, -100]])
+    model(IDS, position_ids=positions, labels=labels)
+    assert places(seen[-1]) == [[0, 1, -1, 0, -1], [0, 1, 0, -1, -1]]
+    assert seen[-1].size.tolist() == [[2, 2, 2, 1, 1], [2, 2, 1, 1, 1]]
+    positions = (LEFT.cumsum(1) - 1).clamp(min=0)
+    model(IDS, attention_mask=LEFT, position_ids=positions)
+    assert places(seen[-1]) == [[-1, -1, 0, 1, 2], [0, 1, 2, 3, 4]]
+
+
+def test_a_classifier_reads_in_both_its_stacks():
+    config = transformers.BartConfig(
+        vocab_size=64, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=8, decoder_ffn_dim=8, max_position_embeddings=32, num_labels=2,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=None,
+    )  # fmt: skip
+    model = transformers.BartForSequenceClassification(config)
+    seen = [link.adapter.seen for link in petune.attach(model, Spy).links]
+    ids = IDS.clone()
+    ids[:, -1] = 2
+    model(ids, labels=torch.tensor([0, 1]))
+    assert len(seen) == 2
+    assert all(places(found[-1]) == [[0, 1, 2, 3, 4]] * 2 for found in seen)
 
 
 @pytest.mark.parametrize(("family", "at"), [("llama", 0), ("bert", 1)])
@@ -87,6 +115,10 @@ def test_generation_adds_nothing_to_the_prompt(cached):
         seen.clear()
         model.generate(IDS, attention_mask=LEFT, prefill_chunk_size=3, **options)
         assert [places(b) for b in seen[:2]] == [[[-1, -1, 0], [0, 1, 2]], [[1, 2], [3, 4]]]
+        seen.clear()
+        model.generate(IDS, attention_mask=LEFT, cache_implementation="static", disable_compile=True, **options)
+        assert places(seen[0]) == [[-1, -1, 0, 1, 2], [0, 1, 2, 3, 4]]
+        assert [b.decoding for b in seen] == [False, True, True, True]
     model(IDS)
     assert places(seen[-1])[0] == [0, 1, 2, 3, 4]
 

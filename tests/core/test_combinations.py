@@ -37,19 +37,11 @@ def shaken(model, method, name="default", **arguments):
     return tuning
 
 
+LATER = [(MAM, "bert"), (MAM, "t5"), (UNIPELT, "llama"), (UNIPELT, "t5"), (ONE_SITE, "gpt2"), (OVER_COPIES, "llama")]
+
+
 @pytest.mark.parametrize(
-    ("methods", "family"),
-    [
-        (MAM, "llama"),
-        (UNIPELT, "bert"),
-        (ONE_SITE, "gpt2"),
-        (OVER_COPIES, "llama"),
-        *[
-            pytest.param(methods, family, marks=pytest.mark.slow)
-            for methods in (MAM, UNIPELT, ONE_SITE)
-            for family in ("llama", "gpt2", "bert", "t5")
-        ],
-    ],
+    ("methods", "family"), [(MAM, "llama"), *[pytest.param(*case, marks=pytest.mark.slow) for case in LATER]]
 )
 def test_a_list_of_methods_behaves_as_one(methods, family):
     case = Several(methods, family, "fp32")
@@ -177,13 +169,27 @@ def test_a_weight_is_its_formula_and_is_saved(method, tmp_path):
         tuning.save(tmp_path, format="peft")
 
 
+def test_a_weight_under_compile_and_in_half_precision():
+    model, batch = tiny_model("llama", "bf16"), tiny_batch("llama")
+    tuning = shaken(model, "lora")
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    torch.compiler.reset()
+    compiled = torch.compile(lambda: model(**inputs, use_cache=False).logits, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for weight in (0.5, 0.0):
+            tuning.weight = weight
+            torch.testing.assert_close(compiled(), model(**inputs).logits, rtol=0, atol=0.1)
+        base = tiny_model("llama", "bf16")(**inputs).logits
+    assert torch.equal(model(**inputs).logits, base)
+
+
 def test_a_weight_that_can_not_be():
     model = tiny_model("llama")
     prompt = petune.attach(model, "prompt-tuning")
     with pytest.raises(petune.UnsupportedError, match="no weighted form"):
         prompt.weight = 0.5
     lora = petune.attach(model, "lora", name="lora")
-    for weight in (float("nan"), float("inf")):
+    for weight in (float("nan"), float("inf"), "much", None):
         with pytest.raises(petune.PetuneError, match="wanted is a finite number"):
             lora.weight = weight
     assert lora.weight == 1.0

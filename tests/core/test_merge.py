@@ -209,6 +209,55 @@ def test_an_embedding_that_scales_its_rows_is_refused():
     assert "default" in petune.tunings(model)
 
 
+def test_a_norm_takes_a_scale_and_a_shift():
+    model, batch = tiny_model("bert"), tiny_batch("bert")
+    norm = model.bert.encoder.layer[0].output.LayerNorm
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    tuning = changed(model, "ln-tuning")
+    adapter = tuning.adapters["bert.encoder.layer.0.output.LayerNorm"]
+    weight, bias = norm.weight * adapter.scale, norm.bias * adapter.scale + adapter.shift
+    before = logits(model, batch)
+    tuning.merge()
+    torch.testing.assert_close(norm.weight, weight, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(norm.bias, bias, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits(model, batch), before, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_norm_that_adds_one_to_its_weight():
+    """Gemma's, also in bfloat16."""
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+
+    from petune.norms import probe_norm
+
+    norm, scale = Gemma3RMSNorm(63), torch.randn(63)
+    norm.weight.normal_()
+    for dtype, near in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
+        norm.to(dtype)
+        weight, bias = probe_norm(lambda x: norm(x) * scale.to(x.dtype), norm, norm)
+        torch.testing.assert_close(weight, scale * (1 + norm.weight.float()) - 1, rtol=near, atol=near)
+        assert float(bias.abs().max()) == 0
+
+
+def test_what_is_no_scale_and_shift_of_a_norm_is_refused():
+    model = tiny_model("llama")
+    for where, message in (("norm", "does more to .* than scale and shift it"), ("mlp", "has no merged form")):
+        tuning = changed(model, "lora", where=where)
+        with pytest.raises(TypeError, match=message):
+            tuning.merge()
+        tuning.detach()
+    inner, outer = changed(model, "ln-tuning", "inner"), changed(model, "ln-tuning", "outer")
+    before = logits(model, tiny_batch("llama"))
+    outer.merge()  # scales alone commute
+    torch.testing.assert_close(logits(model, tiny_batch("llama")), before, rtol=1e-3, atol=1e-4)
+    inner.merge()
+    torch.testing.assert_close(logits(model, tiny_batch("llama")), before, rtol=1e-3, atol=1e-4)
+    model = tiny_model("bert")
+    changed(model, "ln-tuning", "inner")
+    with pytest.raises(petune.PetuneError, match="merge 'inner' first"):
+        changed(model, "ln-tuning", "outer").merge()
+
+
 def test_a_tied_head_is_untied_where_only_it_changes():
     model, batch = tiny_model("gpt2"), tiny_batch("gpt2")
     assert model.lm_head.weight is model.transformer.wte.weight

@@ -4,6 +4,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import petune
 from petune.testing import tiny_batch, tiny_model
@@ -118,10 +119,10 @@ def at(method, role, **arguments):
 
 @torch.no_grad()
 def test_bottlenecks():
-    for method in ("pfeiffer", "parallel-adapter", "compacter"):
+    for method in ("houlsby", "pfeiffer", "parallel-adapter", "compacter"):
         adapter, x = at(method, "mlp")
         h = 2 * x
-        if method == "pfeiffer":
+        if method in ("houlsby", "pfeiffer"):
             want = h + F.gelu(x * 2 @ adapter.down.weight.T + adapter.down.bias) @ adapter.up.weight.T + adapter.up.bias
         elif method == "parallel-adapter":
             low = (x @ adapter.down.weight.T + adapter.down.bias).relu()
@@ -135,13 +136,21 @@ def test_bottlenecks():
         torch.testing.assert_close(adapter(lambda x: 2 * x, x), want)
 
 
+def test_where_the_bottlenecks_stand():
+    for method, roles in {"houlsby": {"attn", "mlp"}, "pfeiffer": {"mlp"}, "parallel-adapter": {"mlp"}}.items():
+        tuning = petune.attach(tiny_model("bert"), method)
+        assert {link.site.role for link in tuning.links} == roles
+        assert all(link.site.entry is not None for link in tuning.links), "before the sum and the norm"
+
+
 @torch.no_grad()
-def test_loreft():
-    adapter, x = at("loreft", "layer")
-    rotation = adapter.rotation()
-    torch.testing.assert_close(rotation @ rotation.T, torch.eye(4, dtype=torch.float64))
-    want = x + (x @ adapter.W.T + adapter.b - x @ rotation.T) @ rotation
-    torch.testing.assert_close(adapter(lambda x: x, x), want)
+def test_bitfit_is_the_base_with_other_biases():
+    ours, plain = tiny_model("bert"), tiny_model("bert")
+    tuning = petune.attach(ours, "bitfit")
+    shake(nn.ModuleDict({f"{i}": link.adapter for i, link in enumerate(tuning.links)}))
+    for name, adapter in tuning.adapters.items():
+        plain.get_submodule(name).bias.add_(adapter.shift)
+    close(logits(ours, tiny_batch("bert")), logits(plain, tiny_batch("bert")))
 
 
 @torch.no_grad()
@@ -185,20 +194,38 @@ def test_lora_starts_at_the_base(init):
         torch.testing.assert_close(torch.linalg.svdvals(adapter.B @ adapter.A)[:4], values[:4], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("argument", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_matches_nothing_is_named(argument):
+    model = tiny_model("llama")
+    for key in ("v_prj", "gate"):  # no site at all, and one that `where` leaves out
+        with pytest.raises(petune.PetuneError, match=rf"{argument}: '{key}' matches none of the sites adapted"):
+            petune.attach(model, "lora", where="q v", **{argument: {"q": 4, key: 2}})
+    assert petune.tunings(model) == {}
+
+
+def test_lora_plus():
+    """The second matrix has a rate of its own; by Adam's first step it moves that many times as far."""
+    model = tiny_model("llama")
+    tuning = petune.attach(model, "lora", lr_ratio=16.0)
+    groups = tuning.parameter_groups(1e-3)
+    assert [group["lr"] for group in groups] == [1e-3, 16e-3]
+    assert {id(p) for p in groups[1]["params"]} == {id(a.B) for a in tuning.adapters.values()}
+    before = [(a, a.A.detach().clone(), a.B.detach().clone()) for a in tuning.adapters.values()]
+    with torch.no_grad():
+        for adapter, _, b in before:
+            b.copy_(adapter.B.normal_(std=0.1))
+    optimizer = torch.optim.Adam(groups)
+    model(**tiny_batch("llama")).loss.backward()
+    optimizer.step()
+    moved = [((adapter.A - a).abs().median(), (adapter.B - b).abs().median()) for adapter, a, b in before]
+    for a, b in moved:
+        torch.testing.assert_close(b / a, torch.tensor(16.0), rtol=1e-2, atol=0)
+    assert len(petune.attach(tiny_model("llama"), "dora").parameter_groups(1e-3)) == 1
+
+
 def test_prefix_reparametrisation_is_shared():
     tuning = petune.attach(tiny_model("t5"), "prefix-tuning", hidden=8)
     assert len({id(link.adapter.trunk) for link in tuning.links}) == 1
-
-
-def test_ladder_lets_no_gradient_into_the_base_and_keeps_nothing():
-    model = tiny_model("llama")
-    tuning = petune.attach(model, "ladder-side-tuning")
-    model.enable_input_require_grads()
-    seen = []
-    model.model.layers[0].register_forward_hook(lambda module, args, out: seen.append(out.requires_grad))
-    model(**tiny_batch("llama")).loss.backward()
-    assert seen == [False]
-    assert not tuning.links[0].adapter.tape
 
 
 def test_tied_head_scores_trainable_tokens_by_their_rows():
