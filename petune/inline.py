@@ -89,6 +89,8 @@ class Observed(TorchFunctionMode):
         return out.transpose(1, 2).reshape(*weights.shape[:-1], value.shape[-1])
 
     def _by_head(self, t: Tensor) -> Tensor:
+        if t.shape[0] % self.rows:
+            raise UnsupportedError(f"{type(self.module).__name__}: the first dimension of its attention is no batch.")
         return t.reshape(self.rows, -1, *t.shape[-2:])  # (batch, heads, length, width)
 
     def _fused(self, func: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **options: Any) -> Tensor:

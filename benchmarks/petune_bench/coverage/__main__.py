@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import petune
+from petune.plugins import registry
 
 LIMIT = 600.0
 """Seconds that one architecture may take."""
@@ -30,7 +30,7 @@ def main() -> None:
     from petune_bench.coverage.tiny import architectures
 
     import_module("petune_bench.coverage.checks")  # once, before the processes fork
-    petune.methods()
+    registry().all("petune_sites")
     known = architectures()
     options.out.mkdir(parents=True, exist_ok=True)
     with (options.out / "coverage.jsonl").open("w", encoding="utf-8") as file:

@@ -29,8 +29,8 @@ def cell(model: PreTrainedModel, inputs: dict[str, Tensor], method: str) -> None
         petune.UnsupportedError: the method can't act here.
         AssertionError: what does not hold.
     """
-    base, keys, cls = output(model, inputs), list(model.state_dict()), type(model)
-    reached = _reached(model, inputs)
+    reached, keys, cls = _reached(model, inputs), list(model.state_dict()), type(model)
+    base = output(model.requires_grad_(False), inputs)  # torch takes other kernels for weights that need gradients
     torch.manual_seed(0)
     tuning = petune.attach(model, method, **METHODS[method])  # type: ignore[arg-type]
     try:
@@ -81,6 +81,7 @@ def _change(tuning: petune.Tuning) -> None:
 
 def _reached(model: PreTrainedModel, inputs: dict[str, Tensor]) -> set[int]:
     """The parameters of the base that a gradient reaches."""
+    model.requires_grad_(True)
     _backward(_forward(model, inputs))
     found = {id(p) for p in model.parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
