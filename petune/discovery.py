@@ -55,7 +55,9 @@ def features(module: nn.Module) -> tuple[int, int] | None:
 @cache
 def _is_plain(cls: type) -> bool:
     """A model's own subclass of nn.Linear that builds itself otherwise computes something else: a router, groups."""
-    return not (cls.__module__.startswith("transformers.models.") and "__init__" in vars(cls) and nn.Linear in cls.__mro__)
+    return not (
+        cls.__module__.startswith("transformers.models.") and "__init__" in vars(cls) and nn.Linear in cls.__mro__
+    )
 
 
 def children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -77,7 +79,9 @@ def linears(module: nn.Module, name: str) -> Named:
 
 def is_norm(module: Any) -> bool:
     weight = getattr(module, "weight", None)
-    return not list(children(module)) and isinstance(weight, torch.Tensor) and weight.dim() == 1 and not features(module)
+    return (
+        not list(children(module)) and isinstance(weight, torch.Tensor) and weight.dim() == 1 and not features(module)
+    )
 
 
 def _width(norm: Any) -> int:
@@ -143,7 +147,7 @@ def _outside(model: nn.Module) -> Iterator[Site]:
     for name, module in walk(model):
         if name.startswith(inside):
             seen_block = True
-        elif module is table and len(tied) < 2 or module in tied and module is not table:
+        elif (module is table and len(tied) < 2) or (module in tied and module is not table):
             # T5's stacks each have a module of their own for the shared table
             yield Site(name, "embedding", "embed", None, module.weight.shape[0], hidden, module)
         elif module is head and (size := features(module)):
@@ -188,7 +192,7 @@ class _Block:
 
     def _linear(self, name: str, role: str, module: nn.Module, core: nn.Module) -> Site:
         size = features(module) or (0, 0)
-        return Site(name, "linear", role, self.layer, *size, module, parts=parts(size[1], role, core))
+        return Site(name, "linear", role, self.layer, *size, module, parts={**parts(size[1], role, core)})
 
     def _is_attention(self, module: nn.Module) -> bool:
         cls = base_class(module)
@@ -222,7 +226,9 @@ class _Block:
         shape = geometry(core, self.config, width) if self._is_attention(core) else None
         if shape is not None:
             role, (heads, _, dim, _) = f"{cross}attention", shape
-            more = dict(zip(("heads", "kv_heads", "head_dim", "value_dim"), shape, strict=True), methods=self._methods(core))
+            more = dict(
+                zip(("heads", "kv_heads", "head_dim", "value_dim"), shape, strict=True), methods=self._methods(core)
+            )
             yield self._site(f"{name}#{role}", "attention", role, core, heads * dim, **more)
         out = next((item for item, role in zip(layers, roles, strict=True) if role == "o"), None)
         if out is not None:
@@ -265,7 +271,9 @@ class _Block:
     def _mixtures(self) -> Iterator[str]:
         """Modules around experts: around a list of MLPs, or around weights with an expert for their first dimension."""
         for name, module in self.all:
-            listed = isinstance(module, nn.ModuleList) and len(module) > 1 and all(len(linears(m, "")) > 1 for m in module)
+            listed = (
+                isinstance(module, nn.ModuleList) and len(module) > 1 and all(len(linears(m, "")) > 1 for m in module)
+            )
             stacked = any(p.dim() > 2 for p in module.parameters(recurse=False)) and not isinstance(module, nn.Conv1d)
             around = name.rpartition(".")[0]
             if (listed or stacked) and around != self.name and around in self.index:

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from petune.attention import attend
+from petune.discovery import base_class
 from petune.errors import UnsupportedError
+from petune.graft import serving
 
 PRODUCTS = {"matmul", "bmm", "baddbmm", "__matmul__"}
 TIMES = {"mul", "mul_", "__mul__", "__rmul__", "__imul__"}
@@ -25,7 +27,7 @@ DIVIDED = {"div", "div_", "true_divide", "__truediv__", "__itruediv__", "__idiv_
 
 def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """In place of an attention's own forward: the same, with its adapters."""
-    own = type(self).petune_base.forward  # type: ignore[attr-defined]
+    own = base_class(self).forward
     rows = next(t.shape[0] for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
     with Observed(self, rows) as seen:
         out = own(self, *args, **kwargs)
@@ -52,6 +54,7 @@ class Observed(TorchFunctionMode):
     def __init__(self, module: nn.Module, rows: int) -> None:
         super().__init__()
         self.module, self.rows, self.met = module, rows, False
+        self.head_dim = serving(module)[0].site.head_dim  # LiLT has a second attention beside, over the layout
         self.known: dict[int, tuple[Tensor, Scores]] = {}  # with the tensor itself, so that its id stays its own
 
     def __torch_function__(
@@ -62,11 +65,12 @@ class Observed(TorchFunctionMode):
             return self._fused(func, *args, **kwargs)
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
         scores = next((self.known[id(t)][1] for t in tensors if id(t) in self.known), None)
-        if scores is not None and scores.logits is not None and name in PRODUCTS:
+        ready = scores is not None and scores.logits is not None and scores.query.shape[-1] == self.head_dim
+        if scores is not None and ready and name in PRODUCTS:
             return self._weighted(scores, *tensors[-2:])
         out = func(*args, **kwargs)
         if scores is None and name in PRODUCTS:
-            scores = Scores(*tensors[-2:], scale=float(kwargs.get("alpha", 1)))
+            scores = Scores(tensors[-2], tensors[-1], float(kwargs.get("alpha", 1)))
         elif scores is not None and name == "softmax":
             scores = replace(scores, logits=tensors[0])
         elif scores is not None and name == "dropout":
@@ -93,7 +97,9 @@ class Observed(TorchFunctionMode):
             raise UnsupportedError(f"{type(self.module).__name__}: the first dimension of its attention is no batch.")
         return t.reshape(self.rows, -1, *t.shape[-2:])  # (batch, heads, length, width)
 
-    def _fused(self, func: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **options: Any) -> Tensor:
+    def _fused(
+        self, func: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **options: Any
+    ) -> Tensor:
         def base(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> tuple[Tensor, None]:
             options["is_causal"] = options.get("is_causal", False) and mask is None
             return func(q, k, v, attn_mask=mask, **options).transpose(1, 2), None
@@ -104,19 +110,29 @@ class Observed(TorchFunctionMode):
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, *, scores: Tensor, dropout: float, **_: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: None,
+    *,
+    scores: Tensor,
+    dropout: float,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """The model's scores, with those of the keys that an adapter has put on the left."""
     more = key.shape[2] - scores.shape[-1]
     if more < 0:
-        raise UnsupportedError(f"{type(module).__name__}: an adapter can add keys to its attention, not take them away.")
+        raise UnsupportedError(
+            f"{type(module).__name__}: an adapter can add keys to its attention, not take them away."
+        )
     added = query @ key[:, :, :more].transpose(-1, -2) / query.shape[-1] ** 0.5
     weights = F.softmax(torch.cat([added.to(scores.dtype), scores], -1), -1, dtype=torch.float32).to(value.dtype)
     return (F.dropout(weights, dropout) @ value).transpose(1, 2), None
 
 
 def _factor(name: str, args: tuple[Any, ...]) -> float:
-    numbers = [a for a in args[:2] if isinstance(a, int | float) or isinstance(a, Tensor) and a.numel() == 1]
+    numbers = [a for a in args[:2] if isinstance(a, int | float) or (isinstance(a, Tensor) and a.numel() == 1)]
     if len(numbers) != 1 or name not in TIMES | DIVIDED:
         return 1.0
     return float(numbers[0]) if name in TIMES else 1 / float(numbers[0])

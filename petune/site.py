@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from petune.errors import PetuneError, UnsupportedError, unknown
@@ -41,7 +40,7 @@ class Site:
     """One place in the base model.
 
     `in_features` and `out_features` are the widths of what goes in and comes out; for attention sites `heads`,
-    `kv_heads` and `head_dim` describe q, k and v, whose rows are `value_dim` wide. `layer` counts within its stack, from 0.
+    `kv_heads` and `head_dim` describe q and k, and `value_dim` the width of v. `layer` counts within its stack, from 0.
     """
 
     name: str
@@ -108,7 +107,9 @@ def select(sites: list[Site], where: str, *, strict: bool = True) -> list[Site]:
         picked |= {s.name: s for s in hits}
     if not picked:
         reasons = "; ".join(dict.fromkeys(WHY[k] for k in map(KIND_OF.get, words) if k in WHY))
-        raise UnsupportedError(f"this model has no site for {where!r}: {reasons or '`petune sites MODEL` shows its sites'}.")
+        raise UnsupportedError(
+            f"this model has no site for {where!r}: {reasons or '`petune sites MODEL` shows its sites'}."
+        )
     order = {s.name: i for i, s in enumerate(sites)}
     return sorted(picked.values(), key=lambda s: order[s.name.partition("[")[0]])
 
