@@ -181,7 +181,7 @@ class _Block:
         inside = tuple(f"{n}." for n, m in cores if self._is_attention(m))
         for name, module in self.all:
             if is_norm(module):
-                role = "qk-norm" if name.startswith(inside) else "norm"
+                role = "qk-norm" if name.startswith(inside) and spelled(name.rpartition(".")[2]) else "norm"
                 found.append(self._site(name, "block", role, module, _width(module)))
         found.append(self._site(self.name, "block", "layer", self.block, self.hidden))
         order = {n: i for i, (n, _) in enumerate(self.all)}
@@ -192,7 +192,7 @@ class _Block:
 
     def _linear(self, name: str, role: str, module: nn.Module, core: nn.Module) -> Site:
         size = features(module) or (0, 0)
-        return Site(name, "linear", role, self.layer, *size, module, parts=parts(size[1], role, core))
+        return Site(name, "linear", role, self.layer, *size, module, parts={**parts(size[1], role, core)})
 
     def _is_attention(self, module: nn.Module) -> bool:
         cls = base_class(module)
@@ -210,12 +210,11 @@ class _Block:
         return {"forward": forward}
 
     def _cores(self) -> Named:
-        cores = [(n, m) for n, m in self.all if self._is_attention(m)]
-        # where there is no attention function to wrap, still the attention's linear layers
+        if cores := [(n, m) for n, m in self.all if self._is_attention(m)]:
+            return cores
+        # nothing to put an attention adapter around, but still the attention's linear layers
         named = [(n, m) for n, m in self.all if re.search(r"att(n|ention)[^.]*$", n) and linears(m, n)]
-        held = [n for n, _ in cores]
-        named = [(n, m) for n, m in named if not any(_inside(c, n) or _inside(n, c) for c in held)]
-        return cores + [(n, m) for n, m in named if not any(n != o and _inside(n, o) for o, _ in named)]
+        return [(n, m) for n, m in named if not any(n != o and _inside(n, o) for o, _ in named)]
 
     def _attention(self, name: str, core: nn.Module, whole_name: str, whole: nn.Module) -> Iterator[Site]:
         cross = "cross-" if CROSS.search(name.removeprefix(self.name)) else ""

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from petune.attention import attend
+from petune.discovery import base_class
 from petune.errors import UnsupportedError
+from petune.graft import serving
 
 PRODUCTS = {"matmul", "bmm", "baddbmm", "__matmul__"}
 TIMES = {"mul", "mul_", "__mul__", "__rmul__", "__imul__"}
@@ -25,7 +27,7 @@ DIVIDED = {"div", "div_", "true_divide", "__truediv__", "__itruediv__", "__idiv_
 
 def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """In place of an attention's own forward: the same, with its adapters."""
-    own = type(self).petune_base.forward  # type: ignore[attr-defined]
+    own = base_class(self).forward
     rows = next(t.shape[0] for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
     with Observed(self, rows) as seen:
         out = own(self, *args, **kwargs)
@@ -52,6 +54,7 @@ class Observed(TorchFunctionMode):
     def __init__(self, module: nn.Module, rows: int) -> None:
         super().__init__()
         self.module, self.rows, self.met = module, rows, False
+        self.head_dim = serving(module)[0].site.head_dim  # LiLT has a second attention beside, over the layout
         self.known: dict[int, tuple[Tensor, Scores]] = {}  # with the tensor itself, so that its id stays its own
 
     def __torch_function__(
@@ -62,11 +65,12 @@ class Observed(TorchFunctionMode):
             return self._fused(func, *args, **kwargs)
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
         scores = next((self.known[id(t)][1] for t in tensors if id(t) in self.known), None)
-        if scores is not None and scores.logits is not None and name in PRODUCTS:
+        ready = scores is not None and scores.logits is not None and scores.query.shape[-1] == self.head_dim
+        if scores is not None and ready and name in PRODUCTS:
             return self._weighted(scores, *tensors[-2:])
         out = func(*args, **kwargs)
         if scores is None and name in PRODUCTS:
-            scores = Scores(*tensors[-2:], scale=float(kwargs.get("alpha", 1)))
+            scores = Scores(tensors[-2], tensors[-1], float(kwargs.get("alpha", 1)))
         elif scores is not None and name == "softmax":
             scores = replace(scores, logits=tensors[0])
         elif scores is not None and name == "dropout":
@@ -89,6 +93,8 @@ class Observed(TorchFunctionMode):
         return out.transpose(1, 2).reshape(*weights.shape[:-1], value.shape[-1])
 
     def _by_head(self, t: Tensor) -> Tensor:
+        if t.shape[0] % self.rows:
+            raise UnsupportedError(f"{type(self.module).__name__}: the first dimension of its attention is no batch.")
         return t.reshape(self.rows, -1, *t.shape[-2:])  # (batch, heads, length, width)
 
     def _fused(

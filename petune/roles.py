@@ -10,7 +10,21 @@ from torch import nn
 
 CROSS = re.compile(r"cross|enc_?dec|encoder_attn|crs", re.IGNORECASE)
 OUT = {"o", "out", "output", "wo", "dense", "c"}
-OTHER = {"pos", "position", "rel", "relative", "gate", "g", "index", "indexer", "global", "expert", "experts", "router"}
+OTHER = {
+    "pos",
+    "position",
+    "rel",
+    "relative",
+    "gate",
+    "g",
+    "index",
+    "indexer",
+    "global",
+    "expert",
+    "experts",
+    "router",
+    "conv",
+}
 """Words of layers in an attention that are neither its projections nor its output."""
 LETTERS = {"q": "q", "query": "q", "wq": "q", "k": "k", "key": "k", "wk": "k", "v": "v", "value": "v", "wv": "v"}
 LETTERS |= {"qkv": "qkv", "wqkv": "qkv", "kv": "kv", "wkv": "kv", "qkvz": "qkv", "in": "qkv"}
@@ -47,11 +61,15 @@ def attention_roles(names: Sequence[str]) -> list[str]:
 def mlp_roles(names: Sequence[str], sizes: Sizes, hidden: int) -> list[str]:
     """The roles of the linear layers of an MLP: `down` is the last that gives back the width that another takes."""
     roles = ["other"] * len(names)
+    aside = [bool({"bottleneck", "router"} & set(_words(name))) for name in names]
     pairs = [
         (i, j)
         for j, (inner, out) in enumerate(sizes)
         for i, (width, middle) in enumerate(sizes)
-        if i < j and width == out and (middle in (inner, 2 * inner) or (out == hidden and middle >= inner))
+        if i < j
+        and not (aside[i] or aside[j])
+        and width == out
+        and (middle in (inner, 2 * inner) or (out == hidden and middle >= inner))
     ]
     if not pairs:
         return roles
@@ -87,17 +105,17 @@ def geometry(core: Any, config: Any, width: Mapping[str, int]) -> tuple[int, int
 
     def told(*names: str, among: list[Any] = owners) -> int:
         found = (getattr(owner, name, None) for owner in among for name in names)
-        return next((v for v in found if type(v) is int and v > 0), 0)
+        return next((v for v in found if isinstance(v, int) and v > 0), 0)
 
     heads = told("num_heads", "num_attention_heads", "n_heads", "n_head")
-    dims = "qk_head_dim", "head_dim", "head_size", "attention_head_size", "key_value_proj_dim", "d_head"
-    kv_heads = heads // told("num_key_value_groups", among=[core]) if told("num_key_value_groups", among=[core]) else 0
-    kv_heads = kv_heads or told("num_key_value_heads", "num_kv_heads") or heads
+    dims = "qk_head_dim", "head_dim", "attention_head_size", "key_value_proj_dim", "d_head", "head_size"
+    groups = told("num_key_value_groups", among=[core])
+    kv_heads = heads // groups if groups else told("num_key_value_heads", "num_kv_heads") or heads
     dim = told(*dims, among=[core]) or (width["q"] // heads if "q" in width and heads else 0)
     dim = dim or (width["qkv"] // (heads + 2 * kv_heads) if "qkv" in width and heads else 0)
     if not heads or not dim:
         return None
-    if "q" in width and width["q"] not in (heads * dim, 2 * heads * dim):  # twice: with a gate
+    if width.get("q", 0) not in (0, heads * dim, 2 * heads * dim) and width["q"] % dim == 0:  # twice: with a gate
         heads = width["q"] // dim
     if "k" in width:
         kv_heads = width["k"] // dim

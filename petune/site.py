@@ -40,7 +40,7 @@ class Site:
     """One place in the base model.
 
     `in_features` and `out_features` are the widths of what goes in and comes out; for attention sites `heads`,
-    `kv_heads` and `head_dim` describe q, k and v, whose rows are `value_dim` wide. `layer` counts within its stack, from 0.
+    `kv_heads` and `head_dim` describe q and k, and `value_dim` the width of v. `layer` counts within its stack, from 0.
     """
 
     name: str

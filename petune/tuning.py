@@ -331,8 +331,8 @@ def _install(model: PreTrainedModel, tuning: Tuning) -> Tuning:
         link.adapter.train(model.training)
         add(link, board, _mixin(link.site, model))
         if link.site.kind == "prompt":
-            for table in _tables(model):
-                hold(table, board, Table)
+            for embedding in _tables(model):
+                hold(embedding, board, Table)
         elif link.site.kind == "attention":
             install()
     return tuning

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
-import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,7 +11,6 @@ from petune.cli.output import as_json, table, warn_of_failures
 from petune.plugins import registry
 
 if TYPE_CHECKING:
-    from petune import Site
     from petune.testing import Row
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -60,19 +57,20 @@ def plugins(
 
 def sites(
     model: Annotated[str, typer.Argument(help="An alias, a local folder, a GGUF file or a Hub id.")],
-    precision: Annotated[str, typer.Option(help="The precision to load it in.")] = "fp32",
     head: Annotated[str | None, typer.Option(help="The head to put on it; its own by default.")] = None,
     json: AsJson = False,
 ) -> None:
-    """Show where a model can be adapted."""
+    """Show where a model can be adapted, from its configuration alone: no weights are read."""
     import petune
+    from petune.cli.tree import print_tree
+    from petune.loading.models import skeleton
 
-    found = petune.sites(petune.from_pretrained(model, precision=precision, head=head))
+    found = petune.sites(skeleton(model, head=head))
     if json:
-        keys = ("name", "kind", "role", "layer", "in_features", "out_features")
-        as_json([{key: getattr(site, key) for key in keys} for site in found])
+        keys = ("name", "kind", "role", "layer", "in_features", "out_features", "heads", "kv_heads", "head_dim")
+        as_json([{key: getattr(site, key) for key in keys} | {"parts": sorted(site.parts)} for site in found])
         return
-    _print_tree(model, found)
+    print_tree(model, found)
 
 
 def check(
@@ -115,25 +113,6 @@ def _print_checks(rows: list[Row]) -> None:
     table(("behaviour", *map(" ".join, columns)), cells)
     for what, found in reasons(rows).items():
         print(f"{found[0].mark} {what}", file=sys.stderr if found[0].error else sys.stdout)
-
-
-def _print_tree(model: str, found: list[Site]) -> None:
-    from rich.console import Console
-    from rich.text import Text
-    from rich.tree import Tree
-
-    tree = Tree(Text(model), guide_style="dim")
-    layers: dict[str, Tree] = {}
-    for site in found:
-        branch = tree
-        if site.layer is not None:
-            layer = site.name[: re.search(r"\.\d+", site.name).end()]  # type: ignore[union-attr]
-            if layer not in layers:
-                layers[layer] = tree.add(Text(layer))
-            branch = layers[layer]
-        shape = f" {site.in_features} -> {site.out_features}" if site.kind in ("linear", "embedding") else ""
-        branch.add(Text(f"{site.role}  {site.kind}{shape}  ({site.name or 'the model'})"))
-    Console(width=None if sys.stdout.isatty() else 10_000).print(tree)
 
 
 def _method(name: str, cls: type) -> dict[str, Any]:

@@ -21,8 +21,9 @@ from petune.loading.fetch import cache_folder, fetch, once
 from petune.plugins import registry
 
 
-def resolve(name: str | Path, options: dict[str, Any]) -> str:
-    """The folder of a model on this machine, or its Hub id; `options` then says whether the Hub can be reached.
+def resolve(name: str | Path, options: dict[str, Any], *, weights: bool = True) -> str:
+    """The folder of a model on this machine, or its Hub id; `options` then says whether the Hub can be reached. Without
+    `weights` a GGUF file stays packed, and `options` names it.
 
     Raises:
         PetuneError: there is no such model.
@@ -34,6 +35,9 @@ def resolve(name: str | Path, options: dict[str, Any]) -> str:
     gguf = path if path.is_file() and path.suffix == ".gguf" else None
     if gguf or str(name) in aliases:
         found = gguf or fetch(aliases[str(name)])
+        if found.suffix == ".gguf" and not weights:
+            options["gguf_file"] = found.name
+            return str(found.parent)
         return str(_unpacked(found) if found.suffix == ".gguf" else found)
     if path.exists() or path.suffix == ".gguf" or str(name).startswith(("/", ".", "~")):
         raise PetuneError(f"{name}: {'no .gguf file, and no config.json in it' if path.exists() else 'no such file'}.")

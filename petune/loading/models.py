@@ -98,6 +98,22 @@ def from_pretrained(
     return model
 
 
+def skeleton(name: str | Path, *, head: str | None = None, **kwargs: Any) -> PreTrainedModel:
+    """The model's modules without weights, on the meta device, from its configuration alone.
+
+    Raises:
+        PetuneError: no such model or head.
+    """
+    options = {"trust_remote_code": False, **kwargs}
+    with plainly(name):
+        config = AutoConfig.from_pretrained(resolve(name, options, weights=False), **options)
+        loader = _loader(config, head)
+        with torch.device("meta"):
+            build = loader.from_config if hasattr(loader, "from_config") else loader._from_config
+            made: PreTrainedModel = build(config)
+    return made
+
+
 def load_tokenizer(name: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
     """The tokenizer that goes with a model's name. Padding falls back on the end-of-text token; none is added.
 

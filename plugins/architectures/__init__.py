@@ -8,6 +8,6 @@ import petune
 
 @petune.hookimpl
 def petune_sites() -> Mapping[str, Callable[[Any], list[petune.Site]]]:
-    from petune_plugins.architectures import fused, xlnet
+    from petune_plugins.architectures import fused, ids, xlnet
 
-    return {**fused.ARCHITECTURES, "xlnet": xlnet.sites}
+    return {**fused.ARCHITECTURES, **ids.ARCHITECTURES, "xlnet": xlnet.sites}

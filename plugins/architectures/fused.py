@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ def by_head(core: petune.Site, groups: int | None = None) -> Parts:
 
 def falcon(core: petune.Site) -> Parts:
     """By group of heads; one key and value for all heads in the first models."""
-    attention = core.module
+    attention: Any = core.module
     one = attention.multi_query and not attention.new_decoder_architecture
     return by_head(core, 1 if one else attention.num_kv_heads if attention.new_decoder_architecture else None)
 

@@ -11,6 +11,8 @@ import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from petune_bench.coverage.sizes import MORE, VOCABULARY, small_size
+
 HEADS = {
     "causal-lm": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "masked-lm": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
@@ -21,88 +23,6 @@ HEADS = {
 }
 MOST = 5_000_000
 """Parameters of a model that counts as small."""
-VOCABULARY = 128
-# the first pattern that fits the whole of a configuration's key gives its small value
-SIZES: list[tuple[str, int]] = [
-    (r"num_experts_per_tok(en)?|moe_k|moe_topk|topk_group|n_group|num_expert_group", 2),
-    (r"type_vocab_size|.*_per_(?!layer_input).*", 0),  # 0: as it is
-    (r"(.*_)?vocab_size.*|vocab_offset", VOCABULARY),
-    (r"pad_token_id|unk_index|pad_index", -1),
-    (r"bos_token_id|bos_index|decoder_start_token_id|cls_token_id", 1),
-    (r"eos_token_id|eos_index|sep_token_id|eod_token_id", 2),
-    (r".*_token_id|.*_token_index|mask_index|tag_pad_id|subs_pad_id", 3),
-    (
-        r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_(source|target|encoder_position|decoder_position).*",
-        128,
-    ),
-    (r"(.*_)?(layers|num_hidden_layers|n_layers?|num_layers|num_blocks|depth|num_(en|de)coder_layers)", 2),
-    (r"num_layers_per_stack|num_global_layers|num_self_attends_per_block", 2),
-    (r"(swa_)?(num_key_value_heads|num_kv_heads)", 2),
-    (r"linear_num_(key|value)_heads|linear_num_heads|num_mel_bins|mamba_n_heads|num_query_groups|index_n_heads", 4),
-    (r".*(attention_heads|num_heads|n_heads?|num_(en|de)coder_attention_heads)(_per_layer)?|attention_heads", 4),
-    (r"qk_rope_head_dim|v_head_dim|qk_nope_head_dim|index_head_dim|rotary_dim", 16),
-    (r"qk_head_dim", 32),
-    (r"(.*_)?(head_dim|d_kv|d_head|kv_channels|attention_head_size|dim_head|query_pre_attn_scalar)", 16),
-    (
-        r".*(intermediate_size|ffn_dim|ffn_hidden_size|inner_dim|n_inner|feed_forward_size|d_ff|dff|d_inner|dim_ff).*",
-        128,
-    ),
-    (r"mlp_dim|intermediate_size_mlp", 128),
-    (r".*num_(local_)?experts|n_routed_experts|zero_expert_num", 4),
-    (
-        r"sliding_window(_size)?|attention_window_size|keep_window_size|window_size|local_attention|attention_chunk_size",
-        16,
-    ),
-    (r"q_lora_rank|kv_lora_rank|o_lora_rank|hc_lowrank|laurel_rank|gated_norm_rank|adapter_rank|d_rel|rel_extent", 16),
-    (r"(.*_)?(hidden_size|d_model|n_embd|emb_dim|embed_dim|embedding_size|embedding_dim|embed_proj_dim|d_latents)", 64),
-    (
-        r"(.*_)?(emb_size|hidden_dim|mid_dim|lru_width|output_dim|input_dim)(_global)?|hidden_size_.*|dim|embedding_rank",
-        64,
-    ),
-    (r"true_hidden_size|intra_bottleneck_size|dim_model_base|classifier_proj_size", 64),
-    (r"image_size|crop_size|input_size", 32),
-    (r"patch_size", 8),
-]
-# what the names of keys do not tell
-_ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
-_SHARING: dict[str, Any] = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
-MORE: dict[str, dict[str, Any]] = {
-    "bamba": {"mamba_d_head": 32, "attn_layer_indices": [1]},
-    "blt": {"encoder_hash_byte_group_vocab": VOCABULARY},
-    "canine": {"num_hash_buckets": VOCABULARY},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
-    "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
-        "ffn_config": {"ffn_hidden_size": 128, "hidden_size": 64},
-    },
-    "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
-    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
-    "esm": {"vocab_size": VOCABULARY, "mask_token_id": 3},
-    "falcon_h1": {"mamba_d_ssm": 128, "mamba_d_head": 32},
-    "gemma3n_text": {
-        **_SHARING,
-        "num_kv_shared_layers": 2,
-        "intermediate_size": 128,
-        "activation_sparsity_pattern": [0.5] * 4,
-    },
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "granitemoehybrid": {"mamba_d_head": 32, "layer_types": ["linear_attention", "full_attention"]},
-    "got_ocr2": {"image_seq_length": 4},
-    "hunyuan_v1_dense": {"head_dim": 16},
-    "hunyuan_v1_moe": {"head_dim": 16, "moe_topk": 2, "num_experts": 4},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
-    "layoutlmv3": {"coordinate_size": 10, "shape_size": 12},
-    "led": {"attention_window": 16},
-    "longformer": {"attention_window": 16},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
-    "lxmert": {"num_qa_labels": 8, "visual_feat_dim": 64},
-    "mamba2": {"num_heads": 8},
-    "ministral": {"head_dim": 16},
-    "mobilebert": {"intra_bottleneck_size": 32, "true_hidden_size": 32},
-    "nemotron": {"num_key_value_heads": 2},
-    "reformer": {"is_decoder": True, "axial_pos_shape": (8, 16), "axial_pos_embds_dim": (16, 48), "hash_seed": 0},
-    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
-}
 
 
 def architectures() -> dict[str, dict[str, str]]:
@@ -116,7 +36,7 @@ def architectures() -> dict[str, dict[str, str]]:
 
 def config(kind: str) -> PretrainedConfig:
     """The small configuration of a model type."""
-    plain = AutoConfig.for_model(kind)
+    plain: Any = AutoConfig.for_model(kind)
     if kind == "encoder-decoder":
         return type(plain).from_encoder_decoder_configs(config("bert"), config("bert"), decoder_start_token_id=1)
     return type(plain)(**small(plain))
@@ -131,17 +51,13 @@ def small(plain: PretrainedConfig) -> dict[str, Any]:
             found[key] = {"model_type": value.model_type, **small(value)}
         elif key == listing:
             found[key] = kinds
-        elif (isinstance(value, int) and not isinstance(value, bool) and value > 2) or re.fullmatch(
-            r"(pad|bos|eos)_token_id", key
-        ):
-            size = next((size for pattern, size in SIZES if re.fullmatch(pattern, key)), 0)
-            if size:
-                found[key] = max(size, 0)
-    for key in found:
-        if key == "num_key_value_heads" and vars(plain).get(key) == vars(plain).get("num_attention_heads"):
-            found[key] = 4
-        if re.fullmatch(r"num_hidden_layers|n_layers?|num_layers", key) and kinds:
+        elif kinds and re.fullmatch(r"num_hidden_layers|n_layers?|num_layers", key):
             found[key] = len(kinds)
+        elif key == "num_key_value_heads" and value is not None and value == vars(plain).get("num_attention_heads"):
+            found[key] = small_size("num_attention_heads")
+        elif (type(value) is int and value > 2) or re.fullmatch(r"(pad|bos|eos)_token_id", key):
+            size = small_size(key)
+            found |= {} if size is None else {key: size}
     return found | MORE.get(plain.model_type, {})
 
 

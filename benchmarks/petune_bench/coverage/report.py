@@ -1,0 +1,112 @@
+"""The rows of a sweep as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers
+
+from petune_bench.coverage.checks import METHODS
+
+Row = Mapping[str, Any]
+NO_SOFTMAX = "computes no softmax attention: there are no keys to put a prefix beside"
+NO_TABLE = "reads no token by one table of embeddings: there is no place for a row of a prompt"
+IMPOSSIBLE: dict[str, dict[str, str]] = {
+    "prefix-tuning": dict.fromkeys(["falcon_mamba", "fnet", "mamba", "mamba2", "rwkv", "xlstm", "yoso"], NO_SOFTMAX),
+    "prompt-tuning": {
+        **dict.fromkeys(["canine", "musicgen", "musicgen_melody", "perceiver"], NO_TABLE),
+        "deepseek_v4": "picks its experts by a table of token ids, which has none for virtual tokens",
+    },
+}
+"""{method: {architecture: why nothing could be done}}: refusals that count for no method's failing."""
+HEAD = """# Coverage
+
+Every architecture of transformers {transformers} that is mapped for causal or masked language modelling, sequence or token
+classification, question answering or sequence-to-sequence, built small and random from its configuration class, with
+a method for each hook point. A cell is one architecture with one head and one method. It holds if the method attaches,
+gets gradients wherever the base's own parameters would, changes the output when its parameters change, gives the base
+exactly when switched off and when detached (class, keys, output), and generates the same with and without a cache where
+the base does. `python -m petune_bench.coverage --out FOLDER` runs the cells and writes this page (torch {torch}, CPU,
+float32).
+
+**{holds:,} of {cells:,} cells hold: {share:.1%}.** {impossible} others are refused because nothing could be done there; of the
+rest {rest:.1%} hold. {built} of {mapped} model types could be built ({heads} with their heads).
+"""
+
+
+def page(rows: Sequence[Row]) -> str:
+    """The markdown of a sweep's rows."""
+    run = [row for row in rows if row["status"] != "not built"]
+    holds = [row for row in run if row["status"] == "holds"]
+    cannot = [row for row in run if _impossible(row)]
+    holes = [row for row in run if row["status"] != "holds" and not _impossible(row)]
+    types = {row["architecture"] for row in run}
+    head = HEAD.format(
+        transformers=transformers.__version__,
+        torch=torch.__version__.partition("+")[0],
+        holds=len(holds),
+        cells=len(run),
+        share=len(holds) / max(1, len(run)),
+        impossible=len(cannot),
+        rest=len(holds) / max(1, len(run) - len(cannot)),
+        built=len(types),
+        mapped=len({row["architecture"] for row in rows}),
+        heads=len({(row["architecture"], row["head"]) for row in run}),
+    )
+    by_method = [
+        (
+            m,
+            *(sum(row["method"] == m for row in part) for part in (holds, cannot, holes)),
+            sum(r["method"] == m for r in run),
+        )
+        for m in METHODS
+    ]
+    missing = {row["architecture"]: row["reason"] for row in rows if row["status"] == "not built"}
+    parts = [
+        head,
+        _table(("method", "holds", "impossible", "holes", "cells"), by_method),
+        "## Holes\n",
+        _table(("method", "architecture", "heads", "reason"), _grouped(holes)),
+        "## Impossible\n",
+        _table(("method", "architecture", "heads", "reason"), _grouped(cannot, IMPOSSIBLE)),
+        "## Not built\n\nWhat transformers itself could not build or run at these sizes, offline, from token ids alone.\n",
+        _table(("architecture", "reason"), [(kind, _cell(why)) for kind, why in missing.items()]),
+        "## By architecture\n\n`+` holds with every head, `-` is impossible, `!` is a hole with one head at least.\n",
+        _table(("architecture", "heads", *METHODS), [_line(kind, run) for kind in sorted(types)]),
+    ]
+    return "\n".join(parts)
+
+
+def _impossible(row: Row) -> bool:
+    return row["status"] == "refused" and row["architecture"] in IMPOSSIBLE.get(row["method"], {})
+
+
+def _line(kind: str, run: Sequence[Row]) -> tuple[str, ...]:
+    own = [row for row in run if row["architecture"] == kind]
+    marks = []
+    for method in METHODS:
+        cells = [row for row in own if row["method"] == method]
+        holds = all(row["status"] == "holds" for row in cells)
+        marks.append("+" if holds else "-" if all(map(_impossible, cells)) else "!")
+    return kind, ", ".join(dict.fromkeys(row["head"] for row in own)), *marks
+
+
+def _grouped(rows: Iterable[Row], reasons: Mapping[str, Mapping[str, str]] | None = None) -> list[tuple[str, ...]]:
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        method, kind = row["method"], row["architecture"]
+        why = reasons[method][kind] if reasons else row["reason"]
+        found.setdefault((method, kind, _cell(why)), []).append(row["head"])
+    return [(method, kind, ", ".join(heads), why) for (method, kind, why), heads in sorted(found.items())]
+
+
+def _cell(text: str) -> str:
+    plain = text.replace("|", "/").replace("\n", " ").removeprefix("AssertionError: ")
+    return plain if len(plain) <= 140 else plain[:140].rpartition(" ")[0] + " …"
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
