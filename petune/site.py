@@ -106,7 +106,9 @@ def select(sites: list[Site], where: str, *, strict: bool = True) -> list[Site]:
 
 def _hits(sites: list[Site], word: str, words: list[str]) -> Iterable[Site]:
     what, _, layers = word.partition("@")
-    depth = {_stack(s): 1 + max(t.layer or 0 for t in sites if _stack(t) == _stack(s)) for s in sites}
+    depth: dict[str, int] = {}
+    for site in sites if layers else ():
+        depth[_stack(site)] = max(depth.get(_stack(site), 0), 1 + (site.layer or 0))
     for site in sites:
         if layers and (site.layer is None or site.layer not in _range(layers, depth[_stack(site)], word)):
             continue

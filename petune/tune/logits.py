@@ -56,9 +56,9 @@ def applies(model: Any) -> bool:
     """The model has a decoder, a head behind it, and a loss that transformers computes from labels at every token."""
     if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder or model.base_model is model:
         return False
-    forward = inspect.unwrap(base_class(model).forward)
-    known = model.get_output_embeddings() is not None and "loss_function" in forward.__code__.co_names
-    return known and model.loss_function in (ForCausalLMLoss, ForMaskedLMLoss)
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    known = "loss_function" in inspect.unwrap(base_class(model).forward).__code__.co_names
+    return head is not None and known and model.loss_function in (ForCausalLMLoss, ForMaskedLMLoss)
 
 
 class _Labelled:
