@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -66,7 +67,8 @@ def lowrank_update(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float = 1.
         x, dropout = F.dropout(x, dropout), 0.0
     elif dropout:
         seed = int(torch.randint(2**62, ()))  # of the generator that checkpointing restores
-    with torch.autocast(y.device.type, enabled=False):
+    kind = y.device.type
+    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
         out: Tensor = _LowRankUpdate.apply(y, x, a, b, scale, dropout, seed)  # type: ignore[no-untyped-call]
     return out
 
