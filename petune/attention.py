@@ -19,6 +19,9 @@ from transformers import AttentionInterface
 from petune.errors import UnsupportedError
 from petune.graft import Link, apply, graft_of, serving
 
+if TYPE_CHECKING:
+    from petune.routing import Rows
+
 Attention = Callable[..., tuple[Tensor, Any]]
 
 
@@ -111,7 +114,7 @@ class Frozen:
         out: Tensor = self.base(self.module, query, key, value, mask, **options)[0]
         return out
 
-    def rows(self, index: Tensor, batch: int) -> Frozen:
+    def rows(self, index: Rows, batch: int) -> Frozen:
         """The same for some rows of the batch."""
         part = object.__new__(Frozen)
         part.base, part.module, part.keys = self.base, self.module, self.keys
@@ -125,6 +128,6 @@ def _is_flash(module: nn.Module) -> bool:
     return "flash" in str(getattr(getattr(module, "config", None), "_attn_implementation", ""))
 
 
-def take(tensor: Tensor | None, index: Tensor, batch: int) -> Tensor | None:
+def take(tensor: Tensor | None, index: Rows, batch: int) -> Tensor | None:
     """Rows of a tensor that has them; one that is the same for all rows stays."""
     return tensor[index] if tensor is not None and tensor.dim() and tensor.shape[0] == batch > 1 else tensor

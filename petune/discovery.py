@@ -46,7 +46,7 @@ def features(module: nn.Module) -> tuple[int, int] | None:
     """(in, out) of a linear layer of any make, None for anything else."""
     if isinstance(module, Conv1D):
         return int(module.nx), int(module.nf)
-    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    sizes = vars(module).get("in_features"), vars(module).get("out_features")  # nn.Module is slow to say no
     if isinstance(sizes[0], int) and isinstance(sizes[1], int) and hasattr(module, "weight"):
         return sizes if _is_plain(base_class(module)) else None  # type: ignore[return-value]
     return None

@@ -261,12 +261,16 @@ def grafted_class(cls: Any, mixin: Any) -> type[nn.Module]:
     return type(cls.__name__, (mixin, cls), own)
 
 
+@cache
+def _parameters(cls: Any) -> list[str]:
+    return [p for p in inspect.signature(cls.forward).parameters if p != "self"]
+
+
 def graft(module: nn.Module, board: Board, mixin: type[nn.Module] = Grafted) -> Graft:
     """Put the mixin on a module, once."""
     found: Graft | None = vars(module).get("petune_graft")
     if found is None:
-        names = [p for p in inspect.signature(type(module).forward).parameters if p != "self"]
-        found = Graft(board, names, hooked=vars(module).pop("forward", None))
+        found = Graft(board, _parameters(type(module)), hooked=vars(module).pop("forward", None))
         vars(module)["petune_graft"] = found
         kind: Any = type(module)
         around: Any = mixin

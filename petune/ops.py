@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,12 +19,10 @@ class _LowRankUpdate(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dropout: tuple[float, int]
-    ) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float, seed: int) -> Tensor:
         ctx.save_for_backward(x, a, b)
-        ctx.scale, ctx.dropout = scale, dropout
-        flat = _drop(x.reshape(-1, x.shape[-1]).to(y.dtype), *dropout)
+        ctx.scale, ctx.dropout = scale, (p, seed)
+        flat = _drop(x.reshape(-1, x.shape[-1]).to(y.dtype), p, seed)
         low = flat @ a.to(y.dtype).T  # (tokens, rank)
         out = torch.addmm(y.reshape(-1, y.shape[-1]), low, b.to(y.dtype).T, alpha=scale)
         return torch.ops.aten._unsafe_view(out, y.shape)  # no view: models change it in place
@@ -32,7 +31,7 @@ class _LowRankUpdate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b = ctx.saved_tensors
-        _, wants_x, wants_a, wants_b, _, _ = ctx.needs_input_grad
+        _, wants_x, wants_a, wants_b, *_ = ctx.needs_input_grad
         g = grad.reshape(-1, grad.shape[-1])
         a_, b_ = a.to(g.dtype), b.to(g.dtype)
         grad_x = grad_a = grad_b = None
@@ -46,7 +45,7 @@ class _LowRankUpdate(torch.autograd.Function):
             grad_a = (low.T @ flat).to(a.dtype)
         if wants_b:
             grad_b = ((flat @ a_.T).T @ g).T.mul(ctx.scale).to(b.dtype)  # three times as fast as gᵀ first
-        return grad, grad_x, grad_a, grad_b, None, None
+        return grad, grad_x, grad_a, grad_b, None, None, None
 
 
 def lowrank_update(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, *, dropout: float = 0.0) -> Tensor:
@@ -68,8 +67,9 @@ def lowrank_update(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float = 1.
         x, dropout = F.dropout(x, dropout), 0.0
     elif dropout:
         seed = int(torch.randint(2**62, ()))  # of the generator that checkpointing restores
-    with torch.autocast(y.device.type, enabled=False):
-        out: Tensor = _LowRankUpdate.apply(y, x, a, b, scale, (dropout, seed))  # type: ignore[no-untyped-call]
+    kind = y.device.type
+    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+        out: Tensor = _LowRankUpdate.apply(y, x, a, b, scale, dropout, seed)  # type: ignore[no-untyped-call]
     return out
 
 

@@ -19,14 +19,17 @@ if TYPE_CHECKING:
     from petune.attention import Frozen
 
 
+Rows = Tensor | slice
+"""Some rows of a batch; a slice where they follow each other, so that taking them copies nothing."""
+
+
 class Split(NamedTuple):
-    """The rows of a batch by what serves them: (links, rows) of each group, the rows left to the base, and the
-    permutation that puts the concatenated results back in order.
+    """The rows of a batch by what serves them: (links, rows) of each group, without links for those left to the base,
+    and the permutation that puts the concatenated results back in order, None if they are.
     """
 
-    groups: list[tuple[list[Link], Tensor]]
-    rest: Tensor
-    back: Tensor
+    groups: list[tuple[list[Link], Rows]]
+    back: Tensor | None
 
 
 class Plan:
@@ -36,7 +39,7 @@ class Plan:
 
     def __init__(self, names: Sequence[str | None]) -> None:
         self.names = list(names)
-        self._rows: dict[Any, tuple[list[Tensor], Tensor, Tensor]] = {}
+        self._rows: dict[Any, tuple[list[tuple[str | None, Rows]], Tensor | None]] = {}
 
     def repeated(self, batch: int) -> list[str | None]:
         """A name for each row of a batch of this size.
@@ -55,14 +58,14 @@ class Plan:
             by_name.setdefault(link.tuning.name, []).append(link)
         key = (tuple(by_name), batch, device)
         if key not in self._rows:
-            names = self.repeated(batch)
-            groups = [[i for i, n in enumerate(names) if n == name] for name in by_name]
-            rest = [i for i, n in enumerate(names) if n not in by_name]
-            order = torch.tensor([i for group in [*groups, rest] for i in group], dtype=torch.long)
-            rows = [torch.tensor(group, dtype=torch.long, device=device) for group in groups]
-            self._rows[key] = rows, torch.tensor(rest, dtype=torch.long, device=device), order.argsort().to(device)
-        rows, rest_rows, back = self._rows[key]
-        return Split(list(zip(by_name.values(), rows, strict=True)), rest_rows, back)
+            groups: dict[str | None, list[int]] = {}
+            for i, name in enumerate(self.repeated(batch)):
+                groups.setdefault(name if name in by_name else None, []).append(i)
+            order = torch.tensor([i for group in groups.values() for i in group], dtype=torch.long)
+            back = None if bool((order.diff() == 1).all()) else order.argsort().to(device)
+            self._rows[key] = [(name, _rows(group, device)) for name, group in groups.items()], back
+        rows, back = self._rows[key]
+        return Split([(by_name.get(name, []) if name else [], index) for name, index in rows], back)
 
     def run(self, links: list[Link], call: Computation) -> Tensor:
         """An adapted module's forward. The base runs once for all rows that do not change its input."""
@@ -73,10 +76,8 @@ class Plan:
         if serving and call.x.shape[0] == 1:  # positions, say, which the rows share until now
             call.x = call.x.expand(len(self.names), *call.x.shape[1:])
         x = call.x
-        groups, rest, back = self.split(serving, x.shape[0], x.device)
-        if not groups:
-            return call(x)
-        if len(groups) == 1 and not len(rest):
+        groups, back = self.split(serving, x.shape[0], x.device)
+        if len(groups) == 1:
             return chain(groups[0][0], call, call)(x)
         whole: list[Tensor] = []
         spans = {g: g.seen for link in links if link.site.entry is not None for g in [graft_of(link.site.entry)]}
@@ -86,11 +87,11 @@ class Plan:
                 whole.append(call(x))
             return whole[0]
 
-        out = []
-        for own, index in groups:
+        out: dict[int, Tensor] = {}
+        for i, (own, index) in sorted(enumerate(groups), key=lambda item: not item[1][0]):  # the base's own rows last
             mine = x[index]
 
-            def inner(h: Tensor, mine: Tensor = mine, index: Tensor = index) -> Tensor:
+            def inner(h: Tensor, mine: Tensor = mine, index: Rows = index) -> Tensor:
                 if h is mine:
                     return shared()[index]
                 if not call.alone:
@@ -99,10 +100,9 @@ class Plan:
 
             for graft, seen in spans.items():
                 graft.seen = seen[index] if seen is not None else None
-            out.append(chain(own, inner, call, index)(mine))
-        if len(rest):
-            out.append(call(x[rest]) if call.alone and not whole else shared()[rest])
-        return torch.cat(out)[back]
+            acting = call if not own and call.alone and not whole else inner
+            out[i] = chain(own, acting, call, index)(mine)
+        return _joined([out[i] for i in range(len(groups))], back)
 
     def run_attention(self, links: list[Link], call: Frozen, x: tuple[Any, ...]) -> Tensor:
         """An attention's forward: each group of rows attends on its own."""
@@ -110,12 +110,23 @@ class Plan:
 
         batch = x[0].shape[0]
         serving = [link for link in links if link.tuning.name in self.names]
-        groups, rest, back = self.split(serving, batch, x[0].device)
+        groups, back = self.split(serving, batch, x[0].device)
         out = []
-        for own, index in [*groups, *([([], rest)] if len(rest) else [])]:
+        for own, index in groups:
             rows = [take(t, index, batch) for t in x] if batch > 1 else x
             out.append(around(own, call.rows(index, batch), index)(*rows))
-        return torch.cat(out)[back]
+        return _joined(out, back)
+
+
+def _rows(group: list[int], device: torch.device) -> Rows:
+    if group == list(range(group[0], group[-1] + 1)):
+        return slice(group[0], group[-1] + 1)
+    return torch.tensor(group, dtype=torch.long, device=device)
+
+
+def _joined(parts: list[Tensor], back: Tensor | None) -> Tensor:
+    out = torch.cat(parts)
+    return out if back is None else out[back]
 
 
 def board_of(model: PreTrainedModel) -> Board | None:

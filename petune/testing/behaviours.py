@@ -157,6 +157,7 @@ def checkpoints_gradients(case: Case) -> None:
 
     def gradients() -> list[Tensor | None]:
         model.zero_grad()
+        torch.manual_seed(0)  # for dropout
         model(**case.batch).loss.backward()
         return [p.grad for p in tuning.parameters()]
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from petune.tune.dataset import Dataset
+    from petune.tune.logits import labelled_logits
     from petune.tune.loop import train
     from petune.tune.recipe import Recipe, Training, load_recipe
     from petune.tune.result import Result
@@ -22,6 +23,7 @@ __all__ = [
     "Training",
     "evaluate",
     "export_run",
+    "labelled_logits",
     "load_recipe",
     "load_run",
     "merge_run",
@@ -35,6 +37,7 @@ _HOME = {
     "result": ("Result",),
     "run": ("Run", "evaluate", "export_run", "load_run", "merge_run", "predict"),
     "tasks": ("Task",),
+    "logits": ("labelled_logits",),
     "loop": ("train",),
 }
 

@@ -179,7 +179,7 @@ class _Session:
                 return done, int(read_json(folder_ / "trainer_state.json")["num_input_tokens_seen"])
         else:
             write_text(self.path / folder.METRICS, "")
-        with stop_on_signal(loop.recorder):
+        with stop_on_signal(loop.recorder), loop.lean():
             loop.train(resume_from_checkpoint=str(self.checkpoint[0]) if self.checkpoint else None)
         done = loop.state.global_step
         if done < self.steps:
@@ -202,10 +202,13 @@ class _Session:
 
         def loss() -> Tensor:
             with loop.accelerator.autocast():
-                found: Tensor = model(**batch)["loss"]
+                found: Tensor = loop.compute_loss(model, batch)
             return found
 
-        return measure_step(model, getattr(optimizer, "optimizer", optimizer), loss)
+        with loop.lean():
+            if self.recipe.training.compile:
+                loss().backward()  # type: ignore[no-untyped-call]  # compiles for these shapes
+            return measure_step(model, getattr(optimizer, "optimizer", optimizer), loss, batch.values())
 
 
 def _device_name(model: nn.Module) -> str:

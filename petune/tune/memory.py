@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import weakref
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.profiler import ProfilerActivity, profile
 
 
-def measure_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> tuple[int, int]:
+def measure_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], batch: Iterable[Tensor] = ()
+) -> tuple[int, int]:
     """(peak_memory_bytes, saved_activation_bytes) of one forward, backward and optimizer step.
 
-    The peak is what the allocator reports on CUDA; on the CPU it is the most bytes of tensor storages alive at once:
-    those of the model, gradients and optimizer, and all that the step makes. What a kernel allocates inside itself
-    is not seen there. Saved activations are the storages that autograd keeps when the forward is over, parameters,
-    buffers and quantized weights left out; each storage counts once.
+    The peak is what the allocator reports on CUDA; on the CPU it is the storages of the model, the optimizer and the
+    batch and on top of them the most bytes that the allocator gave out at once, compiled code's too. What a kernel
+    allocates past the allocator is not seen there. Saved activations are the storages that autograd keeps when the
+    forward is over, parameters, buffers and quantized weights left out; each storage counts once.
 
     The learning rate is 0 in this step, so the parameters stay what they are. Gradients are cleared.
     """
@@ -28,12 +29,13 @@ def measure_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Calla
     optimizer.zero_grad(set_to_none=True)
     resident = _Storages(_tensors(model))
     resident.add(_tensors([optimizer.param_groups, dict(optimizer.state)]))
+    own = set(resident.sizes)
+    resident.add(batch)
     saved = _Storages(())
     cuda = next(model.parameters()).is_cuda
-    watch = _Live(resident)
 
     def pack(tensor: Tensor) -> Tensor:
-        saved.add(t for t in _parts(tensor) if t.untyped_storage()._cdata not in resident.sizes)
+        saved.add(t for t in _parts(tensor) if t.untyped_storage()._cdata not in own)
         return tensor
 
     def step() -> None:
@@ -50,9 +52,7 @@ def measure_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Calla
             torch.cuda.synchronize()
             peak = torch.cuda.max_memory_allocated()
         else:
-            with watch:
-                step()
-            peak = watch.peak
+            peak = resident.total + _allocated(step)
     finally:
         optimizer.zero_grad(set_to_none=True)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -77,36 +77,18 @@ class _Storages:
         return sum(self.sizes.values())
 
 
-class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows every storage that an operation meets until it is freed."""
-
-    def __init__(self, resident: _Storages) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.sizes = dict(resident.sizes)
-        self.now = self.peak = resident.total
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves((args, kwargs, out)):  # arguments too: the batch was there before
-            if isinstance(tensor, Tensor):
-                for part in _parts(tensor):
-                    self._follow(part)
-        return out
-
-    def _follow(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        old = self.sizes.get(key)
-        if old is None:
-            # the Python object of a storage lives as long as the storage itself, also while only C++ holds it
-            weakref.finalize(storage, self._freed, key)
-        if old != size:
-            self.sizes[key] = size
-            self.now += size - (old or 0)
-            self.peak = max(self.peak, self.now)
-
-    def _freed(self, key: int) -> None:
-        self.now -= self.sizes.pop(key, 0)
+def _allocated(step: Callable[[], None]) -> int:
+    """The most bytes that the CPU's allocator has given out at once during a step, beyond those before it."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its first use prints otherwise
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watch:
+        step()
+    events = watch.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    now = peak = 0
+    for _, size in changes:
+        now += size
+        peak = max(peak, now)
+    return peak
 
 
 def _parts(tensor: Tensor) -> Iterator[Tensor]:

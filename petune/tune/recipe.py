@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -34,7 +34,15 @@ class Training(_Strict):
     seed: Annotated[int, Field(ge=0)] = 0
     optimizer: str = Field(default="adamw_torch", description="an optimizer that transformers' Trainer knows")
     gradient_accumulation: Count = 1
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Count = Field(default=False, description="true: every block; 3: every third")
+    recompute: bool = Field(default=True, description="norms and activations are computed again rather than kept")
+    compile: Literal["regions"] | None = Field(default=None, description="regions: every block by torch.compile")
+    memory_budget: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        default=None, description="the share of what compiled blocks would keep that they may keep"
+    )
+    packing: bool = Field(default=False, description="rows end to end instead of padding")
+    offload: bool = Field(default=False, description="what is kept for backward waits in the CPU's memory; CUDA only")
+    liger: bool = Field(default=False, description="the Liger kernels; CUDA only")
     mixed_precision: bool = Field(default=False, description="bf16 autocast; CUDA only")
     max_length: Annotated[int, Field(gt=1)] = Field(default=512, description="tokens of a row; longer ones are cut")
     max_new_tokens: Count = Field(default=64, description="tokens of a generated answer, at most")
@@ -49,6 +57,14 @@ class Training(_Strict):
     def _one_length(self) -> Training:
         if self.steps and self.epochs:
             raise ValueError("training.steps and training.epochs exclude each other: give one")
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_recompute(self) -> Training:
+        if self.memory_budget is not None and not self.compile:
+            raise ValueError("training.memory_budget is the compiler's: add training.compile=regions")
+        if self.compile and self.gradient_checkpointing:
+            raise ValueError("training.compile excludes gradient_checkpointing: training.memory_budget does its work")
         return self
 
 
@@ -80,6 +96,7 @@ class Recipe(_Strict):
         import torch
         from transformers import SchedulerType
         from transformers.training_args import OptimizerNames
+        from transformers.utils.import_utils import is_liger_kernel_available
 
         from petune.loading.models import DTYPES, HEADS
         from petune.plugins import registry
@@ -98,8 +115,11 @@ class Recipe(_Strict):
             check_source(self.data)
             _choice("training.schedule", self.training.schedule, [s.value for s in SchedulerType])
             _choice("training.optimizer", self.training.optimizer, [o.value for o in OptimizerNames])
-            if self.training.mixed_precision and not torch.cuda.is_available():
-                raise PetuneError("training.mixed_precision: needs a CUDA device; leave it out.")
+            for key in ("mixed_precision", "offload", "liger"):
+                if getattr(self.training, key) and not torch.cuda.is_available():
+                    raise PetuneError(f"training.{key}: needs a CUDA device; leave it out.")
+            if self.training.liger and not is_liger_kernel_available():
+                raise PetuneError("training.liger: the package liger-kernel is not installed; `pip install` it.")
             for role in self.columns:
                 _choice("columns", role, task.roles())
         except PetuneError as error:

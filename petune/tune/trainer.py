@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
+    PreTrainedModel,
     PrinterCallback,
     ProgressCallback,
     Trainer,
@@ -28,7 +29,11 @@ from transformers import (
 
 from petune.files import read_json, write_text
 from petune.tune.batches import EpochSampler
-from petune.tune.recipe import Recipe
+from petune.tune.lean import recomputed
+from petune.tune.logits import labelled_logits
+from petune.tune.packing import check, flatten, packed
+from petune.tune.recipe import Recipe, Training
+from petune.tune.regions import compiled
 from petune.tune.result import finite, write_json
 from petune.tune.tasks import Task
 from petune.tuning import Tuning
@@ -157,12 +162,15 @@ class Progress(ProgressCallback):
 
 
 class AdapterTrainer(Trainer):
-    """Saves and reads back only what trains; evaluates by the task's own score."""
+    """Saves and reads back only what trains; evaluates by the task's own score; takes a recipe's settings."""
 
     def __init__(self, model: nn.Module, tuning: Adapted, task: Task, recorder: Recorder, **kwargs: Any) -> None:
+        self.settings = task.recipe.training
         super().__init__(model=model, callbacks=[recorder], data_collator=task.collate, **kwargs)
         self.acting, self.task, self.recorder = model, task, recorder
         self.tuning: Any = tuning
+        if self.settings.packing:
+            check(model, tuning)
         self.model_accepts_loss_kwargs = task.token_loss  # else a mean over the batch, which is divided as it is
         self.scheduled = isinstance(tuning, Tuning)  # a peer's adapter has no schedule and no learning rates
         if isinstance(tuning, Tuning):
@@ -186,6 +194,28 @@ class AdapterTrainer(Trainer):
                     group["params"] = [p for p in group["params"] if id(p) not in own]
                     optimizer.add_param_group({**group, "params": moved, "lr": lr})
         return optimizer
+
+    @contextmanager
+    def lean(self) -> Iterator[None]:
+        """The model as it is trained: compiled, or with what is cheap computed again."""
+        s = self.settings
+        with ExitStack() as stack:
+            if s.compile:
+                stack.enter_context(compiled(self.acting, s.memory_budget))
+            elif s.recompute and s.gradient_checkpointing is not True and isinstance(self.acting, PreTrainedModel):
+                stack.enter_context(recomputed(self.acting))
+            yield
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            if self.settings.packing:
+                inputs, rows = flatten(inputs)
+                stack.enter_context(packed(rows))
+            if self.settings.labelled_logits:
+                stack.enter_context(labelled_logits(self.acting))
+            if self.settings.offload:
+                stack.enter_context(torch.autograd.graph.save_on_cpu(pin_memory=True))
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics = {f"eval_{key}": value for key, value in self.task.score(self.acting, self.eval_dataset).items()}
@@ -213,13 +243,15 @@ def arguments(recipe: Recipe, folder: Path, steps: int, *, quiet: bool) -> Train
         max_steps=steps,
         per_device_train_batch_size=t.batch_size,
         gradient_accumulation_steps=t.gradient_accumulation,
-        activation_checkpointing=t.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if t.gradient_checkpointing else None,
+        activation_checkpointing=bool(t.gradient_checkpointing),
+        activation_checkpointing_kwargs=_checkpointing(t),
         learning_rate=t.learning_rate,
         lr_scheduler_type=schedule,
         warmup_steps=t.warmup if t.warmup < 1 else int(t.warmup),
         weight_decay=t.weight_decay,
         max_grad_norm=t.max_grad_norm,
+        use_liger_kernel=t.liger,
+        liger_kernel_config={"cross_entropy": False, "fused_linear_cross_entropy": False} if t.liger else None,
         optim=t.optimizer,
         seed=t.seed,
         bf16=t.mixed_precision,
@@ -238,6 +270,11 @@ def arguments(recipe: Recipe, folder: Path, steps: int, *, quiet: bool) -> Train
     )
     made._n_gpu = min(made.n_gpu, 1)  # no DataParallel behind the user's back
     return made
+
+
+def _checkpointing(t: Training) -> dict[str, Any] | None:
+    every = int(t.gradient_checkpointing)
+    return {"use_reentrant": False, "every_n_layers": every} if every else None
 
 
 def last_checkpoint(folder: Path) -> tuple[Path, int] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import string
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from petune.tune import Task
@@ -30,18 +31,6 @@ class Generation(Task):
     metric = "chrf"
     eval_rows = 200
     token_loss = True
-    _labelled_only = False
-
-    def bind(self, model: nn.Module) -> None:
-        import inspect
-
-        from transformers import modeling_utils
-
-        super().bind(model)
-        # a (batch, length) mask of the positions to keep is understood by models that slice by this function
-        takes_mask = "logits_to_keep" in inspect.signature(model.forward).parameters
-        takes_mask &= hasattr(modeling_utils, "slice_logits_to_keep")
-        self._labelled_only = self.recipe.training.labelled_logits and takes_mask
 
     def encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
         answer = _answers(row["completion"])[0] + (self.tokenizer.eos_token or "")
@@ -49,16 +38,6 @@ class Generation(Task):
         prompt = self._prompt(row["prompt"], self.recipe.training.max_length - len(completion))
         ids = prompt + completion
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [SKIP] * len(prompt) + completion}
-
-    def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        import torch
-
-        batch = self.pad(examples)
-        if self._labelled_only:
-            following = torch.nn.functional.pad(batch["labels"], (0, 1), value=SKIP)[:, 1:]  # (batch, length)
-            batch["logits_to_keep"] = following != SKIP
-            batch["shift_labels"] = following[batch["logits_to_keep"]]  # (labelled,)
-        return batch
 
     def predict(self, model: Any, rows: Dataset) -> list[str]:
         import transformers
@@ -100,21 +79,15 @@ class Generation(Task):
         }
 
     def _loss(self, model: nn.Module, rows: Dataset) -> float:
-        import torch
+        from petune.tune import labelled_logits
 
         def answer(batch: dict[str, Tensor]) -> Sequence[tuple[float, int]]:
-            labels = torch.nn.functional.pad(batch["labels"], (0, 1), value=SKIP)[:, 1:]  # (batch, length)
-            labelled = labels != SKIP
-            flat = batch.get("shift_labels", labels[labelled])  # (labelled,); the labels also say where prompts end
-            logits = model(**batch).logits
-            logits = logits if self._labelled_only else logits[labelled]  # (labelled, vocabulary)
-            losses = torch.nn.functional.cross_entropy(logits.float(), flat, reduction="none")
-            rows = torch.split(losses, labelled.sum(1).tolist())
-            return [(float(row.sum()), len(row)) for row in rows]
+            counts = (batch["labels"][:, 1:] != SKIP).sum(1).tolist()
+            with labelled_logits(model) if self.recipe.training.labelled_logits else nullcontext():
+                loss = float(model(**batch).loss)  # the mean over all of the batch's
+            return [(loss * count if count else 0.0, count) for count in counts]
 
-        found: list[tuple[float, int]] = self.answers(
-            model, [self.encode(row) for row in rows], answer, collate=self.collate
-        )
+        found: list[tuple[float, int]] = self.answers(model, [self.encode(row) for row in rows], answer)
         return sum(loss for loss, _ in found) / max(1, sum(count for _, count in found))
 
     def _prompt(self, text: str, most: int) -> list[int]:

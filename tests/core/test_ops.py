@@ -147,7 +147,7 @@ def test_methods_with_dropout_train_and_switch_it_off(method, precision):
 
 
 def test_recompute_gradients_and_what_it_keeps():
-    y, x, a, b = tensors()
+    _, x, a, _ = tensors()
 
     def gated(x, a):
         return torch.tanh(x @ a.T).square() * 3

@@ -83,15 +83,6 @@ def test_the_loss_is_on_the_completion_alone(generation: dict[str, Any]) -> None
     assert example["labels"] == [-100, -100, *example["input_ids"][2:]]
 
 
-def test_batches_keep_the_positions_before_a_label(generation: dict[str, Any]) -> None:
-    task, model = generator(generation)
-    rows = [{"prompt": "good movie", "completion": "the one"}, {"prompt": "a", "completion": "b"}]
-    batch = task.collate([task.encode(row) for row in rows])
-    assert batch["logits_to_keep"].tolist() == [[False, True, True, True, False], [True, True, False, False, False]]
-    plain = {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
-    torch.testing.assert_close(model(**batch).loss, model(**plain).loss)
-
-
 def test_a_long_prompt_loses_its_middle(generation: dict[str, Any]) -> None:
     task, _ = generator({**generation, "training": {"max_length": 8}})
     example = task.encode({"prompt": "one two three good bad fine awful movie film", "completion": "the one"})

@@ -131,7 +131,6 @@ def test_logits_only_where_there_is_a_label_change_nothing_but_memory(
     assert all(torch.allclose(a[key], b[key], atol=1e-5) for key in a)
     assert less.metrics == pytest.approx(more.metrics, abs=1e-5)
     assert less.saved_activation_bytes < more.saved_activation_bytes
-    assert less.peak_memory_bytes < more.peak_memory_bytes
 
 
 def test_mixed_precision_needs_cuda(recipe: dict[str, Any]) -> None:
