@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial, wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +66,7 @@ def attend(
     return around(links, call)(*x), None
 
 
-def around(links: list[Link], inner: Callable[..., Tensor], index: Tensor | None = None) -> Callable[..., Tensor]:
+def around(links: list[Link], inner: Callable[..., Tensor], index: Rows | None = None) -> Callable[..., Tensor]:
     """`inner` with the attention adapters of `links` around it, for the rows `index` of the batch."""
     for link in links:
         inner = partial(apply, link.bound(index), inner)

@@ -32,7 +32,7 @@ class Batch(NamedTuple):
     size: Tensor
     decoding: bool = False
 
-    def rows(self, index: Tensor) -> Batch:
+    def rows(self, index: Tensor | slice) -> Batch:
         """The same for some rows of the batch."""
         return Batch(self.place[index], self.size[index], self.decoding)
 

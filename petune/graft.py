@@ -20,7 +20,7 @@ from petune.errors import UnsupportedError
 if TYPE_CHECKING:
     from petune.batch import Batch
     from petune.parts import Part
-    from petune.routing import Plan
+    from petune.routing import Plan, Rows
     from petune.site import Site
     from petune.tuning import Tuning
 
@@ -71,7 +71,7 @@ class Link:
         kind: Any = type(self.adapter)
         self.reads = _reads(kind)
 
-    def bound(self, index: Tensor | None = None, *args: Any, **kwargs: Any) -> Call:
+    def bound(self, index: Rows | None = None, *args: Any, **kwargs: Any) -> Call:
         """The adapter as it acts: with the batch that it asks for, or the rows `index` of it, and at its weight.
         After `inner` and x it gets what else is given here.
         """
@@ -177,14 +177,14 @@ class Computation:
         return out if self.rest is None else type(self.rest)([out, *self.rest])
 
 
-def chain(links: list[Link], inner: Call, call: Computation, index: Tensor | None = None) -> Call:
+def chain(links: list[Link], inner: Call, call: Computation, index: Rows | None = None) -> Call:
     """`inner` with the adapters of `links` around it, for the rows `index` of the batch."""
     for link in links:
         inner = _around(link, inner, call, index)
     return inner
 
 
-def _around(link: Link, inner: Call, call: Computation, index: Tensor | None) -> Call:
+def _around(link: Link, inner: Call, call: Computation, index: Rows | None) -> Call:
     site = link.site
     adapter = link.bound(index, *call.args, **call.kwargs) if site.kind == "module" else link.bound(index)
     if isinstance(site.module, nn.Embedding):  # ids have no dtype to follow
