@@ -270,10 +270,10 @@ def graft(module: nn.Module, board: Board, mixin: type[nn.Module] = Grafted) -> 
     """Put the mixin on a module, once."""
     found: Graft | None = vars(module).get("petune_graft")
     if found is None:
-        found = Graft(board, _parameters(type(module)), hooked=vars(module).pop("forward", None))
-        vars(module)["petune_graft"] = found
         kind: Any = type(module)
         around: Any = mixin
+        found = Graft(board, _parameters(kind), hooked=vars(module).pop("forward", None))
+        vars(module)["petune_graft"] = found
         module.__class__ = grafted_class(kind, around)
     return found
 

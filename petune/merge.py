@@ -254,6 +254,7 @@ def _check(tuning: Tuning, module: Any, links: list[Link], quantize: bool) -> No
             raise UnmergeableError(f"{tuning.method!r} can't be merged here: {links[0].site.name} changes its rows.")
     if own is None and not isinstance(module, nn.Embedding):
         _check_order(tuning, module, links)
+    values: tuple[Tensor, ...]
     if _rewritten(module, links, quantize):
         values = _stored(_layer(module, links, quantize)[0])
     elif own is None and is_norm(module):
