@@ -105,10 +105,9 @@ def load(model: PreTrainedModel, folder: Path, name: str) -> Tuning:
     method, twin = _method(config, folder)
     saved = {_plain_key(k): v for k, v in read_tensors(folder / WEIGHTS).items()}
     drawn = {ours: saved.pop(theirs, None) for ours, theirs in twin.drawn.items()}
-    # PEFT lists the names that a head of the task might have
-    heads = [h for h in config.get("modules_to_save") or () if any(k.startswith(h + ".") for k in saved)]
     site = {s.name: s for s in find_sites(model)}
     modules = _modules(model, saved, site, twin)
+    heads = _heads(saved.keys() - modules.keys(), config.get("modules_to_save") or ())
     names = dict.fromkeys(module for module, _ in modules.values())
     given = {our: config[theirs] for theirs, our in twin.arguments.items() if config.get(theirs) is not None}
     for theirs, our in twin.roles.items():
@@ -181,6 +180,16 @@ def _modules(
     return found
 
 
+def _heads(keys: Iterable[str], ends: Iterable[str]) -> list[str]:
+    """The modules that PEFT has saved whole: it takes all whose names end so, and lists heads that might be there."""
+    found = set()
+    for key in keys:
+        parts = key.split(".")
+        paths = (".".join(parts[:i]) for i in range(1, len(parts)))
+        found.add(next((path for path in paths if path.endswith(tuple(ends))), ""))
+    return sorted(found - {""})
+
+
 def _where(model: PreTrainedModel, sites: dict[str, Site], names: list[str]) -> str | None:
     """What picks these sites: short names where they do. Embeddings and prompts have none that `where` knows."""
     if not names or any(sites[n].kind not in ("linear", "block") for n in names if n in sites):
@@ -219,7 +228,8 @@ def _scales(tuning: Tuning, own: list[Link], plain: Plain, twin: PeftTwin, confi
     rank = {name: len(tensors[twin.ranked]) for name, tensors in plain.items()}
     root = math.sqrt if config.get("use_rslora") else float
     scale: dict[str, Any] = {link.site.name: link.adapter.scale for link in own}
-    alpha = {name: round(scale[name] * root(r), 6) for name, r in rank.items()}
+    exact = {name: round(scale[name] * root(r), 6) for name, r in rank.items()}
+    alpha = {name: int(value) if value.is_integer() else value for name, value in exact.items()}
     found: dict[str, Any] = {}
     for key, pattern, values in (("r", "rank_pattern", rank), ("lora_alpha", "alpha_pattern", alpha)):
         most = Counter(values.values()).most_common(1)[0][0]
@@ -255,7 +265,7 @@ def _arguments(tuning: Tuning, twin: PeftTwin) -> dict[str, Any]:
     for theirs, value in found.items():
         if value not in twin.neutral.get(theirs, (value,)):
             what = f"{tuning.method!r} with {twin.arguments[theirs]}={value!r}"
-            raise UnsupportedError(f"{what} is another method in PEFT; merge it, or save without format=.")
+            raise UnsupportedError(f"{what} is another method in PEFT; save in petune's own, or merge it.")
     return found
 
 
@@ -264,7 +274,7 @@ def _twin(tuning: Tuning) -> PeftTwin:
 
     twin = vars(resolve(tuning.method)[1]).get("peft")  # its own: a subclass is another method
     if not isinstance(twin, PeftTwin):
-        raise UnsupportedError(f"PEFT's format has no {tuning.method!r}; save without format=, or merge.")
+        raise UnsupportedError(f"PEFT's format has no {tuning.method!r}; save in petune's own, or merge it.")
     return twin
 
 

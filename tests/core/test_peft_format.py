@@ -175,6 +175,7 @@ def test_ranks_alphas_and_starts_of_lora(arguments, tmp_path):
     {"layers_to_transform": [1, 2], "rank_pattern": {r"layers\.1.*": 2, "v_proj": 3}, "alpha_pattern": {"q_proj": 5}},
     {"target_modules": r".*\.[01]\..*(q_proj|lm_head)|lm_head", "exclude_modules": [r"layers.0.self_attn.q_proj"]},
     {"modules_to_save": ["lm_head"], "init_lora_weights": "gaussian"},
+    {"modules_to_save": ["embed_tokens", "norm"]},
 ])  # fmt: skip
 def test_what_else_a_folder_of_lora_may_say(more, tmp_path):
     config = peft.LoraConfig(**{"r": 4, "target_modules": TARGETS["llama"], "task_type": "CAUSAL_LM", **more})

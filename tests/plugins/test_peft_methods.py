@@ -24,7 +24,12 @@ OPTIONS = {
 WHOLE = ["prompt_tuning", "multitask_prompt_tuning", "p_tuning", "prefix_tuning", "adaption_prompt", "cpt", "cartridge"]
 ELSEWHERE = ["ln_tuning", "trainable_tokens", "poly", "lily", "xlora", "shadow", "glora"]
 # what PEFT's own layers do not hold: sparse matrices can't be traced, and noise is drawn anew in each forward
-KNOWN = {"frod": {"torch.compile"}, "shira": {"torch.compile"}, "pvera": {"gradient checkpointing"}}
+KNOWN = {
+    "frod": {"torch.compile"},
+    "shira": {"torch.compile"},
+    "waveft": {"torch.compile"},
+    "pvera": {"gradient checkpointing"},
+}
 EQUAL = ["hra", "miss", "peanut", "vblora", "randlora", "delora"]
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -88,7 +93,7 @@ def test_what_peft_can_not_do_is_refused_with_its_reason(method):
     with pytest.raises(petune.UnsupportedError, match=f"peft:{method}.*{reason.get(method, 'mixes the rows')}"):
         petune.attach(model, f"peft:{method}")
     assert petune.tunings(model) == {}
-    with pytest.raises(petune.UnsupportedError, match="acts on linear layers, which model.layers.0.mlp#mlp is not"):
+    with pytest.raises(petune.UnsupportedError, match=r"acts on linear layers, which .*#mlp is not"):
         petune.attach(model, "peft:hra", where="mlp")
 
 
