@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,10 +109,11 @@ def load(model: PreTrainedModel, folder: Path, name: str) -> Tuning:
     modules = _modules(model, saved, site, twin)
     heads = _heads(saved.keys() - modules.keys(), config.get("modules_to_save") or ())
     names = dict.fromkeys(module for module, _ in modules.values())
+    if strange := sorted(names.keys() - site.keys()):
+        raise UnsupportedError(f"{folder}: it adapts {strange[0]}, where petune has no hook point.")
     given = {our: config[theirs] for theirs, our in twin.arguments.items() if config.get(theirs) is not None}
     for theirs, our in twin.roles.items():
-        ends = tuple(config.get(theirs) or ())
-        given[our] = " ".join(sorted({site[n].role for n in names if n in site and f".{n}".endswith(ends)}))
+        given[our] = " ".join(sorted({site[n].role for n in names if _listed(n, config.get(theirs) or ())}))
     if twin.ranked:
         patterns = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
         given |= {f"{twin.arguments[k]}_pattern": _by_site(config.get(p), names) for k, p in patterns.items()}
@@ -192,10 +193,10 @@ def _heads(keys: Iterable[str], ends: Iterable[str]) -> list[str]:
 
 def _where(model: PreTrainedModel, sites: dict[str, Site], names: list[str]) -> str | None:
     """What picks these sites: short names where they do. Embeddings and prompts have none that `where` knows."""
-    if not names or any(sites[n].kind not in ("linear", "block") for n in names if n in sites):
+    if not names or any(sites[n].kind not in ("linear", "block") for n in names):
         return None
     short = " ".join(short_names(model, set(names)))
-    same = sites.keys() >= set(names) and {s.name for s in select(list(sites.values()), short)} == set(names)
+    same = {s.name for s in select(list(sites.values()), short)} == set(names)
     return short if same else " ".join(names)
 
 
@@ -235,6 +236,11 @@ def _scales(tuning: Tuning, own: list[Link], plain: Plain, twin: PeftTwin, confi
         most = Counter(values.values()).most_common(1)[0][0]
         found |= {key: most, pattern: {name: value for name, value in values.items() if value != most}}
     return found
+
+
+def _listed(name: str, ends: str | Sequence[str]) -> bool:
+    """PEFT lists modules by the ends of their names, or by one regular expression."""
+    return bool(re.fullmatch(ends, name)) if isinstance(ends, str) else f".{name}".endswith(tuple(ends))
 
 
 def _by_site(pattern: Mapping[str, Any] | None, names: Iterable[str]) -> dict[str, Any] | None:
@@ -292,8 +298,10 @@ def _method(config: Mapping[str, Any], folder: Path) -> tuple[str, PeftTwin]:
         if other is None:
             return name, twin
         refused = refused or f" with {other}={config[other]!r}"
+    if refused:
+        raise UnsupportedError(f"{folder / CONFIG}: no method here is PEFT's {kind}{refused}.")
     have = ", ".join(sorted({kind for twin in known.values() for kind in (twin.kind, *twin.also)}))
-    raise UnsupportedError(f"{folder / CONFIG}: no method here is PEFT's {kind}{refused}. Known: {have}.")
+    raise UnsupportedError(f"{folder / CONFIG}: no method here is PEFT's {kind}. Known: {have}.")
 
 
 def _task(model: PreTrainedModel) -> str | None:

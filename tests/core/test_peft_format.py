@@ -16,7 +16,7 @@ TARGETS = {
     "bert": ["query", "value", "output.dense"],
     "t5": ["q", "v", "wo"],
 }
-NORMS = {"llama": ["input_layernorm", "norm"], "gpt2": ["ln_1", "ln_f"], "bert": ["output.LayerNorm"]}
+NORMS = {"llama": ["input_layernorm", "norm"], "gpt2": ["ln_1", "ln_f"], "bert": ["LayerNorm"]}
 NORMS |= {"t5": ["layer_norm", "final_layer_norm"]}
 TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
 WHERE = {"llama": "q v down", "gpt2": "q k v down", "bert": "q v o up", "t5": "k o"}
@@ -187,6 +187,16 @@ def test_what_else_a_folder_of_lora_may_say(more, tmp_path):
     close(logits(ours, tiny_batch("llama")), logits(theirs, tiny_batch("llama")))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_modules_by_an_expression(tmp_path):
+    config = peft.IA3Config(target_modules=r".*(q|down)_proj", feedforward_modules=r".*down_proj")
+    theirs, ours = peft.get_peft_model(tiny_model("llama"), config).eval(), tiny_model("llama")
+    shake(p for n, p in theirs.named_parameters() if p.requires_grad)
+    theirs.save_pretrained(tmp_path)
+    assert petune.load(ours, tmp_path).arguments == {"before": "down"}
+    close(logits(ours, tiny_batch("llama")), logits(theirs, tiny_batch("llama")))
+
+
 def test_targets_are_short_names_where_they_can_be(tmp_path):
     """vLLM and llama.cpp expect the modules' last names."""
     tuning = petune.attach(tiny_model("llama"), "lora", where="q v")
@@ -253,6 +263,14 @@ def test_a_lora_of_the_embedding_is_refused_by_its_name(tmp_path):
     peft.get_peft_model(tiny_model("llama"), config).save_pretrained(tmp_path)
     with pytest.raises(petune.UnsupportedError, match="lora_embedding_A is nothing that 'lora' has"):
         petune.load(tiny_model("llama"), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_module_that_is_no_hook_point_is_named(tmp_path):
+    config = peft.LoraConfig(target_modules="all-linear", task_type="SEQ_CLS")
+    peft.get_peft_model(tiny_model("bert"), config).save_pretrained(tmp_path)
+    with pytest.raises(petune.UnsupportedError, match=r"adapts bert\.pooler\.dense, where petune has no hook point"):
+        petune.load(tiny_model("bert"), tmp_path)
 
 
 def test_a_gain_that_is_not_the_weight_is_refused(tmp_path):
