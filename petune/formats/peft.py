@@ -57,6 +57,11 @@ def export(tuning: Tuning, *, parts: bool = False) -> tuple[dict[str, Tensor], d
     config["base_model_name_or_path"] = getattr(tuning.model.config, "name_or_path", None)
     config |= {key: allowed[0] for key, allowed in twin.neutral.items()}
     config |= _arguments(tuning, twin)
+    for theirs, name in twin.arguments.items() if twin.same else []:
+        odd = next((k for k in own if name in twin.same and getattr(k.adapter, name) != config[theirs]), None)
+        if odd is not None:
+            what = f"{odd.site.name} has {name}={getattr(odd.adapter, name)!r}, not {config[theirs]!r}"
+            raise UnsupportedError(f"{what}, and PEFT has one for all; attach with a {name} that fits all.")
     config |= _scales(tuning, own, plain, twin, config)
     config["modules_to_save"] = list(tuning.heads) or None
     prefix = PREFIX.removesuffix("model.") if twin.whole else PREFIX
@@ -135,6 +140,9 @@ def load(model: PreTrainedModel, folder: Path, name: str) -> Tuning:
     except PetuneError:
         tuning.detach()
         raise
+    except (LookupError, RuntimeError, ValueError) as bad:  # tensors of another shape than their layout's
+        tuning.detach()
+        raise PetuneError(f"{folder} does not fit this model: {bad}.") from bad
     return tuning
 
 

@@ -5,6 +5,7 @@ import json
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import petune
 from petune.testing import tiny_batch, tiny_model
@@ -218,6 +219,7 @@ def test_targets_are_short_names_where_they_can_be(tmp_path):
         ("llama", "prefix-tuning", "attention@1:", {}, "self-attention of every layer of a decoder"),
         ("bert", "prompt-tuning", None, {}, "before the first token of an encoder"),
         ("llama", "boft", None, {"block": 4, "factors": 3}, "factors=3 is another method"),
+        ("llama", "boft", None, {"block": 6}, "q_proj has block=8, not 6, and PEFT has one for all"),
         ("llama", "oft", None, {"neumann": True, "terms": 3}, "terms=3 is another method"),
     ],
 )
@@ -244,6 +246,7 @@ def test_what_peft_can_not_hold_is_refused_before_anything_is_written(
         ("lokr", {"decompose_both": True}, "with decompose_both=True"),
         ("oft", {"block_share": True}, "with block_share=True"),
         ("vera", {"projection_prng_key": 4}, "its A is not the one that its seed draws"),
+        ("prefix-tuning", {"num_virtual_tokens": 4}, "does not fit this model"),
         ("prompt-tuning", {"num_transformer_submodules": 2}, "with num_transformer_submodules=2"),
     ],
 )
@@ -253,6 +256,18 @@ def test_a_folder_of_another_method_is_refused(method, change, message, tmp_path
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     model = tiny_model("llama")
     with pytest.raises(petune.PetuneError, match=message):
+        petune.load(model, tmp_path)
+    assert petune.tunings(model) == {}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("method", "shape"), [("prefix-tuning", (3, 10)), ("boft", (1, 2, 3)), ("ia3", (5,))])
+def test_a_tensor_of_another_shape_is_no_crash(method, shape, tmp_path):
+    peft.get_peft_model(tiny_model("llama"), PAIRS[method][0]("llama")).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({key: torch.zeros(shape) for key in tensors}, tmp_path / "adapter_model.safetensors")
+    model = tiny_model("llama")
+    with pytest.raises(petune.PetuneError, match="does not fit this model"):
         petune.load(model, tmp_path)
     assert petune.tunings(model) == {}
 

@@ -1,5 +1,6 @@
 """PEFT's own methods as petune's: the same numbers, and everything that petune brings."""
 
+import json
 import subprocess
 import sys
 
@@ -168,3 +169,21 @@ def test_what_layers_share_has_no_folder_of_peft(tmp_path):
     with pytest.raises(petune.UnsupportedError, match="shares tensors between layers"):
         tuning.save(tmp_path / "out", format="peft")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_they_are_compared_like_any_other(suite, tmp_path):
+    from petune.cli import main
+
+    cells = [
+        {"method": "peft:hra", "method_args": {"r": 2}, "precision": "nf4"},
+        {"method": "peft:c3a"},  # its blocks do not divide the model's widths
+        {"method": "peft:prompt_tuning"},
+        {"method": "vera", "implementation": "peft", "method_args": {"rank": 8}},
+        {"method": "houlsby", "implementation": "peft"},
+    ]
+    out = tmp_path / "out"
+    assert main(["bench", suite(*cells), "--out", str(out)]) == 0
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [row["status"] for row in rows] == ["ok", "unsupported", "unsupported", "ok", "unsupported"]
+    assert rows[0]["trainable_params"] > 0
