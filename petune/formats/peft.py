@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,11 @@ def export(tuning: Tuning, *, parts: bool = False) -> tuple[dict[str, Tensor], d
     config["base_model_name_or_path"] = getattr(tuning.model.config, "name_or_path", None)
     config |= {key: allowed[0] for key, allowed in twin.neutral.items()}
     config |= _arguments(tuning, twin)
+    for theirs, name in twin.arguments.items() if twin.same else []:
+        odd = next((k for k in own if name in twin.same and getattr(k.adapter, name) != config[theirs]), None)
+        if odd is not None:
+            what = f"{odd.site.name} has {name}={getattr(odd.adapter, name)!r}, not {config[theirs]!r}"
+            raise UnsupportedError(f"{what}, and PEFT has one for all; attach with a {name} that fits all.")
     config |= _scales(tuning, own, plain, twin, config)
     config["modules_to_save"] = list(tuning.heads) or None
     prefix = PREFIX.removesuffix("model.") if twin.whole else PREFIX
@@ -107,15 +112,15 @@ def load(model: PreTrainedModel, folder: Path, name: str) -> Tuning:
     method, twin = _method(config, folder)
     saved = {_plain_key(k): v for k, v in read_tensors(folder / WEIGHTS).items()}
     drawn = {ours: saved.pop(theirs, None) for ours, theirs in twin.drawn.items()}
-    # PEFT lists the names that a head of the task might have
-    heads = [h for h in config.get("modules_to_save") or () if any(k.startswith(h + ".") for k in saved)]
     site = {s.name: s for s in find_sites(model)}
     modules = _modules(model, saved, site, twin)
+    heads = _heads(saved.keys() - modules.keys(), config.get("modules_to_save") or ())
     names = dict.fromkeys(module for module, _ in modules.values())
+    if strange := sorted(names.keys() - site.keys()):
+        raise UnsupportedError(f"{folder}: it adapts {strange[0]}, where petune has no hook point.")
     given = {our: config[theirs] for theirs, our in twin.arguments.items() if config.get(theirs) is not None}
     for theirs, our in twin.roles.items():
-        ends = tuple(config.get(theirs) or ())
-        given[our] = " ".join(sorted({site[n].role for n in names if n in site and f".{n}".endswith(ends)}))
+        given[our] = " ".join(sorted({site[n].role for n in names if _listed(n, config.get(theirs) or ())}))
     if twin.ranked:
         patterns = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
         given |= {f"{twin.arguments[k]}_pattern": _by_site(config.get(p), names) for k, p in patterns.items()}
@@ -137,6 +142,9 @@ def load(model: PreTrainedModel, folder: Path, name: str) -> Tuning:
     except PetuneError:
         tuning.detach()
         raise
+    except (LookupError, RuntimeError, ValueError) as bad:  # tensors of another shape than their layout's
+        tuning.detach()
+        raise PetuneError(f"{folder} does not fit this model: {bad}.") from bad
     return tuning
 
 
@@ -183,12 +191,22 @@ def _modules(
     return found
 
 
+def _heads(keys: Iterable[str], ends: Iterable[str]) -> list[str]:
+    """The modules that PEFT has saved whole: it takes all whose names end so, and lists heads that might be there."""
+    found = set()
+    for key in keys:
+        parts = key.split(".")
+        paths = (".".join(parts[:i]) for i in range(1, len(parts)))
+        found.add(next((path for path in paths if path.endswith(tuple(ends))), ""))
+    return sorted(found - {""})
+
+
 def _where(model: PreTrainedModel, sites: dict[str, Site], names: list[str]) -> str | None:
     """What picks these sites: short names where they do. Embeddings and prompts have none that `where` knows."""
-    if not names or any(sites[n].kind not in ("linear", "block") for n in names if n in sites):
+    if not names or any(sites[n].kind not in ("linear", "block") for n in names):
         return None
     short = " ".join(short_names(model, set(names)))
-    same = sites.keys() >= set(names) and {s.name for s in select(list(sites.values()), short)} == set(names)
+    same = {s.name for s in select(list(sites.values()), short)} == set(names)
     return short if same else " ".join(names)
 
 
@@ -221,12 +239,18 @@ def _scales(tuning: Tuning, own: list[Link], plain: Plain, twin: PeftTwin, confi
     rank = {name: len(tensors[twin.ranked]) for name, tensors in plain.items()}
     root = math.sqrt if config.get("use_rslora") else float
     scale: dict[str, Any] = {link.site.name: link.adapter.scale for link in own}
-    alpha = {name: round(scale[name] * root(r), 6) for name, r in rank.items()}
+    exact = {name: round(scale[name] * root(r), 6) for name, r in rank.items()}
+    alpha = {name: int(value) if value.is_integer() else value for name, value in exact.items()}
     found: dict[str, Any] = {}
     for key, pattern, values in (("r", "rank_pattern", rank), ("lora_alpha", "alpha_pattern", alpha)):
         most = Counter(values.values()).most_common(1)[0][0]
         found |= {key: most, pattern: {name: value for name, value in values.items() if value != most}}
     return found
+
+
+def _listed(name: str, ends: str | Sequence[str]) -> bool:
+    """PEFT lists modules by the ends of their names, or by one regular expression."""
+    return bool(re.fullmatch(ends, name)) if isinstance(ends, str) else f".{name}".endswith(tuple(ends))
 
 
 def _by_site(pattern: Mapping[str, Any] | None, names: Iterable[str]) -> dict[str, Any] | None:
@@ -257,7 +281,7 @@ def _arguments(tuning: Tuning, twin: PeftTwin) -> dict[str, Any]:
     for theirs, value in found.items():
         if value not in twin.neutral.get(theirs, (value,)):
             what = f"{tuning.method!r} with {twin.arguments[theirs]}={value!r}"
-            raise UnsupportedError(f"{what} is another method in PEFT; merge it, or save without format=.")
+            raise UnsupportedError(f"{what} is another method in PEFT; save in petune's own, or merge it.")
     return found
 
 
@@ -268,7 +292,7 @@ def _twin(tuning: Tuning) -> PeftTwin:
         raise UnsupportedError("PEFT's format has no place for a tuning of several methods; save without format=.")
     twin = vars(resolve(tuning.method)[1]).get("peft")  # its own: a subclass is another method
     if not isinstance(twin, PeftTwin):
-        raise UnsupportedError(f"PEFT's format has no {tuning.method!r}; save without format=, or merge.")
+        raise UnsupportedError(f"PEFT's format has no {tuning.method!r}; save in petune's own, or merge it.")
     return twin
 
 
@@ -286,8 +310,10 @@ def _method(config: Mapping[str, Any], folder: Path) -> tuple[str, PeftTwin]:
         if other is None:
             return name, twin
         refused = refused or f" with {other}={config[other]!r}"
+    if refused:
+        raise UnsupportedError(f"{folder / CONFIG}: no method here is PEFT's {kind}{refused}.")
     have = ", ".join(sorted({kind for twin in known.values() for kind in (twin.kind, *twin.also)}))
-    raise UnsupportedError(f"{folder / CONFIG}: no method here is PEFT's {kind}{refused}. Known: {have}.")
+    raise UnsupportedError(f"{folder / CONFIG}: no method here is PEFT's {kind}. Known: {have}.")
 
 
 def _task(model: PreTrainedModel) -> str | None:

@@ -32,7 +32,9 @@ def export(tuning: Tuning) -> tuple[dict[str, Tensor], dict[str, Any]]:
         end = next((end for end in (A, B) if key.endswith("." + end)), None)
         if end is None:
             what = "a head that was trained along" if tuning.heads else f"{key.removeprefix(peft.PREFIX)!r}"
-            raise UnsupportedError(f'serving engines read LoRA alone, not {what} of {tuning.method!r}; use "dense".')
+            raise UnsupportedError(
+                f"serving engines read LoRA alone, not {what} of {tuning.method!r}; merge it instead."
+            )
         modules.setdefault(key.removesuffix("." + end), {})[end] = tensor
     baked: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for name, pair in modules.items():

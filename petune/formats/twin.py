@@ -20,6 +20,7 @@ class PeftTwin:
             PEFT's format and is not loaded from it; None: they have PEFT's names.
         neutral: PEFT's options that must be missing or have one of these values, the first of which is written where
             no argument of ours says which: another value makes another method of it.
+        same: our arguments that sites may have to change, as an attribute, and that PEFT has one of for all.
         roles: PEFT's key of the configuration, which lists modules -> our argument, which lists their roles.
         ranked: our tensor that has a row for each rank. Where given, sites may differ in rank and in `scale`, by
             arguments that end in `_pattern`; PEFT keeps r and lora_alpha with exceptions by module.
@@ -35,6 +36,7 @@ class PeftTwin:
     arguments: Mapping[str, str]
     tensors: Mapping[str, str] | None
     neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    same: tuple[str, ...] = ()
     roles: Mapping[str, str] = field(default_factory=dict)
     ranked: str = ""
     layouts: Mapping[str, Layout] = field(default_factory=dict)

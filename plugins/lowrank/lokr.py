@@ -43,4 +43,4 @@ def _divisor(width: int, factor: int) -> int:
     if factor > 0 and width % factor == 0:
         return factor
     below = [d for d in range(1, math.isqrt(width) + 1) if width % d == 0]
-    return max(d for d in below if d <= factor or factor < 0)
+    return max((d for d in below if d <= factor or factor < 0), default=1)

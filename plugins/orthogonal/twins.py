@@ -24,6 +24,7 @@ BOFT = petune.PeftTwin(
     arguments={"boft_block_size": "block", "boft_n_butterfly_factor": "factors"},
     tensors={"free": "boft_R", "scale": "boft_s"},
     layouts={"free": "skew", "scale": "column"},
+    same=("block",),
     # Without its CUDA kernel PEFT makes one factor of any number, and says so nowhere: such a folder does not fit.
     # PEFT's third factor joins blocks that its second has joined; the paper's, those twice as far apart
     neutral={"boft_n_butterfly_factor": (1, 2), "boft_block_num": (0,), "bias": ("none",)},

@@ -57,7 +57,7 @@ class PeftMethod(petune.Adapter):
     def plain(self) -> dict[str, Tensor]:
         if tuner(self.kind).uses_shared_state:
             raise petune.UnsupportedError(
-                f"peft:{self.kind.lower()} shares tensors between layers; save without format=."
+                f"peft:{self.kind.lower()} shares tensors between layers; save in petune's own format."
             )
         return {key.replace(".default", ""): t for key, t in self.layer.state_dict(keep_vars=True).items()}
 

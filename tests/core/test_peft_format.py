@@ -5,6 +5,7 @@ import json
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import petune
 from petune.testing import tiny_batch, tiny_model
@@ -16,7 +17,7 @@ TARGETS = {
     "bert": ["query", "value", "output.dense"],
     "t5": ["q", "v", "wo"],
 }
-NORMS = {"llama": ["input_layernorm", "norm"], "gpt2": ["ln_1", "ln_f"], "bert": ["output.LayerNorm"]}
+NORMS = {"llama": ["input_layernorm", "norm"], "gpt2": ["ln_1", "ln_f"], "bert": ["LayerNorm"]}
 NORMS |= {"t5": ["layer_norm", "final_layer_norm"]}
 TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
 WHERE = {"llama": "q v down", "gpt2": "q k v down", "bert": "q v o up", "t5": "k o"}
@@ -175,6 +176,7 @@ def test_ranks_alphas_and_starts_of_lora(arguments, tmp_path):
     {"layers_to_transform": [1, 2], "rank_pattern": {r"layers\.1.*": 2, "v_proj": 3}, "alpha_pattern": {"q_proj": 5}},
     {"target_modules": r".*\.[01]\..*(q_proj|lm_head)|lm_head", "exclude_modules": [r"layers.0.self_attn.q_proj"]},
     {"modules_to_save": ["lm_head"], "init_lora_weights": "gaussian"},
+    {"modules_to_save": ["embed_tokens", "norm"]},
 ])  # fmt: skip
 def test_what_else_a_folder_of_lora_may_say(more, tmp_path):
     config = peft.LoraConfig(**{"r": 4, "target_modules": TARGETS["llama"], "task_type": "CAUSAL_LM", **more})
@@ -183,6 +185,16 @@ def test_what_else_a_folder_of_lora_may_say(more, tmp_path):
     theirs.save_pretrained(tmp_path)
     ours = tiny_model("llama")
     petune.load(ours, tmp_path)
+    close(logits(ours, tiny_batch("llama")), logits(theirs, tiny_batch("llama")))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_modules_by_an_expression(tmp_path):
+    config = peft.IA3Config(target_modules=r".*(q|down)_proj", feedforward_modules=r".*down_proj")
+    theirs, ours = peft.get_peft_model(tiny_model("llama"), config).eval(), tiny_model("llama")
+    shake(p for n, p in theirs.named_parameters() if p.requires_grad)
+    theirs.save_pretrained(tmp_path)
+    assert petune.load(ours, tmp_path).arguments == {"before": "down"}
     close(logits(ours, tiny_batch("llama")), logits(theirs, tiny_batch("llama")))
 
 
@@ -207,6 +219,7 @@ def test_targets_are_short_names_where_they_can_be(tmp_path):
         ("llama", "prefix-tuning", "attention@1:", {}, "self-attention of every layer of a decoder"),
         ("bert", "prompt-tuning", None, {}, "before the first token of an encoder"),
         ("llama", "boft", None, {"block": 4, "factors": 3}, "factors=3 is another method"),
+        ("llama", "boft", None, {"block": 6}, "q_proj has block=8, not 6, and PEFT has one for all"),
         ("llama", "oft", None, {"neumann": True, "terms": 3}, "terms=3 is another method"),
     ],
 )
@@ -233,6 +246,7 @@ def test_what_peft_can_not_hold_is_refused_before_anything_is_written(
         ("lokr", {"decompose_both": True}, "with decompose_both=True"),
         ("oft", {"block_share": True}, "with block_share=True"),
         ("vera", {"projection_prng_key": 4}, "its A is not the one that its seed draws"),
+        ("prefix-tuning", {"num_virtual_tokens": 4}, "does not fit this model"),
         ("prompt-tuning", {"num_transformer_submodules": 2}, "with num_transformer_submodules=2"),
     ],
 )
@@ -247,11 +261,31 @@ def test_a_folder_of_another_method_is_refused(method, change, message, tmp_path
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("method", "shape"), [("prefix-tuning", (3, 10)), ("boft", (1, 2, 3)), ("ia3", (5,))])
+def test_a_tensor_of_another_shape_is_no_crash(method, shape, tmp_path):
+    peft.get_peft_model(tiny_model("llama"), PAIRS[method][0]("llama")).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({key: torch.zeros(shape) for key in tensors}, tmp_path / "adapter_model.safetensors")
+    model = tiny_model("llama")
+    with pytest.raises(petune.PetuneError, match="does not fit this model"):
+        petune.load(model, tmp_path)
+    assert petune.tunings(model) == {}
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_lora_of_the_embedding_is_refused_by_its_name(tmp_path):
     config = peft.LoraConfig(target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM")
     peft.get_peft_model(tiny_model("llama"), config).save_pretrained(tmp_path)
     with pytest.raises(petune.UnsupportedError, match="lora_embedding_A is nothing that 'lora' has"):
         petune.load(tiny_model("llama"), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_module_that_is_no_hook_point_is_named(tmp_path):
+    config = peft.LoraConfig(target_modules="all-linear", task_type="SEQ_CLS")
+    peft.get_peft_model(tiny_model("bert"), config).save_pretrained(tmp_path)
+    with pytest.raises(petune.UnsupportedError, match=r"adapts bert\.pooler\.dense, where petune has no hook point"):
+        petune.load(tiny_model("bert"), tmp_path)
 
 
 def test_a_gain_that_is_not_the_weight_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """PEFT's own methods as petune's: the same numbers, and everything that petune brings."""
 
+import json
 import subprocess
 import sys
 
@@ -24,7 +25,12 @@ OPTIONS = {
 WHOLE = ["prompt_tuning", "multitask_prompt_tuning", "p_tuning", "prefix_tuning", "adaption_prompt", "cpt", "cartridge"]
 ELSEWHERE = ["ln_tuning", "trainable_tokens", "poly", "lily", "xlora", "shadow", "glora"]
 # what PEFT's own layers do not hold: sparse matrices can't be traced, and noise is drawn anew in each forward
-KNOWN = {"frod": {"torch.compile"}, "shira": {"torch.compile"}, "pvera": {"gradient checkpointing"}}
+KNOWN = {
+    "frod": {"torch.compile"},
+    "shira": {"torch.compile"},
+    "waveft": {"torch.compile"},
+    "pvera": {"gradient checkpointing"},
+}
 EQUAL = ["hra", "miss", "peanut", "vblora", "randlora", "delora"]
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -88,7 +94,7 @@ def test_what_peft_can_not_do_is_refused_with_its_reason(method):
     with pytest.raises(petune.UnsupportedError, match=f"peft:{method}.*{reason.get(method, 'mixes the rows')}"):
         petune.attach(model, f"peft:{method}")
     assert petune.tunings(model) == {}
-    with pytest.raises(petune.UnsupportedError, match="acts on linear layers, which model.layers.0.mlp#mlp is not"):
+    with pytest.raises(petune.UnsupportedError, match=r"acts on linear layers, which .*#mlp is not"):
         petune.attach(model, "peft:hra", where="mlp")
 
 
@@ -163,3 +169,21 @@ def test_what_layers_share_has_no_folder_of_peft(tmp_path):
     with pytest.raises(petune.UnsupportedError, match="shares tensors between layers"):
         tuning.save(tmp_path / "out", format="peft")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_they_are_compared_like_any_other(suite, tmp_path):
+    from petune.cli import main
+
+    cells = [
+        {"method": "peft:hra", "method_args": {"r": 2}, "precision": "nf4"},
+        {"method": "peft:c3a"},  # its blocks do not divide the model's widths
+        {"method": "peft:prompt_tuning"},
+        {"method": "vera", "implementation": "peft", "method_args": {"rank": 8}},
+        {"method": "houlsby", "implementation": "peft"},
+    ]
+    out = tmp_path / "out"
+    assert main(["bench", suite(*cells), "--out", str(out)]) == 0
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [row["status"] for row in rows] == ["ok", "unsupported", "unsupported", "ok", "unsupported"]
+    assert rows[0]["trainable_params"] > 0
