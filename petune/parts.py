@@ -61,10 +61,10 @@ def parts(
         raise PetuneError(f"method={list(method)!r}: list each method once, and at least one.")
     if isinstance(where, str):
         raise PetuneError(f"where={where!r}: with several methods, where={{{next(iter(found))!r}: …}}.")
-    for what, given in (("arguments for", arguments), ("where for", where or {})):
+    for what, given in (("arguments go", arguments), ("where goes", where or {})):
         for name in given:
             if name not in found:
-                raise PetuneError(unknown(f"method of this tuning ({what})", name, found))
+                raise PetuneError(unknown(f"method ({what} by method in a list)", name, found))
     for name, own in arguments.items():
         if not isinstance(own, Mapping):
             raise PetuneError(f"with several methods, arguments go by method: {name}={{argument: value}}, not {own!r}.")

@@ -24,7 +24,7 @@ def at(site: petune.Site, pattern: dict[str, T] | None, default: T) -> T:
 
 
 def _meant(key: str, site: petune.Site) -> bool:
-    return key == site.role or fnmatchcase(site.name, key)
+    return key in (site.role, site.name) or fnmatchcase(site.name, key)
 
 
 def check_patterns(cls: type, sites: Sequence[petune.Site], arguments: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def test_several_methods_in_a_recipe(recipe: dict[str, Any]) -> None:
     ("change", "message"),
     [
         ({"method": ["lora", "ia4"]}, "unknown method 'ia4'. Did you mean 'ia3'"),
-        ({"method": ["lora", "ia3"], "method_args": {"rank": 4}}, "unknown method of this tuning"),
+        ({"method": ["lora", "ia3"], "method_args": {"rank": 4}}, "arguments go by method in a list"),
         ({"method": ["lora", "ia3"], "method_args": {"lora": {"rnak": 4}}}, "argument of method 'lora': 'rnak'"),
         ({"method": ["lora", "ia3"], "method_args": {}, "where": "q"}, "with several methods, where="),
         ({"method": "lora", "where": {"lora": "q"}}, "a string, as there is one method"),
