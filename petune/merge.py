@@ -1,4 +1,4 @@
-"""Reading an affine layer off its values, and folding adapters into the base with that: W = f(I) - f(0), b = f(0).
+"""Reading an affine map off its values, and folding adapters into the base with that: W = f(I) - f(0), b = f(0).
 
 Nothing asks how the base stores its weights, so the same lines serve every method and every quantizer.
 """
@@ -32,9 +32,10 @@ ROWS = 1024
 
 def base_forward(module: nn.Module) -> Callable[..., Any]:
     """The frozen computation of a module, without the adapters on it."""
-    found = vars(module).get("petune_graft")
-    if found is not None and found.hooked is not None:
-        return found.hooked
+    graft: Graft | None = vars(module).get("petune_graft")
+    hooked: Callable[..., Any] | None = graft.hooked if graft is not None else vars(module).get("forward")
+    if hooked is not None:
+        return hooked
     return partial(base_class(module).forward, module)
 
 
@@ -74,9 +75,17 @@ def is_quantized(module: nn.Module) -> bool:
     return not weight.is_floating_point() or type(weight).dequantize is not Tensor.dequantize
 
 
+def stored(layer: Any) -> tuple[Tensor, Tensor]:
+    """(W, b) of a linear layer in float32: read where it is dense, probed elsewhere. Not to be written to."""
+    if not is_dense(layer) or layer.weight.is_meta:  # accelerate brings an offloaded weight when the layer runs
+        return probe(base_forward(layer), layer)
+    weight = (layer.weight.T if isinstance(layer, Conv1D) else layer.weight).detach().float()
+    return weight, weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().float()
+
+
 def dense(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The layer that a (quantized) linear layer is, with its own weights."""
-    weight, bias = probe(base_forward(module), module)
+    weight, bias = stored(module)
     return _linear(module, weight, bias if module.bias is not None else None, dtype)
 
 
@@ -214,7 +223,7 @@ def _chained(links: list[Link], base: Callable[..., Any]) -> Callable[[Tensor], 
 
 def _map(module: nn.Module) -> Callable[[Tensor], Tensor]:
     """What a norm computes, or a layer in float32, whatever it rounds or quantizes on its way."""
-    return base_forward(module) if is_norm(module) else _with(module, *_stored(module))
+    return base_forward(module) if is_norm(module) else _with(module, *stored(module))
 
 
 def _with(module: nn.Module, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
@@ -256,7 +265,7 @@ def _check(tuning: Tuning, module: Any, links: list[Link], quantize: bool) -> No
         _check_order(tuning, module, links)
     values: tuple[Tensor, ...]
     if _rewritten(module, links, quantize):
-        values = _stored(_layer(module, links, quantize)[0])
+        values = stored(_layer(module, links, quantize)[0])
     elif own is None and is_norm(module):
         values = _check_norm(tuning, module, links)
     else:
@@ -302,26 +311,18 @@ def _check_order(tuning: Tuning, module: Any, links: list[Link]) -> None:
 def _layer(module: Any, links: list[Link], quantize: bool) -> tuple[nn.Module, Tensor]:
     """The linear layer that the module is to become, and the weight that it should have."""
     own = _copy_of(links)
-    weight, bias = _stored(own) if own is not None else _read(module, links)
+    weight, bias = stored(own) if own is not None else _read(module, links)
     given = bias if module.bias is not None or bool(bias.any()) else None
     if quantize and is_quantized(module):
         return _requantized(module, weight, given), weight
     return _linear(module, weight, given, compute_dtype(module)), weight
 
 
-def _stored(layer: Any) -> tuple[Tensor, Tensor]:
-    """(W, b) of a linear layer in float32, without a computation where it is dense."""
-    if not is_dense(layer):
-        return probe(base_forward(layer), layer)
-    weight = (layer.weight.T if isinstance(layer, Conv1D) else layer.weight).float()
-    return weight, weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.float()
-
-
 def _fold(tuning: Tuning, module: Any, links: list[Link], quantize: bool, merged: Merged) -> None:
     name, own = links[0].site.name.partition("#")[0].partition("[")[0], _copy_of(links)
     if _rewritten(module, links, quantize):
         new, weight = _layer(module, links, quantize)
-        merged.add(name, _stored(module)[0], weight, _stored(new)[0])
+        merged.add(name, stored(module)[0], weight, stored(new)[0])
         if is_dense(module):
             module.weight, module.bias = new.weight, new.bias  # not in place: it may be tied
         else:
@@ -331,8 +332,8 @@ def _fold(tuning: Tuning, module: Any, links: list[Link], quantize: bool, merged
     elif own is not None:
         dtype = _dtype(tuning, module)
         if features(module) is not None and is_dense(own):
-            weight = _stored(own)[0]
-            merged.add(name, _stored(module)[0], weight, weight.to(dtype).float())
+            weight = stored(own)[0]
+            merged.add(name, stored(module)[0], weight, weight.to(dtype).float())
         links[0].adapter.module = nn.Identity()  # the copy is moved, so that ties survive
         _replace(tuning.model, name, module, own.to(dtype).requires_grad_(False))
     elif is_norm(module):

@@ -67,15 +67,15 @@ class Site:
     _pool: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def weight(self) -> Tensor:
-        """The dense weight, float32: (out_features, in_features) of a linear layer, read by probing, so that it is
-        right for every quantizer; (vocabulary, hidden) of an embedding or a prompt.
+        """The dense weight, float32: (out_features, in_features) of a linear layer, read by probing where it is not
+        stored as such, so that it is right for every quantizer; (vocabulary, hidden) of an embedding or a prompt.
         """
-        from petune.merge import base_forward, probe
+        from petune.merge import stored
 
         if self.kind in ("embedding", "prompt"):
             table: Any = input_table(self.module) if self.kind == "prompt" else self.module
             return table.weight.detach().float()
-        weight, _ = probe(base_forward(self.module), self.module)
+        weight, _ = stored(self.module)
         return weight if self.part is None else weight[self.part]
 
     def shared(self, key: Hashable, make: Callable[[], Any]) -> Any:

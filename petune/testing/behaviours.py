@@ -23,13 +23,13 @@ GENERATION: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_samp
 
 
 def starts_at_base(case: Case) -> None:
-    model = case.base()
-    if case.quantized and issubclass(case.cls, Unfreeze):
-        dequantize(model)  # its copies are dense: they don't quantize their input, as LLM.int8() does
-    before = logits(model, case.batch)
+    base, model = case.base(), case.base()
     case.attach(model, change=False)
+    if issubclass(case.cls, Unfreeze):  # its copies are dense: unlike LLM.int8()'s layers they don't round their input
+        for each in (base, model):
+            dequantize(each)
     if getattr(case.cls, "starts_at_base", True):
-        case.close(logits(model, case.batch), before, "a fresh tuning changes the model")
+        case.close(logits(model, case.batch), logits(base, case.batch), "a fresh tuning changes the model")
 
 
 def trains(case: Case) -> None:

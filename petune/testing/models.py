@@ -56,12 +56,10 @@ def tiny_model(
 def _built(family: str, precision: str, attention: str, layers: int, device: str) -> Any:
     config_class, model_class, head, scale, arguments = FAMILIES[family]
     if precision not in DTYPES:  # loaded by its quantizer, as a user's model is
-        options: dict[str, Any] = {"device_map": device} if device != "cpu" else {}
+        options: dict[str, Any] = {"attn_implementation": attention, "device_map": device}
         with tempfile.TemporaryDirectory() as folder:
             _built(family, "fp32", attention, layers, "cpu").save_pretrained(folder)
-            made: Any = petune.from_pretrained(
-                folder, precision=precision, head=head, attn_implementation=attention, **options
-            )
+            made: Any = petune.from_pretrained(folder, precision=precision, head=head, **options)
             return made.eval()
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -51,6 +51,12 @@ def test_every_family(method, family, precision):
 
 
 @slow
+@pytest.mark.parametrize("method", FIRST)
+def test_half_precision_on_a_cpu(method):
+    check(method, "bert", "fp16")
+
+
+@slow
 @pytest.mark.parametrize("family", ["qwen", "roberta"])
 @pytest.mark.parametrize("method", FIRST)
 def test_more_families(method, family):

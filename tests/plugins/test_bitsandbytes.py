@@ -121,10 +121,11 @@ def test_gpt2s_transposed_layers_are_quantized_as_well(tmp_path):
     assert type(model.lm_head) is nn.Linear
 
 
-def test_a_quantized_checkpoint_stays_as_it_is(llama, tmp_path):
+@pytest.mark.parametrize("precision", ["nf4", "fp32"])
+def test_a_quantized_checkpoint_stays_as_it_is(llama, tmp_path, precision):
     model = petune.from_pretrained(llama, precision="nf4")
     model.save_pretrained(tmp_path)
-    again = petune.from_pretrained(tmp_path, precision="nf4")
+    again = petune.from_pretrained(tmp_path, precision=precision)
     assert torch.equal(model(IDS).logits, again(IDS).logits)
     assert not again.model.layers[0].mlp.up_proj.support_avx512bf16_for_cpu
 
@@ -140,6 +141,14 @@ def test_nothing_is_said_at_each_forward(llama, caplog, capfd):
     model(IDS)
     assert caplog.text == ""
     assert capfd.readouterr().err == ""
+
+
+def test_a_model_with_nothing_to_quantize_is_an_error(tmp_path, llama, monkeypatch):
+    config = plugin._config
+    everything = ["model", "lm_head"]
+    monkeypatch.setattr(plugin, "_config", lambda skip, **options: config(everything, **options))
+    with pytest.raises(PetuneError, match="no linear layer that could be stored at nf4"):
+        petune.from_pretrained(llama, precision="nf4")
 
 
 def test_without_bitsandbytes_the_remedy_is_said(llama, monkeypatch):
