@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from petune.adapter import TrainedParameters
 from petune.errors import PetuneError, UnsupportedError, unknown
 from petune.graft import Board, Computation, Link, chain, graft_of
 
@@ -70,6 +71,8 @@ class Plan:
         for link in serving:
             if isinstance(link.site.module, nn.Embedding) and re.search(r"\.\d+\.", link.site.name):
                 raise UnsupportedError(f"route(): {link.site.name} is looked up once for all rows.")
+            if isinstance(link.adapter, TrainedParameters):
+                raise UnsupportedError(f"route(): {link.site.name} runs once for all rows, with one set of parameters.")
         if serving and call.x.shape[0] == 1:  # positions, say, which the rows share until now
             call.x = call.x.expand(len(self.names), *call.x.shape[1:])
         x = call.x
@@ -100,6 +103,8 @@ class Plan:
             for graft, seen in spans.items():
                 graft.seen = seen[index] if seen is not None else None
             out.append(chain(own, inner, call)(mine))
+            if not isinstance(out[-1], Tensor):
+                raise UnsupportedError(f"route(): {own[0].site.name} gives more than one tensor.")
         if len(rest):
             out.append(call(x[rest]) if call.alone and not whole else shared()[rest])
         return torch.cat(out)[back]
