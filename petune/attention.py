@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface
 
 from petune.errors import UnsupportedError
@@ -100,11 +101,11 @@ class Frozen:
         self.mask = mask
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is not None and not isinstance(mask, Tensor):
-            raise UnsupportedError(f"attention adapters do not work with masks of type {type(mask).__name__} yet.")
         options = dict(self.options)
         more = key.shape[2] - self.keys
-        if mask is not None and mask.shape[-1] == self.keys and more > 0:
+        if isinstance(mask, BlockMask):
+            mask = _with_keys(mask, more)
+        elif mask is not None and mask.shape[-1] == self.keys and more > 0:
             mask = F.pad(mask, (more, 0), value=0.0 if mask.is_floating_point() else 1)
         if more and (bias := options.get("position_bias")) is not None:
             # keys on the left have no position, keys of the adapter alone have no bias
@@ -116,11 +117,25 @@ class Frozen:
 
     def rows(self, index: Rows, batch: int) -> Frozen:
         """The same for some rows of the batch."""
+        if isinstance(self.mask, BlockMask):
+            raise UnsupportedError("route(): FlexAttention's mask has no rows; use attn_implementation='sdpa'.")
         part = object.__new__(Frozen)
         part.base, part.module, part.keys = self.base, self.module, self.keys
         part.mask = take(self.mask, index, batch)
         part.options = {k: take(v, index, batch) if isinstance(v, Tensor) else v for k, v in self.options.items()}
         return part
+
+
+def _with_keys(mask: BlockMask, more: int) -> BlockMask:
+    """FlexAttention's mask with keys on the left that every query sees."""
+    if more <= 0:
+        return mask
+    batch, heads, queries, keys = mask.shape
+
+    def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (k < more) | mask.mask_mod(b, h, q, (k - more).clamp(min=0))
+
+    return create_block_mask(seen, batch, heads, queries, keys + more, device=str(mask.kv_indices.device))
 
 
 def _is_flash(module: nn.Module) -> bool:

@@ -89,8 +89,9 @@ def parts(width: int, role: str, core: nn.Module) -> dict[str, slice]:
     interleave q, k and v by head, and a plugin has to know.
     """
     size = getattr(core, "split_size", None)
-    told = isinstance(size, int) and role in ("qkv", "kv") and width == len(role) * size
-    if not told or not hasattr(core, "c_attn"):  # Falcon and BLOOM have the attribute and split otherwise
+    if not isinstance(size, int) or role not in ("qkv", "kv") or width != len(role) * size:
+        return {}
+    if not hasattr(core, "c_attn"):  # Falcon and BLOOM have the attribute and split otherwise
         return {}
     return {letter: slice(i * size, (i + 1) * size) for i, letter in enumerate(role)}
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from petune.adapter import TrainedParameters
 from petune.errors import PetuneError, UnsupportedError, unknown
 from petune.graft import Board, Computation, Link, chain, graft_of
 
@@ -73,6 +74,8 @@ class Plan:
         for link in serving:
             if isinstance(link.site.module, nn.Embedding) and re.search(r"\.\d+\.", link.site.name):
                 raise UnsupportedError(f"route(): {link.site.name} is looked up once for all rows.")
+            if isinstance(link.adapter, TrainedParameters):
+                raise UnsupportedError(f"route(): {link.site.name} runs once for all rows, with one set of parameters.")
         if serving and call.x.shape[0] == 1:  # positions, say, which the rows share until now
             call.x = call.x.expand(len(self.names), *call.x.shape[1:])
         x = call.x
@@ -102,6 +105,8 @@ class Plan:
                 graft.seen = seen[index] if seen is not None else None
             acting = call if not own and call.alone and not whole else inner
             out[i] = chain(own, acting, call, index)(mine)
+            if not isinstance(out[i], Tensor):
+                raise UnsupportedError(f"route(): {own[0].site.name} gives more than one tensor.")
         return _joined([out[i] for i in range(len(groups))], back)
 
     def run_attention(self, links: list[Link], call: Frozen, x: tuple[Any, ...]) -> Tensor:

@@ -8,7 +8,9 @@ import torch
 import petune
 from petune_bench.coverage import checks, tiny
 
-NAMED = ["bert", "roberta", "xlnet", "gpt2", "t5", "llama", "qwen3", "gemma3_text", "mistral", "mixtral", "phi3", "gpt_neox", "opt", "bloom", "falcon", "gptj", "deberta-v2", "albert", "electra", "distilbert", "bart", "mt5", "modernbert", "mamba"]
+NAMED = ["bert", "roberta", "xlnet", "gpt2", "t5", "llama", "qwen3", "gemma3_text", "mistral", "mixtral", "phi3", "opt"]
+NAMED += ["gpt_neox", "bloom", "falcon", "gptj", "deberta-v2", "albert", "electra", "distilbert", "bart", "mt5"]
+NAMED += ["modernbert", "mamba"]
 FUSED = ["bloom", "falcon", "gpt_neox", "phi3", "modernbert", "mpt"]
 
 

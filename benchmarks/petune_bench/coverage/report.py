@@ -23,17 +23,18 @@ IMPOSSIBLE: dict[str, dict[str, str]] = {
 """{method: {architecture: why nothing could be done}}: refusals that count for no method's failing."""
 HEAD = """# Coverage
 
-Every architecture of transformers {transformers} that is mapped for causal or masked language modelling, sequence or token
-classification, question answering or sequence-to-sequence, built small and random from its configuration class, with
-a method for each hook point. A cell is one architecture with one head and one method. It holds if the method attaches,
-gets gradients wherever the base's own parameters would, changes the output when its parameters change, gives the base
-exactly when switched off and when detached (class, keys, output), and generates the same with and without a cache where
-the base does. `python -m petune_bench.coverage --out FOLDER` runs the cells and writes this page (torch {torch}, CPU,
-float32).
+Every architecture of transformers {transformers} that is mapped for causal or masked language modelling, sequence
+or token classification, question answering or sequence-to-sequence, built small and random from its configuration
+class, with a method for each hook point. A cell is one architecture with one head and one method. It holds if the method
+attaches, gets gradients wherever the base's own parameters would, changes the output when its parameters change, gives
+the base exactly when switched off and when detached (class, keys, output), and generates the same with and without a
+cache where the base does. `python -m petune_bench.coverage --out FOLDER` runs the cells and writes this page (torch
+{torch}, CPU, float32).
 
-**{holds:,} of {cells:,} cells hold: {share:.1%}.** {impossible} others are refused because nothing could be done there; of the
-rest {rest:.1%} hold. {built} of {mapped} model types could be built ({heads} with their heads).
+**{holds:,} of {cells:,} cells hold: {share:.1%}.** {impossible} others are refused because nothing could be done there;
+of the rest {rest:.1%} hold. {built} of {mapped} model types could be built ({heads} with their heads).
 """
+NOT_BUILT = "What transformers itself could not build or run at these sizes, offline, from token ids alone."
 
 
 def page(rows: Sequence[Row]) -> str:
@@ -56,12 +57,7 @@ def page(rows: Sequence[Row]) -> str:
         heads=len({(row["architecture"], row["head"]) for row in run}),
     )
     by_method = [
-        (
-            m,
-            *(sum(row["method"] == m for row in part) for part in (holds, cannot, holes)),
-            sum(r["method"] == m for r in run),
-        )
-        for m in METHODS
+        (m, *(sum(row["method"] == m for row in part) for part in (holds, cannot, holes, run))) for m in METHODS
     ]
     missing = {row["architecture"]: row["reason"] for row in rows if row["status"] == "not built"}
     parts = [
@@ -71,7 +67,7 @@ def page(rows: Sequence[Row]) -> str:
         _table(("method", "architecture", "heads", "reason"), _grouped(holes)),
         "## Impossible\n",
         _table(("method", "architecture", "heads", "reason"), _grouped(cannot, IMPOSSIBLE)),
-        "## Not built\n\nWhat transformers itself could not build or run at these sizes, offline, from token ids alone.\n",
+        f"## Not built\n\n{NOT_BUILT}\n",
         _table(("architecture", "reason"), [(kind, _cell(why)) for kind, why in missing.items()]),
         "## By architecture\n\n`+` holds with every head, `-` is impossible, `!` is a hole with one head at least.\n",
         _table(("architecture", "heads", *METHODS), [_line(kind, run) for kind in sorted(types)]),
