@@ -60,6 +60,11 @@ def measure_step(
     return peak, saved.total
 
 
+def resident_bytes(model: nn.Module) -> int:
+    """The bytes of a model's tensors, what quantized weights carry along included."""
+    return _Storages(_tensors(model)).total
+
+
 class _Storages:
     """Storages by identity. Those given are taken to stay alive for as long as this is used."""
 

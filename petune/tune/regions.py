@@ -45,6 +45,7 @@ def compiled(model: Any, budget: float | None = None) -> Iterator[None]:
                 del block.forward
                 if own is not None:
                     block.forward = own
+            torch.compiler.reset()  # another budget would be given the code of this one
 
 
 class _Region:

@@ -1,0 +1,137 @@
+"""`python -m petune_bench.performance --out docs/performance.md`: measure, print, and write the page."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from petune.tune.setup import quietly
+from petune_bench.environment import machine, versions
+from petune_bench.performance import measure, serving
+from petune_bench.performance.contenders import plain_batch, rows
+from petune_bench.performance.race import apart, ratios, sgemm_rate
+
+HEAD = """# Performance
+
+LoRA of rank 16 on all linear layers of SmolLM2-135M, beside PEFT with transformers' Trainer and its defaults: the same
+rows in the same batches, the same adapter weights at the start, the loss on the completion alone. The contenders take
+their steps in turns, in one process, so that what disturbs the machine disturbs all of them; times are medians, and a
+share is the median of the shares on each batch. `python -m petune_bench.performance --out docs/performance.md` writes
+this page.
+"""
+FIRST = """## A step
+
+{steps} steps of 8 questions and answers (`nq-sample`), {tokens} tokens and {labelled} labelled ones a step on average, fp32. *petune* is
+`petune train` as it comes, *compiled* with `training.compile=regions`. *Memory* is the peak of a step above the loaded
+base, *kept* what autograd keeps of it for backward. *sgemm* is the frozen base's floor (4 operations for a parameter of
+the blocks and token, and for one of the head and labelled token) at this machine's own rate, {rate:.0f} GFLOP/s: {floor:.2f} s, as a
+share of the step. *Loss* is the largest relative difference from PEFT's over all steps.
+"""
+KEPT = """## Memory
+
+One step of 2 × 128 tokens, the last 16 of each labelled: KB a token kept for backward and MB at the peak above the base,
+with the share of PEFT's in brackets.
+"""
+SETTINGS = """## Settings
+
+Each setting of a recipe's `training` alone beside the defaults (labelled logits and recomputed norms and activations are
+among these), batches of 4 rows of 60 to 192 tokens: shares of the default's time and memory, and the largest relative
+difference of the loss. `group_by_length`, a default too, acts on which rows meet in a batch, and `packing` on the padding
+that is left. `offload`, `liger` and the paged optimizers are for CUDA and not measured here. `memory_budget` is
+functorch's `activation_memory_budget`.
+"""
+SERVING = """## Attach, switch, route
+
+Attaching to and switching on a Llama of 224 linear layers; a forward of 8 × 128 tokens through SmolLM2 with one LoRA for
+all rows and with another for each of the 8.
+"""
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(prog="python -m petune_bench.performance", description=__doc__)
+    parser.add_argument("--out", type=Path, help="the page to write")
+    parser.add_argument("--steps", type=int, default=20, help="steps of the first table (20)")
+    parser.add_argument("--short", type=int, default=4, help="timed steps of the others (4)")
+    parser.add_argument("--only", choices=list(PARTS), action="append", help="these parts alone")
+    given = parser.parse_args()
+    began, page = time.perf_counter(), []
+    with quietly():
+        for name in given.only or PARTS:
+            for line in PARTS[name](given):
+                print(line, flush=True)
+                page.append(line)
+            page.append("")
+    minutes = (time.perf_counter() - began) / 60
+    facts = machine()
+    page.append(
+        f"On {facts['cpu']}, {facts['cores']} cores ({torch.get_num_threads()} threads), {minutes:.0f} minutes. "
+        f"Versions: {', '.join(f'{name} {version}' for name, version in versions().items())}."
+    )
+    print(page[-1])
+    if given.out:
+        given.out.write_text("\n".join([HEAD, *page, ""]), encoding="utf-8")
+
+
+def first(given: argparse.Namespace) -> Iterator[str]:
+    rate = sgemm_rate()
+    times, memory, tokens, labelled = measure.main_race(given.steps)
+    floor, sgemm = measure.shares_of_sgemm(times, tokens, labelled, rate)
+    yield FIRST.format(steps=given.steps, tokens=tokens, labelled=labelled, rate=rate / 1e9, floor=floor)
+    peer = times["PEFT"]
+    table = []
+    for (name, found), share in zip(times.items(), sgemm, strict=True):
+        peak, kept = (mine / theirs for mine, theirs in zip(memory[name], memory["PEFT"], strict=True))
+        table.append([name, f"{found.median:.2f} ± {found.median * found.spread:.2f}", f"{ratios(found, peer):.2f}",
+                      f"{found.warm_up:.0f}", f"{peak:.2f}", f"{kept:.2f}", share, f"{apart(found, peer):.0e}"])  # fmt: skip
+    yield from rows_of(["", "step, s", "time", "first two, s", "memory", "kept", "sgemm", "loss"], table)
+    yield ""
+    heads = ["", "PEFT's step", "petune", "petune, compiled", "loss"]
+    yield from rows_of(heads, measure.other_precisions(given.short))
+
+
+def kept(given: argparse.Namespace) -> Iterator[str]:
+    yield KEPT
+    task, _ = rows("nq-sample", 1, 128)
+    assert plain_batch()["input_ids"].shape == (2, 128)
+    columns = ["PEFT", "petune", "compiled"]
+    yield from rows_of(["", *(f"kept, {c}" for c in columns), *(f"peak, {c}" for c in columns)], measure.kept(task))
+
+
+def settings(given: argparse.Namespace) -> Iterator[str]:
+    yield SETTINGS
+    yield from rows_of(["setting", "time", "memory", "kept", "loss"], measure.settings(given.short))
+
+
+def serve(given: argparse.Namespace) -> Iterator[str]:
+    yield SERVING
+    found = serving.attach_and_switch()
+    routed = serving.route()
+    table = [[what, _duration(found[what]), _duration(found[f"{what}, PEFT"])] for what in ("attach", "switch")]
+    table.append(["8 LoRAs routed, share of one LoRA's time", f"{routed['routed'] / routed['one']:.2f}",
+                  f"{routed['routed, PEFT'] / routed['one, PEFT']:.2f}"])  # fmt: skip
+    yield from rows_of(["", "petune", "PEFT"], table)
+
+
+PARTS = {"step": first, "memory": kept, "settings": settings, "serving": serve}
+
+
+def rows_of(heads: list[str], table: Iterable[list[str]]) -> Iterator[str]:
+    """A table's lines, each as soon as it is known."""
+    yield f"| {' | '.join(heads)} |"
+    yield f"|{' --- |' * len(heads)}"
+    for row in table:
+        yield f"| {' | '.join(row)} |"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms" if seconds > 1e-3 else f"{seconds * 1000:.3f} ms"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
