@@ -88,7 +88,7 @@ def test_the_list_is_what_stacking_is():
         (
             ["lora", "ia3"],
             {"loar": {}},
-            "unknown method .arguments go by method in a list. 'loar'. Did you mean 'lora'",
+            "go by method in a list. 'loar'. Did you mean 'lora'",
         ),
         (["lora", "ia3"], {"rank": 4}, "arguments go by method in a list"),
         (["lora", "ia3"], {"lora": 4}, "arguments go by method"),
