@@ -37,7 +37,7 @@ def shaken(model, method, name="default", **arguments):
     return tuning
 
 
-LATER = [(MAM, "bert"), (MAM, "t5"), (UNIPELT, "llama"), (UNIPELT, "t5"), (ONE_SITE, "gpt2"), (OVER_COPIES, "llama")]
+LATER = [(MAM, "bert"), (MAM, "t5"), (UNIPELT, "llama"), (ONE_SITE, "gpt2"), (OVER_COPIES, "llama")]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_the_list_is_what_stacking_is():
         (
             ["lora", "ia3"],
             {"loar": {}},
-            "unknown method .arguments go by method in a list. 'loar'. Did you mean 'lora'",
+            "go by method in a list. 'loar'. Did you mean 'lora'",
         ),
         (["lora", "ia3"], {"rank": 4}, "arguments go by method in a list"),
         (["lora", "ia3"], {"lora": 4}, "arguments go by method"),
