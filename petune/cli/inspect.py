@@ -84,6 +84,7 @@ def check(
 ) -> None:
     """Run the conformance kit on a method: one row a behaviour, one column a family and precision."""
     import yaml
+    from rich.console import Console
     from transformers.utils import logging
 
     from petune.testing import run_checks
@@ -94,7 +95,11 @@ def check(
     pairs = [pair.partition("=") for pair in argument or []]
     arguments = {key: yaml.safe_load(value) for key, _, value in pairs}
     where: dict[str, Any] = {"families": families.split(), "precisions": precisions.split(), "device": device}
-    rows = list(run_checks(method, **where, **arguments))
+    rows = []
+    with Console(stderr=True).status("") as status:  # nothing where there is no terminal
+        for row in run_checks(method, **where, **arguments):
+            rows.append(row)
+            status.update(f"{row.family} {row.precision}: {row.behaviour} {row.mark}")
     if json:
         as_json([vars(row) for row in rows])
     else:
@@ -105,11 +110,11 @@ def check(
 
 def _print_checks(rows: list[Row]) -> None:
     """The table, and under it each reason once with what it stands for."""
-    from petune.testing import reasons
+    from petune.testing import BEHAVIOURS, reasons
 
     columns = list(dict.fromkeys((row.family, row.precision) for row in rows))
     marks = {(row.behaviour, row.family, row.precision): row.mark for row in rows}
-    names = list(dict.fromkeys(row.behaviour for row in rows))
+    names = [name for name in BEHAVIOURS if name in {row.behaviour for row in rows}]
     cells = [(name, *(marks.get((name, *column)) for column in columns)) for name in names]
     table(("behaviour", *map(" ".join, columns)), cells)
     for what, found in reasons(rows).items():
