@@ -107,29 +107,37 @@ class TrainedCopy(Adapter):
 
 
 class TrainedParameters(TrainedCopy):
-    """Float32 copies of the parameters that a module holds itself, beside its submodules, which stay where they are."""
+    """Float32 copies of all the parameters in a module that holds some itself, for which it reads those of its
+    submodules too: they take the places of the base's while it runs.
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(nn.Module())
-        for name, p in module.named_parameters(recurse=False):
-            self.module.register_parameter(name, nn.Parameter(p.detach().clone()))
-        self.owner = [module]  # in a list: it is no part of the adapter
+    Args:
+        owners: The modules of the base in it, itself included, by name; each with floating-point parameters.
+    """
+
+    def __init__(self, owners: Mapping[str, nn.Module]) -> None:
+        super().__init__(nn.ParameterDict())
+        self.places: dict[str, tuple[nn.Module, str]] = {}  # in a dict: the base's modules are no part of the adapter
+        for path, owner in owners.items():
+            for name, p in owner.named_parameters(recurse=False):
+                key = f"{path}.{name}".lstrip(".").replace(".", "/")
+                self.module[key] = nn.Parameter(p.detach().clone())
+                self.places[key] = owner, name
 
     def forward(self, inner: Inner, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        own = self.owner[0]._parameters
-        before: dict[str, Any] = dict(own)
+        before = {key: owner._parameters[name] for key, (owner, name) in self.places.items()}
         try:
-            own.update({name: p.to(before[name].dtype) for name, p in self.module.named_parameters()})  # type: ignore[misc]
+            for key, (owner, name) in self.places.items():
+                owner._parameters[name] = self.module[key].to(before[key].dtype)  # type: ignore[union-attr, assignment]
             return inner(x)
         finally:
-            own.update(before)
+            for key, (owner, name) in self.places.items():
+                owner._parameters[name] = before[key]
 
     def write(self) -> None:
-        """Put the values into the module."""
-        for name, p in self.module.named_parameters():
-            own = self.owner[0]._parameters[name]
-            assert own is not None
-            self.owner[0]._parameters[name] = nn.Parameter(p.detach().to(own.dtype), requires_grad=False)
+        """Put the values into the base."""
+        for key, (owner, name) in self.places.items():
+            dtype = owner._parameters[name].dtype  # type: ignore[union-attr]
+            owner._parameters[name] = nn.Parameter(self.module[key].detach().to(dtype), requires_grad=False)
 
 
 def arguments(method: type) -> dict[str, inspect.Parameter]:

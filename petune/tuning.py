@@ -283,10 +283,15 @@ def _copies(model: PreTrainedModel, names: Sequence[str]) -> list[tuple[Adapter,
         if name not in everything:
             raise PetuneError(unknown("module to train:", name, [n for n, _ in children(model)]))
         for path, module in walk(everything[name], name):
-            if path in found or not list(module.parameters(recurse=False)):
+            held = any(
+                n != path and path.startswith(f"{n}.") and isinstance(a, TrainedParameters)
+                for n, (a, _) in found.items()
+            )
+            if path in found or not list(module.parameters(recurse=False)) or (held and not is_quantized(module)):
                 continue
             if features(module) is None and list(children(module)):
-                found[path] = TrainedParameters(module), Site(path, "module", "parameters", None, 0, 0, module)
+                owners = {n: m for n, m in walk(module) if not is_quantized(m)}
+                found[path] = TrainedParameters(owners), Site(path, "module", "parameters", None, 0, 0, module)
                 continue
             size = features(module) or (0, 0)
             own = dense(module) if is_quantized(module) else _copy(module, memo)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -69,7 +70,8 @@ def output(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
 
 def _forward(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     torch.manual_seed(0)  # some draw hashes or blocks
-    out = model(**inputs)
+    known = inspect.signature(type(model).forward).parameters
+    out = model(**inputs, **({"use_cache": False} if "use_cache" in known else {}))
     found = [out.get(key) for key in ("logits", "start_logits", "start_top_log_probs", "prediction_logits")]
     return next(value for value in [*found, *out.values()] if isinstance(value, Tensor) and value.is_floating_point())
 
@@ -111,8 +113,10 @@ def _gradients(
             hook.remove()
     _backward(out)
     ran = [link for link in tuning.links if id(link.adapter) in seen]
-    own = {link: link.site.module.parameters(recurse=link.site.kind != "module") for link in ran}
-    due = [link for link in ran if any(id(p) in reached for p in own[link])]
+    # a trained copy has to act even where its module's parameters are read by another
+    acting = [link for link in tuning.links if link in ran or link.site.kind == "module"]
+    own = {link: link.site.module.parameters(recurse=link.site.kind != "module") for link in acting}
+    due = [link for link in acting if any(id(p) in reached for p in own[link])]
     without = [link.site.name for link in due if all(p.grad is None for p in link.adapter.parameters())]
     assert not without, f"no gradient reaches {without[0]}"
     assert any(p.grad is not None and bool(p.grad.any()) for p in tuning.parameters()), "all gradients are zero"
