@@ -199,9 +199,9 @@ def graft(module: nn.Module, board: Board, mixin: type[nn.Module] = Grafted) -> 
     """Put the mixin on a module, once."""
     found: Graft | None = vars(module).get("petune_graft")
     if found is None:
-        found = Graft(board, _parameters(type(module)), hooked=vars(module).pop("forward", None))
-        vars(module)["petune_graft"] = found
         kind: Any = type(module)
+        found = Graft(board, _parameters(kind), hooked=vars(module).pop("forward", None))
+        vars(module)["petune_graft"] = found
         around: Any = mixin
         module.__class__ = grafted_class(kind, around)
     return found
