@@ -29,7 +29,8 @@ FIRST = """## A step
 fp32. *petune* is `petune train` as it comes, *compiled* with `training.compile=regions`. *Memory* is the peak of a step
 above the loaded base, *kept* what autograd keeps of it for backward. *sgemm* is the frozen base's floor (4 operations
 for a parameter of the blocks and token, and for one of the head and labelled token) as a share of the step:
-{floor:.2f} s at this machine's own {rate:.0f} GFLOP/s. *Loss* is the largest relative difference from PEFT's over all steps.
+{floor:.2f} s at this machine's own {rate:.0f} GFLOP/s. *Loss* is the largest relative difference from PEFT's over all
+steps.
 """
 KEPT = """## Memory
 
