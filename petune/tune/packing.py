@@ -73,7 +73,7 @@ def packed(rows: Rows) -> Iterator[None]:
 
 
 def check(model: Any, tuning: Any) -> None:
-    """That the model predicts the next token, and that in its blocks only attention that can be told of rows mixes tokens.
+    """That the model predicts the next token and its blocks mix tokens by an attention alone that can be told of rows.
 
     Raises:
         PetuneError: something else does, or the tuning has virtual tokens, which stand at the beginning of rows.

@@ -85,6 +85,12 @@ def test_compiled_blocks(family, monkeypatch):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
+def test_without_a_compiler(monkeypatch):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    with pytest.raises(petune.PetuneError, match="no C\\+\\+ compiler"), compiled(tiny_model("llama")):
+        pass
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("precision", "dropout"), [("fp32", 0.0), ("bf16", 0.0), ("bf16", 0.1), ("nf4", 0.0)])
 def test_compiled_blocks_keep_less(precision, dropout):

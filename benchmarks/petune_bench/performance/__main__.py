@@ -39,11 +39,23 @@ base, with the share of PEFT's in brackets.
 """
 SETTINGS = """## Settings
 
-Each setting of a recipe's `training` alone beside the defaults (labelled logits and recomputed norms and activations
-are among these), batches of 4 rows of 60 to 192 tokens: shares of the default's time and memory, and the largest
-relative difference of the loss. `group_by_length`, a default too, acts on which rows meet in a batch, and `packing` on
-the padding that is left. `offload`, `liger` and the paged optimizers are for CUDA and not measured here.
-`memory_budget` is functorch's `activation_memory_budget`.
+Keys of a recipe's `training`, none of which changes the result beyond rounding:
+
+| key | what it does |
+| --- | --- |
+| `labelled_logits` (on) | the head is applied where there is a label, 128 rows at a time |
+| `recompute` (on) | frozen norms, activations and gated MLPs keep what goes into them and compute again in backward |
+| `group_by_length` (on) | rows of like length share a batch |
+| `packing` | rows end to end: no padding but in the attention, which sees them as rows |
+| `compile: regions` | every block by `torch.compile`, which keeps what is costly and computes the rest again |
+| `memory_budget` | functorch's `activation_memory_budget` for compiled blocks, from 1 (all that it would keep) to 0 |
+| `gradient_checkpointing` | `true`: blocks keep their input alone; `3`: every third block |
+| `optimizer` | any of Trainer's: `adamw_8bit`, and on CUDA the paged ones |
+| `offload` | on CUDA: what is kept for backward waits in the CPU's memory |
+| `liger` | on CUDA: the Liger kernels for norms, rotations and gated MLPs, where `liger-kernel` is installed |
+
+Each alone beside the defaults, on batches of 4 rows of 60 to 192 tokens: shares of the default's time, peak and bytes
+kept, and the largest relative difference of the loss. What needs CUDA was not measured.
 """
 SERVING = """## Attach, switch, route
 
