@@ -43,6 +43,18 @@ def recomputed(model: Any) -> Iterator[None]:
             _put(module, forward)
 
 
+@contextmanager
+def plain_input(model: Any) -> Iterator[None]:
+    """Within the context transformers does not make the embedding's output ask for a gradient when it turns gradient
+    checkpointing on. The reentrant kind alone needs that, and with it blocks below all adapters would have a graph.
+    """
+    model.enable_input_require_grads = lambda: None
+    try:
+        yield
+    finally:
+        del model.enable_input_require_grads
+
+
 def _gated_forward(gate: nn.Module, up: nn.Module, down: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
     """down(act(gate(x)) · up(x))."""
     out: Tensor = down(recompute(lambda g, u: act(g) * u, gate(x), up(x)))

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from petune.attention import Attention
 from petune.discovery import base_class, blocks, calls_attention_interface, walk
 from petune.errors import PetuneError
-
-SKIP = -100
-"""The label that a loss leaves out."""
+from petune.tune.logits import SKIP, applies
 
 
 @dataclass
@@ -74,12 +73,13 @@ def packed(rows: Rows) -> Iterator[None]:
 
 
 def check(model: Any, tuning: Any) -> None:
-    """That in the model's blocks nothing mixes tokens but attention that can be told of rows.
+    """That the model predicts the next token and its blocks mix tokens by an attention alone that can be told of rows.
 
     Raises:
         PetuneError: something else does, or the tuning has virtual tokens, which stand at the beginning of rows.
     """
-    takes = "position_ids" in inspect.signature(model.forward).parameters and not model.config.is_encoder_decoder
+    takes = applies(model) and model.loss_function is ForCausalLMLoss
+    takes = takes and "position_ids" in inspect.signature(model.forward).parameters
     mixes = [any(calls_attention_interface(base_class(m)) for _, m in walk(block)) for _, _, block in blocks(model)]
     if not takes or not mixes or not all(mixes):
         raise PetuneError("training.packing: this model does not take rows end to end; leave it out.")

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from petune.discovery import blocks
+from petune.errors import PetuneError
 
 KEEP_LITTLE = {
     "ban_recompute_used_far_apart": False,
@@ -28,10 +29,14 @@ def compiled(model: Any, budget: float | None = None) -> Iterator[None]:
     Args:
         budget: functorch's `activation_memory_budget`: the share of what it would keep that it may keep, at the cost
             of computing more of it again.
+
+    Raises:
+        PetuneError: the compiler needs one of C++ here, and there is none.
     """
     import torch._dynamo.config
     import torch._functorch.config
 
+    _check_compiler(model)
     options: dict[str, Any] = KEEP_LITTLE | ({} if budget is None else {"activation_memory_budget": budget})
     before = {block: vars(block).pop("forward", None) for _, _, block in blocks(model)}
     for block, own in before.items():
@@ -46,6 +51,17 @@ def compiled(model: Any, budget: float | None = None) -> Iterator[None]:
                 if own is not None:
                     block.forward = own
             torch.compiler.reset()  # another budget would be given the code of this one
+
+
+def _check_compiler(model: nn.Module) -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    if next(model.parameters()).device.type == "cpu":
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            raise PetuneError("training.compile: found no C++ compiler; install one or leave it out.") from None
 
 
 class _Region:

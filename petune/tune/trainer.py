@@ -29,7 +29,7 @@ from transformers import (
 
 from petune.files import read_json, write_text
 from petune.tune.batches import EpochSampler
-from petune.tune.lean import recomputed
+from petune.tune.lean import plain_input, recomputed
 from petune.tune.logits import labelled_logits
 from petune.tune.packing import check, flatten, packed
 from petune.tune.recipe import Recipe, Training
@@ -200,6 +200,7 @@ class AdapterTrainer(Trainer):
         """The model as it is trained: compiled, or with what is cheap computed again."""
         s = self.settings
         with ExitStack() as stack:
+            stack.enter_context(plain_input(self.acting))
             if s.compile:
                 stack.enter_context(compiled(self.acting, s.memory_budget))
             elif s.recompute and s.gradient_checkpointing is not True and isinstance(self.acting, PreTrainedModel):

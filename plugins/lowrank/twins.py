@@ -19,7 +19,7 @@ LORA = petune.PeftTwin(
         "alora_invocation_tokens": (None,),
     },
     ranked="A",
-    unsaid=("init",),
+    unsaid=("init", "lr_ratio"),
 )
 DORA = replace(
     LORA,

@@ -7,7 +7,7 @@ import torch
 
 import petune
 from petune.testing import tiny_batch, tiny_model
-from petune.tune.lean import recomputed
+from petune.tune.lean import plain_input, recomputed
 from petune.tune.regions import compiled
 
 
@@ -39,7 +39,7 @@ def adapted(family, method="lora", precision="fp32", **options):
 # what is left of the bytes kept: a norm in bf16 its 16-bit input instead of a 32-bit copy, a gated MLP two of three,
 # a GELU that Python spells out its input alone
 LEFT = {("llama", "fp32"): 0.9, ("llama", "bf16"): 0.85, ("qwen", "bf16"): 0.8, ("gpt2", "fp32"): 0.75,
-        ("t5", "bf16"): 0.8, ("bert", "fp32"): 1.0}  # fmt: skip
+        ("t5", "bf16"): 0.85, ("bert", "fp32"): 1.0}  # fmt: skip
 
 
 @pytest.mark.parametrize(("family", "precision"), LEFT)
@@ -67,9 +67,9 @@ def test_dropout_survives_the_trial_of_an_mlp():
         assert {n: m.training for n, m in model.named_modules()} == modes
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("bert", marks=pytest.mark.slow)])
 def test_compiled_blocks(family, monkeypatch):
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     model, tuning = adapted(family)
     batches = [tiny_batch(family, rows=rows, length=length) for rows, length in ((2, 10), (3, 12))]
     want = [step(model, tuning, batch) for batch in batches]
@@ -83,6 +83,12 @@ def test_compiled_blocks(family, monkeypatch):
         torch.testing.assert_close(ours, loss)
         for one, other in zip(found, gradients, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_without_a_compiler(monkeypatch):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    with pytest.raises(petune.PetuneError, match="no C\\+\\+ compiler"), compiled(tiny_model("llama")):
+        pass
 
 
 @pytest.mark.slow
@@ -104,7 +110,7 @@ def test_compiled_blocks_keep_less(precision, dropout):
 
 @pytest.mark.parametrize(
     ("method", "options", "share"),
-    [("lora", {"where": "q v@-1:"}, 0.6), ("last-layers", {}, 0.6), ("ladder-side-tuning", {}, 0.75)],
+    [("lora", {"where": "q@-1: v@-1:"}, 0.6), ("last-layers", {}, 0.6), ("ladder-side-tuning", {}, 0.75)],
 )
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_what_lies_below_the_adapters_has_no_graph(method, options, share, checkpointing):
@@ -114,12 +120,10 @@ def test_what_lies_below_the_adapters_has_no_graph(method, options, share, check
         mlp = block.mlp  # what a block adds to the stream, whatever an adapter taps from it
         mlp.register_forward_hook(lambda *given: reached.append(given[-1].requires_grad))
     if checkpointing:
-        model.activation_checkpointing_enable()
+        with plain_input(model):
+            model.activation_checkpointing_enable()
     batch = {k: v for k, v in tiny_batch("llama", rows=4, length=32).items() if k != "labels"}
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        out = model(**batch, use_cache=False).logits
-    assert out.requires_grad
+    assert model(**batch, use_cache=False).logits.requires_grad
     assert not any(reached)
     assert len(reached) == len(model.model.layers) - 1
     if not checkpointing:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from samples import changed, jsonl, opinions, same_weights, weights
 
 from petune import PetuneError
-from petune.tune import Recipe, Result, evaluate, train
+from petune.tune import Recipe, Result, evaluate, load_recipe, train
 
 
 def rows(run: str) -> list[dict[str, Any]]:
@@ -133,11 +133,50 @@ def test_logits_only_where_there_is_a_label_change_nothing_but_memory(
     assert less.saved_activation_bytes < more.saved_activation_bytes
 
 
-def test_mixed_precision_needs_cuda(recipe: dict[str, Any]) -> None:
+SLOW = pytest.mark.slow
+SETTINGS = [
+    {"recompute": False},
+    {"gradient_checkpointing": True},
+    {"gradient_checkpointing": 2},
+    {"packing": True},
+    {"packing": True, "labelled_logits": False},
+    pytest.param({"compile": "regions"}, marks=SLOW),
+    pytest.param({"compile": "regions", "memory_budget": 0.3}, marks=SLOW),
+    pytest.param({"compile": "regions", "packing": True}, marks=SLOW),
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_settings_change_nothing_but_the_cost(
+    generation: dict[str, Any], tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    plain = train({**generation, "output": str(tmp_path / "plain")}, quiet=True)
+    other = train({**changed(generation, **settings), "output": str(tmp_path / "other")}, quiet=True)
+    a, b = weights(str(tmp_path / "plain")), weights(str(tmp_path / "other"))
+    assert all(torch.allclose(a[key], b[key], atol=1e-4) for key in a)
+    assert other.metrics["loss"] == pytest.approx(plain.metrics["loss"], abs=1e-4)
+    assert other.tokens == plain.tokens
+    if "gradient_checkpointing" in settings or "compile" in settings:
+        assert other.saved_activation_bytes < plain.saved_activation_bytes
+    elif "recompute" in settings:
+        assert other.saved_activation_bytes > plain.saved_activation_bytes
+
+
+@pytest.mark.parametrize("setting", ["mixed_precision", "offload", "liger"])
+def test_what_needs_cuda(recipe: dict[str, Any], setting: str) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    with pytest.raises(PetuneError, match=r"training\.mixed_precision: needs a CUDA device"):
-        train(changed(recipe, mixed_precision=True), quiet=True)
+    with pytest.raises(PetuneError, match=rf"training\.{setting}: needs a CUDA device"):
+        train(changed(recipe, **{setting: True}), quiet=True)
+
+
+def test_what_the_settings_exclude(recipe: dict[str, Any]) -> None:
+    with pytest.raises(PetuneError, match=r"add training\.compile"):
+        load_recipe(changed(recipe, memory_budget=0.5))
+    with pytest.raises(PetuneError, match="excludes gradient_checkpointing"):
+        load_recipe(changed(recipe, compile="regions", gradient_checkpointing=True))
+    with pytest.raises(PetuneError, match=r"training\.packing"):
+        train(changed(recipe, packing=True), quiet=True)
 
 
 @pytest.mark.parametrize("method", ["prompt-tuning", "prefix-tuning", "houlsby", "bitfit", "full", "last-layers"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from petune.tune.setup import quietly
 from petune_bench.environment import machine, versions
 from petune_bench.performance import measure, serving
-from petune_bench.performance.contenders import plain_batch, rows
+from petune_bench.performance.contenders import rows
 from petune_bench.performance.race import apart, ratios, sgemm_rate
 
 HEAD = """# Performance
@@ -26,29 +25,42 @@ this page.
 """
 FIRST = """## A step
 
-{steps} steps of 8 questions and answers (`nq-sample`), {tokens} tokens and {labelled} labelled ones a step on average, fp32. *petune* is
-`petune train` as it comes, *compiled* with `training.compile=regions`. *Memory* is the peak of a step above the loaded
-base, *kept* what autograd keeps of it for backward. *sgemm* is the frozen base's floor (4 operations for a parameter of
-the blocks and token, and for one of the head and labelled token) at this machine's own rate, {rate:.0f} GFLOP/s: {floor:.2f} s, as a
-share of the step. *Loss* is the largest relative difference from PEFT's over all steps.
+{steps} steps of 8 questions and answers (`nq-sample`), {tokens} tokens and {labelled} labelled ones a step on average,
+fp32. *petune* is `petune train` as it comes, *compiled* with `training.compile=regions`. *Memory* is the peak of a step
+above the loaded base, *kept* what autograd keeps of it for backward. *sgemm* is the frozen base's floor (4 operations
+for a parameter of the blocks and token, and for one of the head and labelled token) as a share of the step:
+{floor:.2f} s at this machine's own {rate:.0f} GFLOP/s. *Loss* is the largest relative difference from PEFT's over all
+steps.
 """
 KEPT = """## Memory
 
-One step of 2 × 128 tokens, the last 16 of each labelled: KB a token kept for backward and MB at the peak above the base,
-with the share of PEFT's in brackets.
+One step of 2 × 128 tokens, the last 16 of each labelled: KB a token kept for backward and MB at the peak above the
+base, with the share of PEFT's in brackets.
 """
 SETTINGS = """## Settings
 
-Each setting of a recipe's `training` alone beside the defaults (labelled logits and recomputed norms and activations are
-among these), batches of 4 rows of 60 to 192 tokens: shares of the default's time and memory, and the largest relative
-difference of the loss. `group_by_length`, a default too, acts on which rows meet in a batch, and `packing` on the padding
-that is left. `offload`, `liger` and the paged optimizers are for CUDA and not measured here. `memory_budget` is
-functorch's `activation_memory_budget`.
+Keys of a recipe's `training`, none of which changes the result beyond rounding:
+
+| key | what it does |
+| --- | --- |
+| `labelled_logits` (on) | the head is applied where there is a label, 128 rows at a time |
+| `recompute` (on) | frozen norms, activations and gated MLPs keep what goes into them and compute again in backward |
+| `group_by_length` (on) | rows of like length share a batch |
+| `packing` | rows end to end: no padding but in the attention, which sees them as rows |
+| `compile: regions` | every block by `torch.compile`, which keeps what is costly and computes the rest again |
+| `memory_budget` | functorch's `activation_memory_budget` for compiled blocks, from 1 (all that it would keep) to 0 |
+| `gradient_checkpointing` | `true`: blocks keep their input alone; `3`: every third block |
+| `optimizer` | any of Trainer's: `adamw_8bit`, and on CUDA the paged ones |
+| `offload` | on CUDA: what is kept for backward waits in the CPU's memory |
+| `liger` | on CUDA: the Liger kernels for norms, rotations and gated MLPs, where `liger-kernel` is installed |
+
+Each alone beside the defaults, on batches of 4 rows of 60 to 192 tokens: shares of the default's time, peak and bytes
+kept, and the largest relative difference of the loss. What needs CUDA was not measured.
 """
 SERVING = """## Attach, switch, route
 
-Attaching to and switching on a Llama of 224 linear layers; a forward of 8 × 128 tokens through SmolLM2 with one LoRA for
-all rows and with another for each of the 8.
+Attaching to and switching on a Llama of 224 linear layers; a forward of 8 × 128 tokens through SmolLM2 with one LoRA
+for all rows and with another for each of the 8.
 """
 
 
@@ -87,8 +99,9 @@ def first(given: argparse.Namespace) -> Iterator[str]:
     table = []
     for (name, found), share in zip(times.items(), sgemm, strict=True):
         peak, kept = (mine / theirs for mine, theirs in zip(memory[name], memory["PEFT"], strict=True))
-        table.append([name, f"{found.median:.2f} ± {found.median * found.spread:.2f}", f"{ratios(found, peer):.2f}",
-                      f"{found.warm_up:.0f}", f"{peak:.2f}", f"{kept:.2f}", share, f"{apart(found, peer):.0e}"])  # fmt: skip
+        step = f"{found.median:.2f} ± {found.median * found.spread:.2f}"
+        table.append([name, step, f"{ratios(found, peer):.2f}", f"{found.warm_up:.0f}", f"{peak:.2f}", f"{kept:.2f}",
+                      share, f"{apart(found, peer):.0e}"])  # fmt: skip
     yield from rows_of(["", "step, s", "time", "first two, s", "memory", "kept", "sgemm", "loss"], table)
     yield ""
     heads = ["", "PEFT's step", "petune", "petune, compiled", "loss"]
@@ -98,7 +111,6 @@ def first(given: argparse.Namespace) -> Iterator[str]:
 def kept(given: argparse.Namespace) -> Iterator[str]:
     yield KEPT
     task, _ = rows("nq-sample", 1, 128)
-    assert plain_batch()["input_ids"].shape == (2, 128)
     columns = ["PEFT", "petune", "compiled"]
     yield from rows_of(["", *(f"kept, {c}" for c in columns), *(f"peak, {c}" for c in columns)], measure.kept(task))
 
@@ -134,4 +146,4 @@ def _duration(seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -80,9 +80,11 @@ class Contender:
 
     def memory(self, batch: Batch) -> tuple[int, int]:
         """(peak bytes above the base, bytes kept for backward) of a step."""
-        peak, kept = measure_step(
-            self.model, self.optimizer, lambda: self.trainer.compute_loss(self.model, dict(batch)), batch.values()
-        )
+
+        def loss() -> Any:
+            return self.trainer.compute_loss(self.model, dict(batch))
+
+        peak, kept = measure_step(self.model, self.optimizer, loss, batch.values())
         return peak - self.base_bytes, kept
 
     def close(self) -> None:

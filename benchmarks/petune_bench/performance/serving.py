@@ -34,8 +34,13 @@ def attach_and_switch() -> dict[str, float]:
     """Seconds on a small Llama of 224 linear layers."""
     import peft
 
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=512, num_hidden_layers=LAYERS, **sizes)).eval()
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=512, num_hidden_layers=LAYERS, **sizes))
     config = peft.LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
 
     def attach() -> float:
