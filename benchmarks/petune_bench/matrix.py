@@ -155,7 +155,9 @@ def page(found: dict[Cell, list[Row]]) -> str:
         lines.append(f"| {method} | {' | '.join(cells)} |")
     rows = [row for each in found.values() for row in each]
     behaviours = list(dict.fromkeys(row.behaviour for row in rows))
+    ran = {"families": (families, FAMILIES), "precisions": (precisions, PRECISIONS)}
     return HEAD.format(
+        options="".join(f' --{key} "{" ".join(own)}"' for key, (own, all_) in ran.items() if " ".join(own) != all_),
         count=len(methods),
         date=time.strftime("%Y-%m-%d"),
         versions=", ".join(f"{name} {number}" for name, number in versions().items()),
@@ -174,15 +176,17 @@ HEAD = """# Every method on every precision
 The conformance kit (`petune.testing`, `petune check METHOD`) on {count} methods, as it was last run by
 
 ```sh
-python -m petune_bench.matrix --out docs/matrix.md --jobs 2
+python -m petune_bench.matrix --out docs/matrix.md --jobs 2{options}
 ```
 
 on {date} with {versions}.
 
 A cell stands for these behaviours on {families}, tiny random models of the real structure:
-{behaviours}. *Merge, or a reason* holds where the method merges into dense weights
-and, on a quantized base, back into the same quantization, and where it says that it has no merged form. *Cached
-generation* is for models that generate.
+
+{behaviours}
+
+*Merge, or a reason* holds where the method merges into dense weights and, on a quantized base, back into the same
+quantization, and where it says that it has no merged form. *Cached generation* is for models that generate.
 
 ✓ holds everywhere but for what its numbers say; – is refused; ✗ fails. {held:,} checks hold, {refused:,} are refused,
 {failed:,} fail. `nf4`, `fp4` and `int8` are bitsandbytes' (its int8 rounds activations too), `int8wo` is torchao's

@@ -47,6 +47,7 @@ def test_families_fold_and_reasons_are_numbered_once():
     assert "| m | ✓ <sup>1</sup> | ✓ <sup>1</sup> |\n| n | ✓ | ✓ |\n" in page
     assert page.count("\n1. ") == 1
     assert "2. " not in page
+    assert '--families "llama t5" --precisions "fp32 nf4"\n' in page, "the page says what it was run on"
 
 
 def test_arguments_that_are_missing(monkeypatch):
