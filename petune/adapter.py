@@ -116,18 +116,20 @@ class TrainedParameters(TrainedCopy):
 
     def __init__(self, owners: Mapping[str, nn.Module]) -> None:
         super().__init__(nn.ParameterDict())
+        copies: Any = self.module
         self.places: dict[str, tuple[nn.Module, str]] = {}  # in a dict: the base's modules are no part of the adapter
         for path, owner in owners.items():
             for name, p in owner.named_parameters(recurse=False):
                 key = f"{path}.{name}".lstrip(".").replace(".", "/")
-                self.module[key] = nn.Parameter(p.detach().clone())
+                copies[key] = nn.Parameter(p.detach().clone())
                 self.places[key] = owner, name
 
     def forward(self, inner: Inner, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        before = {key: owner._parameters[name] for key, (owner, name) in self.places.items()}
+        before: dict[str, Any] = {key: owner._parameters[name] for key, (owner, name) in self.places.items()}
+        copies: Any = self.module
         try:
             for key, (owner, name) in self.places.items():
-                owner._parameters[name] = self.module[key].to(before[key].dtype)  # type: ignore[union-attr, assignment]
+                owner._parameters[name] = copies[key].to(before[key].dtype)
             return inner(x)
         finally:
             for key, (owner, name) in self.places.items():
@@ -135,9 +137,10 @@ class TrainedParameters(TrainedCopy):
 
     def write(self) -> None:
         """Put the values into the base."""
+        copies: Any = self.module
         for key, (owner, name) in self.places.items():
-            dtype = owner._parameters[name].dtype  # type: ignore[union-attr]
-            owner._parameters[name] = nn.Parameter(self.module[key].detach().to(dtype), requires_grad=False)
+            dtype = owner.get_parameter(name).dtype
+            owner._parameters[name] = nn.Parameter(copies[key].detach().to(dtype), requires_grad=False)
 
 
 def arguments(method: type) -> dict[str, inspect.Parameter]:

@@ -25,7 +25,7 @@ TIMES = {"mul", "mul_", "__mul__", "__rmul__", "__imul__"}
 DIVIDED = {"div", "div_", "true_divide", "__truediv__", "__itruediv__", "__idiv__"}
 
 
-@torch.compiler.disable(reason="petune watches the calls of this attention")
+@torch.compiler.disable(reason="petune watches its calls")  # type: ignore[no-untyped-call, untyped-decorator]
 def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """In place of an attention's own forward: the same, with its adapters."""
     own = base_class(self).forward

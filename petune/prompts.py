@@ -208,7 +208,7 @@ class Prompted(Grafted):
     def _without(self, out: Any, layout: Layout) -> Any:
         length = layout.source.shape[1]
         fields = {"start_logits": 2, "end_logits": 2, "encoder_last_hidden_state": 3}
-        if not self.config.is_encoder_decoder:
+        if not self.config.is_encoder_decoder or not self.can_generate():  # type: ignore[operator]
             fields |= {"logits": 3, "last_hidden_state": 3}
         for key, dims in fields.items():
             value = out.get(key) if hasattr(out, "get") else None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from petune import storage
 from petune.adapter import Adapter, TrainedCopy, TrainedParameters, Unfreeze
 from petune.attention import install
-from petune.discovery import children, features, find_sites, walk
+from petune.discovery import base_class, children, features, find_sites, walk
 from petune.errors import PetuneError, UnsupportedError, unknown
 from petune.graft import Board, Grafted, Link, add, hold, release, remove
 from petune.merge import Merged, dense, is_quantized, merge
@@ -244,6 +244,8 @@ def attach(
         links += [(adapter, site, part) for adapter, site in own]
         settled.append(part)
     copies = [(adapter, site, None) for adapter, site in _copies(model, [*trained, *heads])]
+    if not links and not copies:
+        raise UnsupportedError(f"method {settled[0].name!r}: this model has no blocks with linear layers.")
     return _install(model, Tuning(model, name, settled, heads, [*copies, *links]))  # what trains itself is innermost
 
 
@@ -279,18 +281,17 @@ def _copies(model: PreTrainedModel, names: Sequence[str]) -> list[tuple[Adapter,
     everything = dict(walk(model))
     memo: dict[int, Any] = {}  # one for all, so that tied weights stay tied
     found: dict[str, tuple[Adapter, Site]] = {}
+    whole: list[str] = []
     for name in names:
         if name not in everything:
             raise PetuneError(unknown("module to train:", name, [n for n, _ in children(model)]))
         for path, module in walk(everything[name], name):
-            held = any(
-                n != path and path.startswith(f"{n}.") and isinstance(a, TrainedParameters)
-                for n, (a, _) in found.items()
-            )
-            if path in found or not list(module.parameters(recurse=False)) or (held and not is_quantized(module)):
+            held = path.startswith(tuple(whole)) and not is_quantized(module)
+            if path in found or held or not list(module.parameters(recurse=False)):
                 continue
             if features(module) is None and list(children(module)):
                 owners = {n: m for n, m in walk(module) if not is_quantized(m)}
+                whole.append(f"{path}.")
                 found[path] = TrainedParameters(owners), Site(path, "module", "parameters", None, 0, 0, module)
                 continue
             size = features(module) or (0, 0)
@@ -350,10 +351,10 @@ def _mixin(site: Site, model: PreTrainedModel) -> type[nn.Module]:
 
 
 def _tables(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules that embed input ids: T5's stacks each have one of their own for the shared table, and Gemma 3n
-    looks ids up once more for each layer.
+    """The modules that embed input ids: T5's stacks each have one of their own, and Gemma 3n looks ids up once
+    more for each layer.
     """
     table, text = model.get_input_embeddings(), getattr(model.config, "text_config", model.config)
     size = getattr(text, "vocab_size_per_layer_input", None)
-    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    return [m for m in tables if m.weight is table.weight or m.num_embeddings == size]
+    same = [m for m in model.modules() if isinstance(m, nn.Embedding) and base_class(m) is base_class(table)]
+    return [m for m in same if m.weight.shape == table.weight.shape or m.num_embeddings == size]

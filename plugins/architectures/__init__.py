@@ -1,6 +1,6 @@
 """What discovery can't read off a model's structure, a file a family of architectures."""
 
-from __future__ import annotations
+from __future__ import annotations  # the types would load torch
 
 from collections.abc import Callable, Mapping
 from typing import Any

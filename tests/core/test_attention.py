@@ -67,3 +67,13 @@ def test_other_models_are_left_alone():
     before = tiny_model("llama")(**batch).logits
     prefixed("llama", "sdpa")
     assert torch.equal(tiny_model("llama")(**batch).logits, before)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_flex_attention_equals_sdpa():
+    """Its block mask is extended; on CPU it runs forward only."""
+    batch = tiny_batch("llama")
+    seen = batch["attention_mask"].bool()
+    flex, sdpa = (prefixed("llama", a)(**batch).logits[seen] for a in ("flex_attention", "sdpa"))
+    torch.testing.assert_close(flex, sdpa, rtol=1e-4, atol=1e-5)

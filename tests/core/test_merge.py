@@ -270,3 +270,25 @@ def test_a_tied_head_is_untied_where_only_it_changes():
     torch.testing.assert_close(logits(model, batch), before, rtol=1e-4, atol=1e-4)
     assert torch.equal(model.transformer.wte.weight, table)
     assert not model.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize(("kind", "name"), [("mixtral", "MixtralForCausalLM"), ("mamba", "MambaForCausalLM")])
+def test_parameters_beside_submodules_train_save_and_merge(kind, name, tmp_path):
+    """Stacked experts, a state-space mixer that reads its submodules' weights itself."""
+    from petune_bench.coverage import checks, tiny
+
+    model = tiny.build(kind, "causal-lm", name)
+    inputs = tiny.batch(model)
+    tuning = petune.attach(model, "last-layers")
+    trained = dict(tuning.state())
+    assert [k for k in trained if "/" in k or "experts.module." in k]
+    with torch.no_grad():
+        for p in tuning.parameters():
+            p.mul_(1.5)
+    want = checks.output(model, inputs)
+    tuning.save(tmp_path)
+    tuning.merge()
+    torch.testing.assert_close(checks.output(model, inputs), want, rtol=1e-5, atol=1e-5)
+    fresh = tiny.build(kind, "causal-lm", name)
+    petune.load(fresh, tmp_path)
+    torch.testing.assert_close(checks.output(fresh, inputs), want, rtol=1e-5, atol=1e-5)

@@ -131,3 +131,36 @@ def test_processors_and_limits_see_the_users_tokens_only():
     assert seen == [10, 11, 12]
     only_new = model.generate(inputs_embeds=model.get_input_embeddings()(ids), **GENERATION)
     assert torch.equal(only_new, model.generate(ids, **GENERATION)[:, 10:])
+
+
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    [
+        ("gemma3n_text", "causal-lm"),
+        ("layoutlm", "masked-lm"),
+        ("umt5", "token-classification"),
+        ("t5gemma", "seq2seq-lm"),
+    ],
+)
+@torch.no_grad()
+def test_what_else_reads_ids_or_goes_by_tokens(kind, head):
+    """A second table of embeddings, boxes on the page, results of an encoder alone, a decoder's own table."""
+    from petune_bench.coverage import checks, tiny
+
+    model = tiny.build(kind, head, tiny.architectures()[kind][head])
+    inputs = tiny.batch(model)
+    base = checks.output(model, inputs)
+    tuning = petune.attach(model, "prompt-tuning", length=4)
+    out = checks.output(model, inputs)
+    assert out.shape == base.shape
+    assert not torch.allclose(out, base)
+    tuning.detach()
+    assert torch.equal(checks.output(model, inputs), base)
+
+
+def test_a_model_without_a_table_refuses():
+    from petune_bench.coverage import tiny
+
+    model = tiny.build("canine", "token-classification", "CanineForTokenClassification")
+    with pytest.raises(petune.UnsupportedError, match="more embeddings than tokens"):
+        petune.attach(model, "prompt-tuning")

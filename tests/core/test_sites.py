@@ -3,9 +3,12 @@
 from collections import Counter
 
 import pytest
+import torch
+import transformers
 
 import petune
 from petune.testing import tiny_model
+from petune_bench.coverage import tiny
 
 LINEAR = {
     "llama": "q k v o gate up down",
@@ -68,3 +71,44 @@ def test_weights_are_read_off_any_layer():
             dense = (module.weight.T if family == "gpt2" else module.weight).detach()
             error = float((weight - dense).abs().max() / dense.abs().max())
             assert error < {"fp32": 1e-6, "nf4": 0.2, "int8": 0.02}[precision], (site.name, precision)
+
+
+def small(kind, **more):
+    """A model of an architecture as the coverage table builds it, on no device."""
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(tiny.config(kind), **more)
+
+
+def test_a_mixture_of_experts_is_one_mlp():
+    sites = petune.sites(small("mixtral"))
+    assert [s.name for s in sites if s.role == "mlp"] == ["model.layers.0.mlp#mlp", "model.layers.1.mlp#mlp"]
+    shared = petune.sites(small("qwen2_moe"))  # a dense MLP beside the experts
+    assert [s.name for s in shared if s.role == "mlp"] == ["model.layers.0.mlp#mlp", "model.layers.1.mlp#mlp"]
+    assert Counter(s.role for s in shared if "shared_expert." in s.name) == {"gate": 2, "up": 2, "down": 2}
+
+
+def test_values_may_be_narrower_than_keys():
+    core = next(s for s in petune.sites(small("deepseek_v3")) if s.kind == "attention")
+    assert (core.heads, core.kv_heads, core.head_dim, core.value_dim) == (4, 4, 32, 16)
+
+
+def test_what_stands_beside_an_attention_is_none_of_its_projections():
+    sites = petune.sites(small("deepseek_v32"))
+    assert {s.role for s in sites if ".indexer." in s.name and s.kind == "linear"} == {"other"}
+    grouped = petune.sites(small("deepseek_v4"))
+    assert not [s for s in grouped if s.name.endswith("o_a_proj")], "a linear layer by groups is no linear layer"
+
+
+def test_blocks_in_lists_of_lists():
+    with torch.device("meta"):
+        model = transformers.AutoModelForMaskedLM.from_config(tiny.config("funnel"))
+    layers = [s.name for s in petune.sites(model) if s.role == "layer" and "encoder" in s.name]
+    assert layers[0] == "funnel.encoder.blocks.0.0"
+    assert len(layers) == sum(len(block) for block in model.funnel.encoder.blocks)
+
+
+def test_towers_have_the_geometry_of_their_own():
+    cores = [s for s in petune.sites(small("gemma3")) if s.kind == "attention"]
+    assert {s.name.split(".")[1] for s in cores} == {"vision_tower", "language_model"}
+    assert {(s.heads, s.kv_heads) for s in cores if "vision" in s.name} == {(4, 4)}
+    assert {(s.heads, s.kv_heads) for s in cores if "language" in s.name} == {(4, 2)}

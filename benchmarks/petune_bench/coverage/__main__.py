@@ -29,20 +29,22 @@ def main() -> None:
     """Run the sweep."""
     parser = argparse.ArgumentParser(prog="python -m petune_bench.coverage", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the folder for coverage.jsonl and coverage.md")
-    parser.add_argument("architectures", nargs="*", help="model types; all that transformers maps by default")
+    parser.add_argument("architectures", nargs="*", help="model types to run again, the others stay; all by default")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)
     registry().all("petune_sites")  # once, before the processes fork
     known = tiny.architectures()
     options.out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    with (options.out / "coverage.jsonl").open("w", encoding="utf-8") as file:
-        for kind in options.architectures or known:
-            for row in apart(kind, known[kind]):
-                rows.append(row)
-                print(json.dumps(row), file=file, flush=True)
-    (options.out / "coverage.md").write_text(report.page(rows), encoding="utf-8")
+    file = options.out / "coverage.jsonl"
+    again = options.architectures or list(known)
+    old = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    found = [row for row in old if row["architecture"] not in again]
+    for kind in again:
+        found += apart(kind, known[kind])
+        found.sort(key=lambda row: str(row["architecture"]))
+        file.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+    (options.out / "coverage.md").write_text(report.page(found), encoding="utf-8")
 
 
 def apart(kind: str, heads: dict[str, str]) -> Iterator[dict[str, Any]]:

@@ -52,7 +52,7 @@ def cell(model: PreTrainedModel, inputs: dict[str, Tensor], method: str) -> None
 
 
 def repeatable(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
-    """The base itself has to run and to give the same twice.
+    """The base itself has to run, forward and backward, and to give the same twice.
 
     Raises:
         AssertionError: it does not.
@@ -60,6 +60,7 @@ def repeatable(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
     out = output(model, inputs)
     assert bool(out.isfinite().all()), "the base's output is not finite"
     assert torch.equal(output(model, inputs), out), "the base gives something else each time"
+    assert _reached(model, inputs), "no gradient reaches the base"
 
 
 @torch.no_grad()

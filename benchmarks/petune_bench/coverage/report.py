@@ -26,10 +26,10 @@ HEAD = """# Coverage
 Every architecture of transformers {transformers} that is mapped for causal or masked language modelling, sequence
 or token classification, question answering or sequence-to-sequence, built small and random from its configuration
 class, with a method for each hook point. A cell is one architecture with one head and one method. It holds if the
-method attaches, gets gradients wherever the base's own parameters would, changes the output when its parameters change,
-gives the base exactly when switched off and when detached (class, keys, output), and generates the same with and
-without a cache where the base does. `python -m petune_bench.coverage --out FOLDER` runs the cells and writes this page (torch
-{torch}, CPU, float32).
+method attaches, gets gradients wherever the base's own parameters would, changes the output when its parameters
+change, gives the base exactly when switched off and when detached (class, keys, output), and generates the same with
+and without a cache where the base does. `python -m petune_bench.coverage --out FOLDER` runs the cells and writes this
+page (torch {torch}, CPU, float32).
 
 **{holds:,} of {cells:,} cells hold: {share:.1%}.** {impossible} others are refused because nothing could be done there;
 of the rest {rest:.1%} hold. {built} of {mapped} model types could be built ({heads} with their heads).
