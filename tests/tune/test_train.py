@@ -139,6 +139,7 @@ SETTINGS = [
     {"gradient_checkpointing": True},
     {"gradient_checkpointing": 2},
     {"packing": True},
+    {"optimizer": "adamw_8bit"},
     {"packing": True, "labelled_logits": False},
     pytest.param({"compile": "regions"}, marks=SLOW),
     pytest.param({"compile": "regions", "memory_budget": 0.3}, marks=SLOW),
