@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -124,10 +125,13 @@ def serve(given: argparse.Namespace) -> Iterator[str]:
     yield SERVING
     found = serving.attach_and_switch()
     routed = serving.route()
-    table = [[what, _duration(found[what]), _duration(found[f"{what}, PEFT"])] for what in ("attach", "switch")]
-    table.append(["8 LoRAs routed, share of one LoRA's time", f"{routed['routed'] / routed['one']:.2f}",
-                  f"{routed['routed, PEFT'] / routed['one, PEFT']:.2f}"])  # fmt: skip
-    yield from rows_of(["", "petune", "PEFT"], table)
+    table = []
+    for what in ("attach", "switch"):
+        ours, theirs = found[what], found[f"{what}, PEFT"]
+        table.append([what, _duration(ours), _duration(theirs), f"{serving.share(ours, theirs):.2g}"])
+    shares = [serving.share(routed[f"routed{who}"], routed[f"one{who}"]) for who in ("", ", PEFT")]
+    table.append(["8 LoRAs routed, share of one LoRA's time", *(f"{share:.2f}" for share in shares), "–"])
+    yield from rows_of(["", "petune", "PEFT", "share"], table)
 
 
 PARTS = {"step": first, "memory": kept, "settings": settings, "serving": serve}
@@ -141,7 +145,8 @@ def rows_of(heads: list[str], table: Iterable[list[str]]) -> Iterator[str]:
         yield f"| {' | '.join(row)} |"
 
 
-def _duration(seconds: float) -> str:
+def _duration(times: list[float]) -> str:
+    seconds = statistics.median(times)
     return f"{seconds * 1000:.0f} ms" if seconds > 1e-3 else f"{seconds * 1000:.3f} ms"
 
 

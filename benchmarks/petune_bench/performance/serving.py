@@ -19,18 +19,23 @@ LAYERS = 32  # of 7 linear layers each: 224
 TUNINGS = 8
 
 
-def in_turns(functions: Mapping[str, Callable[[], float | None]], times: int) -> dict[str, float]:
-    """The median seconds of each; one that answers a number has taken its own time."""
+def in_turns(functions: Mapping[str, Callable[[], float | None]], times: int) -> dict[str, list[float]]:
+    """The seconds of each, turn by turn; one that answers a number has taken its own time."""
     taken: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(times + 1):
         for name, function in functions.items():
             began = time.perf_counter()
             own = function()
             taken[name].append(time.perf_counter() - began if own is None else own)
-    return {name: statistics.median(found[1:]) for name, found in taken.items()}
+    return {name: found[1:] for name, found in taken.items()}  # the first turn fills caches
 
 
-def attach_and_switch() -> dict[str, float]:
+def share(times: list[float], other: list[float]) -> float:
+    """The median over the turns of one time as a share of the other."""
+    return statistics.median(mine / theirs for mine, theirs in zip(times, other, strict=True))
+
+
+def attach_and_switch() -> dict[str, list[float]]:
     """Seconds on a small Llama of 224 linear layers."""
     import peft
 
@@ -70,7 +75,7 @@ def attach_and_switch() -> dict[str, float]:
 
 
 @torch.no_grad()
-def route(rows: int = 8, length: int = 128) -> dict[str, float]:
+def route(rows: int = 8, length: int = 128) -> dict[str, list[float]]:
     """Seconds of a forward with one LoRA for all rows, and with another one for each."""
     import peft
 
