@@ -11,16 +11,17 @@ from petune_bench import matrix
 def test_it_runs_what_is_missing_and_writes_the_page(tmp_path, capsys, monkeypatch):
     results, out = tmp_path / "m.jsonl", tmp_path / "matrix.md"
     given = ["--families", "bert", "--precisions", "fp32 nf4", "--results", str(results), "--out", str(out)]
-    assert matrix.main(["--methods", "ladder-side-tuning", *given]) == 0
+    refused = [Row("a", "bert", "fp32", refused="no layer is wide enough"), Row("b", "bert", "fp32", refused="same")]
+    monkeypatch.setattr(matrix, "check", lambda cell, device: (cell, refused, 1.0))
+    assert matrix.main(["--methods", "ia3", *given]) == 0
     assert [line.split("  ")[:3] for line in capsys.readouterr().out.splitlines()[:2]] == [
-        ["1/2", "ladder-side-tuning bert fp32", "refused"],
-        ["2/2", "ladder-side-tuning bert nf4", "refused"],
+        ["1/2", "ia3 bert fp32", "refused"],
+        ["2/2", "ia3 bert nf4", "refused"],
     ]
-    assert "| ladder-side-tuning | – <sup>1</sup> | – <sup>1</sup> |" in out.read_text()
-    assert "1. ladder-side-tuning, bert: everything: ladder-side-tuning: no norm follows" in out.read_text()
+    assert "no layer is wide enough" in out.read_text()
 
     monkeypatch.setattr(matrix, "check", pytest.fail)
-    assert matrix.main(["--methods", "ladder-side-tuning", *given]) == 0
+    assert matrix.main(["--methods", "ia3", *given]) == 0
     monkeypatch.setattr(matrix, "source", lambda: "another")
     assert matrix.read(results) == {}, "results of other code don't count"
 

@@ -172,13 +172,36 @@ def test_merging_into_the_same_precision_says_what_it_costs(
     )
 
 
-def test_check_shows_a_table_and_the_reasons(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check", "ladder-side-tuning", "--families", "bert", "--precisions", "fp32 nf4"]) == 0
+PICKY = '''
+import petune
+
+
+class Picky(petune.Adapter):
+    """Acts on layers of enough width alone."""
+
+    where = "q"
+
+    def __init__(self, site):
+        super().__init__()
+        raise petune.UnsupportedError("picky: width 64 is not enough for these layers.")
+
+
+@petune.hookimpl
+def petune_methods():
+    return {"picky": Picky}
+'''
+
+
+def test_check_shows_a_table_and_the_reasons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plugin = tmp_path / "picky_method.py"
+    plugin.write_text(PICKY)
+    command = ["check", "picky", "--plugin", str(plugin), "--families", "bert", "--precisions"]
+    assert main([*command, "fp32 nf4"]) == 0
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.split() == ["BEHAVIOUR", "BERT", "FP32", "BERT", "NF4"]
     assert lines[0].split() == ["starts", "at", "the", "base", "–", "–"]
-    assert lines[-1].startswith("– bert: everything: ladder-side-tuning: no norm follows")
-    assert main(["check", "ladder-side-tuning", "--families", "bert", "--precisions", "fp32", "--json"]) == 0
+    assert lines[-1].startswith("– bert: everything: picky: width 64 is not enough for these layers.")
+    assert main([*command, "fp32", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert {row["error"] for row in rows} == {None}
     assert all(row["refused"] for row in rows)
