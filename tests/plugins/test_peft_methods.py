@@ -130,9 +130,8 @@ def test_shared_parameters_are_saved_once(tmp_path):
     assert torch.equal(logits(fresh, tiny_batch("llama")), logits(model, tiny_batch("llama")))
 
 
-@pytest.mark.parametrize(("family", "precision"), [("llama", "fp32"), ("bert", "nf4")])
-def test_hra_holds_the_kit(family, precision):
-    check_method("peft:hra", families=[family], precisions=[precision], r=2)
+def test_hra_holds_the_kit():
+    check_method("peft:hra", families=["llama"], precisions=["fp32"], r=2)
 
 
 @pytest.mark.slow
