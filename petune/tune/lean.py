@@ -27,9 +27,9 @@ def recomputed(model: Any) -> Iterator[None]:
     """
     lean: dict[nn.Module, Callable[..., Any]] = {}
     for mlp, (gate, up, down) in _gated(model):
-        act = next((m for _, m in children(mlp) if _is_activation(m)), None)
-        if act is not None and _is_product(mlp, gate, up, down, act):
-            lean[mlp] = partial(_gated_forward, gate, up, down, act)
+        others = [m for _, m in children(mlp) if m not in (gate, up, down)]  # a dropout between them is not made again
+        if len(others) == 1 and _is_activation(others[0]) and _is_product(mlp, gate, up, down, others[0]):
+            lean[mlp] = partial(_gated_forward, gate, up, down, others[0])
     inside = {m for mlp in lean for m in mlp.modules()}
     for _, _, block in blocks(model):
         for _, module in walk(block):
