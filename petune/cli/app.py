@@ -38,8 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `petune` with these arguments (the process's own by default) and return its exit code."""
     debug = False
     cause: BaseException
-    # bitsandbytes warns at import that a kernel it can do without is missing
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # they warn at import that kernels they can do without are missing
+    for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         rest, files, debug = _common(list(sys.argv[1:] if argv is None else argv))
         with warnings.catch_warnings():

@@ -17,9 +17,14 @@ if TYPE_CHECKING:
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def methods(json: AsJson = False) -> None:
+def methods(
+    json: AsJson = False,
+    everything: Annotated[bool, typer.Option("--all", help="List names with a prefix too, one by one.")] = False,
+) -> None:
     """List the installed tuning methods with their arguments."""
-    found = [_method(name, cls) for name, cls in sorted(registry().all("petune_methods").items())]
+    known = registry().all("petune_methods")
+    more = [] if json or everything else sorted(name for name in known if ":" in name)  # some take seconds to import
+    found = [_method(name, cls) for name, cls in sorted(known.items()) if name not in more]
     warn_of_failures()
     if json:
         as_json(found)
@@ -28,6 +33,9 @@ def methods(json: AsJson = False) -> None:
         (m["name"], m["plugin"], m["where"], "yes" if m["mergeable"] else "no", _call(m["arguments"])) for m in found
     ]
     table(("method", "plugin", "hook points", "mergeable", "arguments"), rows)
+    if more:
+        prefixes = ", ".join(sorted({name.partition(":")[0] + ":…" for name in more}))
+        print(f"And {len(more)} more as {prefixes}, such as {more[0]}; --all lists them.")
 
 
 def plugins(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import io
+import warnings
+from contextlib import redirect_stderr, suppress
 from typing import Any
 
 import torch
@@ -91,7 +93,8 @@ def sample(kind: str) -> tuple[Any, Stub] | None:
     for width in (64, 256):
         site = petune.Site("layer", "linear", "q", 0, width, width, nn.Linear(width, width))
         site.peers.append(site)
-        with torch.random.fork_rng(), suppress(petune.UnsupportedError):
-            layer: Any = inject(kind, [site], {})[0]["layer"]
-            return layer, layer.base_layer
+        with torch.random.fork_rng(), warnings.catch_warnings(action="ignore"), redirect_stderr(io.StringIO()):
+            with suppress(petune.UnsupportedError):
+                layer: Any = inject(kind, [site], {})[0]["layer"]
+                return layer, layer.base_layer
     return None

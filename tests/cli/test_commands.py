@@ -159,6 +159,8 @@ def test_export(generation: dict[str, Any], tmp_path: Path, capsys: pytest.Captu
     assert main(["export", run, str(tmp_path / "x"), "--format", "onnx"]) == 2
     assert "'peft', 'serving', 'dense', 'gguf'" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
 def test_merging_into_the_same_precision_says_what_it_costs(
     file: str, recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

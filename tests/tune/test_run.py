@@ -88,6 +88,8 @@ def test_a_head_is_nothing_that_engines_serve(recipe: dict[str, Any], tmp_path: 
     with pytest.raises(UnsupportedError, match="head that was trained along"):
         export_run(recipe["output"], tmp_path / "out", "serving")
     assert not (tmp_path / "out").exists()
+
+
 def test_a_quantized_run_merges_into_its_precision(recipe: dict[str, Any], tmp_path: Path) -> None:
     train({**recipe, "precision": "nf4"}, quiet=True)
     out = tmp_path / "merged"
