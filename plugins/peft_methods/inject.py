@@ -93,8 +93,8 @@ def sample(kind: str) -> tuple[Any, Stub] | None:
     for width in (64, 256):
         site = petune.Site("layer", "linear", "q", 0, width, width, nn.Linear(width, width))
         site.peers.append(site)
-        with torch.random.fork_rng(), warnings.catch_warnings(action="ignore"), redirect_stderr(io.StringIO()):
-            with suppress(petune.UnsupportedError):
-                layer: Any = inject(kind, [site], {})[0]["layer"]
-                return layer, layer.base_layer
+        quiet = warnings.catch_warnings(action="ignore"), redirect_stderr(io.StringIO())
+        with torch.random.fork_rng(), quiet[0], quiet[1], suppress(petune.UnsupportedError):
+            layer: Any = inject(kind, [site], {})[0]["layer"]
+            return layer, layer.base_layer
     return None

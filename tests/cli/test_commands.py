@@ -119,6 +119,16 @@ def test_sites(capsys: pytest.CaptureFixture[str], encoder: Path) -> None:
     assert {"q", "k", "v", "o"} <= {site["role"] for site in found}
 
 
+def test_sites_need_no_weights(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    LlamaConfig().save_pretrained(tmp_path)  # 7 billion parameters
+    assert main(["sites", str(tmp_path)]) == 0
+    tree = capsys.readouterr().out
+    assert "model.layers.0-31 layer  4096" in tree
+    assert "gate_proj gate  4096 → 11008" in tree
+
+
 def test_train_eval_predict_merge(
     file: str, recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
