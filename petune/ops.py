@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -19,9 +18,9 @@ class _LowRankUpdate(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float, seed: int) -> Tensor:
-        ctx.save_for_backward(x, a, b)
-        ctx.scale, ctx.dropout = scale, (p, seed)
+    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float, seed: Any) -> Tensor:
+        ctx.save_for_backward(x, a, b, seed)
+        ctx.scale, ctx.p = scale, p
         flat = _drop(x.reshape(-1, x.shape[-1]).to(y.dtype), p, seed)
         low = flat @ a.to(y.dtype).T  # (tokens, rank)
         out = torch.addmm(y.reshape(-1, y.shape[-1]), low, b.to(y.dtype).T, alpha=scale)
@@ -30,7 +29,7 @@ class _LowRankUpdate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, a, b = ctx.saved_tensors
+        x, a, b, seed = ctx.saved_tensors
         _, wants_x, wants_a, wants_b, *_ = ctx.needs_input_grad
         g = grad.reshape(-1, grad.shape[-1])
         a_, b_ = a.to(g.dtype), b.to(g.dtype)
@@ -38,9 +37,9 @@ class _LowRankUpdate(torch.autograd.Function):
         if wants_x or wants_a:
             low = g @ b_ * ctx.scale  # (tokens, rank): the gradient of drop(x) Aᵀ
         if wants_x:
-            grad_x = _drop(low @ a_, *ctx.dropout).view(x.shape).to(x.dtype)
+            grad_x = _drop(low @ a_, ctx.p, seed, again=True).view(x.shape).to(x.dtype)
         if wants_a or wants_b:
-            flat = _drop(x.reshape(-1, x.shape[-1]).to(g.dtype), *ctx.dropout)
+            flat = _drop(x.reshape(-1, x.shape[-1]).to(g.dtype), ctx.p, seed, again=True)
         if wants_a:
             grad_a = (low.T @ flat).to(a.dtype)
         if wants_b:
@@ -62,33 +61,40 @@ def lowrank_update(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float = 1.
     Raises:
         RuntimeError: a second derivative is asked for.
     """
-    seed = 0
-    if dropout and torch.compiler.is_compiling():  # the compiler finds its own way to keep no mask
-        x, dropout = F.dropout(x, dropout), 0.0
-    elif dropout:
-        seed = int(torch.randint(2**62, ()))  # of the generator that checkpointing restores
+    seed = torch.randint(2**62, ()) if dropout else None  # of the generator that checkpointing restores
     kind = y.device.type
     with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
         out: Tensor = _LowRankUpdate.apply(y, x, a, b, scale, dropout, seed)  # type: ignore[no-untyped-call]
     return out
 
 
-def _drop(x: Tensor, p: float, seed: int) -> Tensor:
+def _drop(x: Tensor, p: float, seed: Tensor | None, *, again: bool = False) -> Tensor:
+    return x if seed is None else _dropped(x, p, seed, again)
+
+
+@torch.library.custom_op(
+    "petune::drop", mutates_args=(), schema="(Tensor x, float p, Tensor seed, bool again) -> Tensor"
+)
+def _dropped(x: Tensor, p: float, seed: Tensor, again: bool) -> Tensor:
     """x, each element zero with probability p and otherwise divided by 1 - p; the seed says which.
 
     The gaps between zeros are geometric, so that p random numbers are drawn for an element instead of one.
+    `again` changes nothing but the call, which the compiler would else answer in backward by keeping the first result.
     """
-    if p == 0:
-        return x
     n = x.numel()
     draws = int(n * p + 8 * (n * p) ** 0.5 + 8)  # enough to come to the end, but once in 10¹⁴ times
     gaps = torch.empty(draws, dtype=torch.long, device=x.device)
-    gaps.geometric_(p, generator=torch.Generator(x.device).manual_seed(seed))
+    gaps.geometric_(p, generator=torch.Generator(x.device).manual_seed(int(seed)))
     zeros = gaps.cumsum(0).sub_(1).clamp_(max=n)
     out = x.new_empty(n + 1)  # the last takes those past the end, without asking the device how many
     torch.mul(x.reshape(-1), 1 / (1 - p), out=out[:n])
     out[zeros] = 0
     return out[:n].view(x.shape)
+
+
+@_dropped.register_fake
+def _(x: Tensor, p: float, seed: Tensor, again: bool) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 class _Recompute(torch.autograd.Function):
