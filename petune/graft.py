@@ -271,8 +271,6 @@ def graft(module: nn.Module, board: Board, mixin: type[nn.Module] = Grafted) -> 
     found: Graft | None = vars(module).get("petune_graft")
     if found is None:
         kind: Any = type(module)
-        found = Graft(board, _parameters(kind), hooked=vars(module).pop("forward", None))
-        vars(module)["petune_graft"] = found
         around: Any = mixin
         found = Graft(board, _parameters(kind), hooked=vars(module).pop("forward", None))
         vars(module)["petune_graft"] = found
