@@ -1,5 +1,3 @@
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -19,10 +17,9 @@ class LoRA(petune.Adapter):
     learns `lr_ratio` times as fast as A (LoRA+, arXiv:2402.12354).
     """
 
-    where, mergeable = petune.ALL_LINEAR, True
+    where, mergeable, peft = petune.ALL_LINEAR, True, LORA
     A0: Tensor | None
     B0: Tensor | None
-    peft = LORA
     settle = classmethod(check_patterns)  # type: ignore[var-annotated]
 
     def __init__(
@@ -40,12 +37,11 @@ class LoRA(petune.Adapter):
     ) -> None:
         super().__init__()
         rank, alpha, self.lr_ratio = at(site, rank_pattern, rank), at(site, alpha_pattern, alpha), lr_ratio
-        self.scale, self.dropout = alpha / (math.sqrt(rank) if rslora else rank), dropout
+        self.scale, self.dropout = alpha / (rank**0.5 if rslora else rank), dropout
         a, b = start(init, site, rank, self.scale)
         self.A, self.B = nn.Parameter(a), nn.Parameter(b)
-        cut = init in ("pissa", "olora")
-        self.register_buffer("A0", a.clone() if cut else None)
-        self.register_buffer("B0", b.clone() if cut else None)
+        for name, factor in (("A0", a), ("B0", b)):
+            self.register_buffer(name, factor.clone() if init in ("pissa", "olora") else None)
 
     def learning_rates(self) -> dict[str, float]:
         return {"B": self.lr_ratio}
