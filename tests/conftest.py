@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+import setuptools  # noqa: F401  (it takes distutils' place, and fails where compiled code has imported that before)
 import torch
 import transformers
 
