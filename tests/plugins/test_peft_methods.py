@@ -29,7 +29,6 @@ KNOWN = {
     "frod": {"torch.compile"},
     "shira": {"torch.compile"},
     "waveft": {"torch.compile"},
-    "pvera": {"gradient checkpointing"},
 }
 EQUAL = ["hra", "miss", "peanut", "vblora", "randlora", "delora"]
 TARGETS = ["q_proj", "v_proj", "down_proj"]

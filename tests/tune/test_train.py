@@ -141,7 +141,6 @@ SETTINGS = [
     {"packing": True},
     {"optimizer": "adamw_8bit"},
     {"packing": True, "labelled_logits": False},
-    pytest.param({"compile": "regions"}, marks=SLOW),
     pytest.param({"compile": "regions", "memory_budget": 0.3}, marks=SLOW),
     pytest.param({"compile": "regions", "packing": True}, marks=SLOW),
 ]
