@@ -164,6 +164,6 @@ def input_table(model: nn.Module) -> nn.Embedding | None:
     """The input embedding, None where the model has no single table."""
     try:
         table = model.get_input_embeddings()  # type: ignore[operator]
-    except (NotImplementedError, AttributeError):
+    except (NotImplementedError, AttributeError):  # how transformers says that an architecture names none
         return None
     return table if isinstance(table, nn.Embedding) else None

@@ -1,4 +1,4 @@
-"""LoRA as vLLM reads it and llama.cpp's converter takes it: one rank, one alpha, nothing but two matrices a module."""
+"""A low-rank update as vLLM reads it and llama.cpp's converter takes it: one rank, one alpha, two matrices a module."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def export(tuning: Tuning) -> tuple[dict[str, Tensor], dict[str, Any]]:
     largest, which is also alpha.
 
     Raises:
-        UnsupportedError: the tuning is more than LoRA.
+        UnsupportedError: the tuning is more than a low-rank update.
     """
     tensors, config = peft.export(tuning, parts=True)
     modules: dict[str, dict[str, Tensor]] = {}
@@ -33,7 +33,7 @@ def export(tuning: Tuning) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if end is None:
             what = "a head that was trained along" if tuning.heads else f"{key.removeprefix(peft.PREFIX)!r}"
             raise UnsupportedError(
-                f"serving engines read LoRA alone, not {what} of {tuning.method!r}; merge it instead."
+                f"serving engines read low-rank updates alone, not {what} of {tuning.method!r}; merge it instead."
             )
         modules.setdefault(key.removesuffix("." + end), {})[end] = tensor
     baked: dict[str, list[tuple[Tensor, Tensor]]] = {}
