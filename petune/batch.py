@@ -23,9 +23,9 @@ class Batch(NamedTuple):
     `place` (batch, length) numbers the tokens of each prompt from 0; it is -1 for all else: padding, virtual tokens,
     completions, and what `generate` has added. `size` (batch, length) is how many the prompt has. A prompt is what a
     row begins with, and each sequence that is packed into one (position ids begin anew there): up to the first label
-    where a language model gets labels, all of it where those begin at once. In the decoder of an encoder-decoder that
-    generates it is what the decoding starts with. `decoding`: no column here belongs to a prompt, as in each step of
-    cached generation but the first.
+    where a language model gets labels, all of it where those begin with the second token (the first has none before
+    it that could tell it). In the decoder of an encoder-decoder that generates it is what the decoding starts with.
+    `decoding`: no column here belongs to a prompt, as in each step of cached generation but the first.
     """
 
     place: Tensor
@@ -125,6 +125,8 @@ def _prompt(
     starts = column == 0 if starts is None else starts | (column == 0)
     sequence = starts.cumsum(1) - 1
     if answers is not None:
+        first = tokens & (_so_far(tokens, starts) == 1)  # nothing comes before it, so that its own label says nothing
+        answers = torch.where(first, F.pad(answers, (0, 1))[:, 1:], answers)
         before = tokens & (_so_far(answers, starts) == 0)
         tokens = torch.where(_total(before, sequence) > 0, before, tokens)
     place = torch.where(tokens, _so_far(tokens, starts) - 1, -1)

@@ -55,6 +55,18 @@ def plain_input(model: Any) -> Iterator[None]:
         del model.enable_input_require_grads
 
 
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Within the context the module is not in training, so that it draws nothing at random."""
+    modes = {inner: inner.training for inner in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for inner, mode in modes.items():
+            inner.training = mode
+
+
 def _gated_forward(gate: nn.Module, up: nn.Module, down: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
     """down(act(gate(x)) · up(x))."""
     out: Tensor = down(recompute(lambda g, u: act(g) * u, gate(x), up(x)))
@@ -75,17 +87,13 @@ def _gated(model: Any) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
 @torch.no_grad()
 def _is_product(mlp: nn.Module, gate: nn.Module, up: nn.Module, down: nn.Module, act: nn.Module) -> bool:
     """The module computes what `_gated_forward` does, as a trial shows."""
-    modes = {module: module.training for module in mlp.modules()}
     width = (features(gate) or (0, 0))[0]
     x = torch.randn(2, 3, width, device=next(mlp.parameters()).device).to(compute_dtype(gate))
-    mlp.eval()  # without dropout
-    try:
-        return torch.equal(base_forward(mlp)(x), _gated_forward(gate, up, down, act, x))
-    except (RuntimeError, TypeError, AttributeError):  # it takes something else, or more
-        return False
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(mlp):
+        try:
+            return torch.equal(base_forward(mlp)(x), _gated_forward(gate, up, down, act, x))
+        except (RuntimeError, TypeError, AttributeError):  # it takes something else, or more
+            return False
 
 
 def _is_activation(module: nn.Module) -> bool:

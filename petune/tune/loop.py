@@ -195,8 +195,7 @@ class _Session:
 
         lengths = loop.recorder.sampler.lengths
         longest = sorted(range(len(lengths)), key=lambda i: -lengths[i])[: self.recipe.training.batch_size]
-        batch = self.task.collate([self.examples[i] for i in longest])
-        batch = {key: value.to(loop.args.device) for key, value in batch.items()}
+        rows = self.task.collate([self.examples[i] for i in longest])
         model = self.acting.train()
         optimizer: Any = loop.optimizer or loop.create_optimizer()
 
@@ -205,7 +204,7 @@ class _Session:
                 found: Tensor = loop.compute_loss(model, batch)
             return found
 
-        with loop.lean():
+        with loop.lean(), loop.laid_out(rows) as batch:
             if self.recipe.training.compile:
                 loss().backward()  # type: ignore[no-untyped-call]  # compiles for these shapes
             return measure_step(model, getattr(optimizer, "optimizer", optimizer), loss, batch.values())

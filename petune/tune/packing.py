@@ -17,7 +17,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from petune.attention import Attention
 from petune.discovery import base_class, blocks, calls_attention_interface, walk
-from petune.errors import PetuneError
+from petune.tune.lean import evaluating
 from petune.tune.logits import SKIP, applies
 
 
@@ -72,19 +72,34 @@ def packed(rows: Rows) -> Iterator[None]:
         _Current.rows = None
 
 
-def check(model: Any, tuning: Any) -> None:
-    """That the model predicts the next token and its blocks mix tokens by an attention alone that can be told of rows.
-
-    Raises:
-        PetuneError: something else does, or the tuning has virtual tokens, which stand at the beginning of rows.
+def refusal(model: Any, tuning: Any) -> str:
+    """Why rows can't stand end to end here, "" if they can: the model predicts the next token, an attention that can be
+    told of rows is all that mixes tokens, as a trial shows, and no virtual tokens stand at the beginning of rows.
     """
+    if getattr(tuning, "prompts", ()):
+        return "virtual tokens need rows of their own"
     takes = applies(model) and model.loss_function is ForCausalLMLoss
     takes = takes and "position_ids" in inspect.signature(model.forward).parameters
     mixes = [any(calls_attention_interface(base_class(m)) for _, m in walk(block)) for _, _, block in blocks(model)]
-    if not takes or not mixes or not all(mixes):
-        raise PetuneError("training.packing: this model does not take rows end to end; leave it out.")
-    if getattr(tuning, "prompts", ()):
-        raise PetuneError("training.packing: virtual tokens need rows of their own; leave it out.")
+    return "" if takes and mixes and all(mixes) and _is_same(model) else "this model does not take rows end to end"
+
+
+@torch.no_grad()
+def _is_same(model: Any) -> bool:
+    """Two rows of unlike length have the same logits padded and end to end."""
+    ids = torch.arange(1, 13, device=model.device).view(2, 6) % model.get_input_embeddings().num_embeddings
+    mask = (torch.arange(6, device=model.device) < torch.tensor([[6], [4]], device=model.device)).long()
+    flat, rows = flatten({"input_ids": ids, "attention_mask": mask, "labels": ids})
+    del flat["labels"]
+    with evaluating(model):
+        try:
+            padded = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+            with packed(rows):
+                found = model(**flat, use_cache=False).logits[0]
+        except (RuntimeError, TypeError, ValueError):  # it wants something else, or more
+            return False
+    rounding = torch.finfo(padded.dtype).eps ** 0.5
+    return float((found - padded).abs().max()) <= rounding * float(padded.abs().max())
 
 
 def _attend(

@@ -40,7 +40,9 @@ class Training(_Strict):
     memory_budget: Annotated[float, Field(ge=0, le=1)] | None = Field(
         default=None, description="the share of what compiled blocks would keep that they may keep"
     )
-    packing: bool = Field(default=False, description="rows end to end instead of padding")
+    packing: bool | None = Field(
+        default=None, description="rows end to end instead of padding; where the model can unless given"
+    )
     offload: bool = Field(default=False, description="what is kept for backward waits in the CPU's memory; CUDA only")
     liger: bool = Field(default=False, description="the Liger kernels; CUDA only")
     mixed_precision: bool = Field(default=False, description="bf16 autocast; CUDA only")

@@ -27,11 +27,12 @@ from transformers import (
     TrainingArguments,
 )
 
+from petune.errors import PetuneError
 from petune.files import read_json, write_text
 from petune.tune.batches import EpochSampler
 from petune.tune.lean import plain_input, recomputed
 from petune.tune.logits import labelled_logits
-from petune.tune.packing import check, flatten, packed
+from petune.tune.packing import flatten, packed, refusal
 from petune.tune.recipe import Recipe, Training
 from petune.tune.regions import compiled
 from petune.tune.result import finite, write_json
@@ -169,8 +170,7 @@ class AdapterTrainer(Trainer):
         super().__init__(model=model, callbacks=[recorder], data_collator=task.collate, **kwargs)
         self.acting, self.task, self.recorder = model, task, recorder
         self.tuning: Any = tuning
-        if self.settings.packing:
-            check(model, tuning)
+        self.packs = self._packs()
         self.model_accepts_loss_kwargs = task.token_loss  # else a mean over the batch, which is divided as it is
         self.scheduled = isinstance(tuning, Tuning)  # a peer's adapter has no schedule and no learning rates
         if isinstance(tuning, Tuning):
@@ -207,11 +207,34 @@ class AdapterTrainer(Trainer):
                 stack.enter_context(recomputed(self.acting))
             yield
 
+    def _packs(self) -> bool:
+        wanted = self.settings.packing
+        if wanted is False or (wanted is None and not isinstance(self.tuning, Tuning)):  # a peer trains as it does
+            return False
+        reason = refusal(self.acting, self.tuning)
+        if wanted and reason:
+            raise PetuneError(f"training.packing: {reason}; leave it out.")
+        return not reason
+
+    @contextmanager
+    def laid_out(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """A batch as the model takes it, end to end if it is padded. Stands around forward and backward, since
+        gradient checkpointing runs attention in both.
+        """
+        batch = self._prepare_inputs(batch)
+        if not self.packs or bool(batch["attention_mask"].all()):
+            yield batch
+            return
+        batch, rows = flatten(batch)
+        with packed(rows):
+            yield batch
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        with self.laid_out(inputs) as batch:
+            return super().training_step(model, batch, *args, **kwargs)
+
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
-            if self.settings.packing:
-                inputs, rows = flatten(inputs)
-                stack.enter_context(packed(rows))
             if self.settings.labelled_logits:
                 stack.enter_context(labelled_logits(self.acting))
             if self.settings.offload:

@@ -63,10 +63,10 @@ def test_labels_end_the_prompt():
 def test_packed_sequences_each_have_a_prompt():
     model, seen = watched("llama")
     positions = torch.tensor([[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]])
-    labels = torch.tensor([[-100, -100, 1, -100, 1], [1, 1, -100, 1, -100]])
+    labels = torch.tensor([[-100, -100, 1, -100, 1], [1, 1, -100, -100, 1]])  # of its own, a first label says nothing
     model(IDS, position_ids=positions, labels=labels)
-    assert places(seen[-1]) == [[0, 1, -1, 0, -1], [0, 1, 0, -1, -1]]
-    assert seen[-1].size.tolist() == [[2, 2, 2, 1, 1], [2, 2, 1, 1, 1]]
+    assert places(seen[-1]) == [[0, 1, -1, 0, 1], [0, 1, 0, 1, -1]]
+    assert seen[-1].size.tolist() == [[2, 2, 2, 2, 2], [2, 2, 2, 2, 2]]
     positions = (LEFT.cumsum(1) - 1).clamp(min=0)
     model(IDS, attention_mask=LEFT, position_ids=positions)
     assert places(seen[-1]) == [[-1, -1, 0, 1, 2], [0, 1, 2, 3, 4]]

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from samples import changed, jsonl, opinions, same_weights, weights
 
 from petune import PetuneError
-from petune.tune import Recipe, Result, evaluate, load_recipe, train
+from petune.tune import Recipe, Result, evaluate, load_recipe, packing, train
 
 
 def rows(run: str) -> list[dict[str, Any]]:
@@ -138,11 +138,12 @@ SETTINGS = [
     {"recompute": False},
     {"gradient_checkpointing": True},
     {"gradient_checkpointing": 2},
-    {"packing": True},
+    {"packing": False},
+    {"packing": False, "gradient_checkpointing": True},
     {"optimizer": "adamw_8bit"},
-    {"packing": True, "labelled_logits": False},
+    {"labelled_logits": False},
     pytest.param({"compile": "regions", "memory_budget": 0.3}, marks=SLOW),
-    pytest.param({"compile": "regions", "packing": True}, marks=SLOW),
+    pytest.param({"compile": "regions", "packing": False}, marks=SLOW),
 ]
 
 
@@ -160,6 +161,25 @@ def test_settings_change_nothing_but_the_cost(
         assert other.saved_activation_bytes < plain.saved_activation_bytes
     elif "recompute" in settings:
         assert other.saved_activation_bytes > plain.saved_activation_bytes
+
+
+def test_padded_batches_stand_end_to_end_unless_told_otherwise(
+    generation: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = []
+
+    def flatten(batch: Any) -> Any:
+        flat, rows = packing.flatten(batch)
+        shapes.append(tuple(flat["input_ids"].shape))
+        return flat, rows
+
+    monkeypatch.setattr("petune.tune.trainer.flatten", flatten)
+    train(generation, quiet=True)
+    assert shapes
+    assert all(rows == 1 for rows, _ in shapes)
+    shapes.clear()
+    train({**changed(generation, packing=False), "output": generation["output"] + "-padded"}, quiet=True)
+    assert not shapes
 
 
 @pytest.mark.parametrize("setting", ["mixed_precision", "offload", "liger"])

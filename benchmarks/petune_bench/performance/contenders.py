@@ -6,7 +6,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import cache
 from typing import Any
 
@@ -80,11 +80,13 @@ class Contender:
 
     def memory(self, batch: Batch) -> tuple[int, int]:
         """(peak bytes above the base, bytes kept for backward) of a step."""
+        trainer = self.trainer
+        with trainer.laid_out(batch) if isinstance(trainer, AdapterTrainer) else nullcontext(batch) as given:
 
-        def loss() -> Any:
-            return self.trainer.compute_loss(self.model, dict(batch))
+            def loss() -> Any:
+                return self.trainer.compute_loss(self.model, dict(given))
 
-        peak, kept = measure_step(self.model, self.optimizer, loss, batch.values())
+            peak, kept = measure_step(self.model, self.optimizer, loss, given.values())
         return peak - self.base_bytes, kept
 
     def close(self) -> None:
