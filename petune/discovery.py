@@ -38,8 +38,9 @@ def discover(model: nn.Module, attention: Attentions | None = None) -> list[Site
         attention: Classes of attention that do not ask transformers for their attention function, each with methods
             that do the same by `petune.attend`; they take the place of the class's own while an adapter is there.
     """
-    inside = [s for name, i, block in blocks(model) for s in _Block(model, name, i, block, attention or {}).sites()]
-    return [*_outside(model), *inside]
+    found = list(blocks(model))
+    inside = [s for name, i, block in found for s in _Block(model, name, i, block, attention or {}).sites()]
+    return [*_outside(model, tuple(f"{name}." for name, _, _ in found)), *inside]
 
 
 def features(module: nn.Module) -> tuple[int, int] | None:
@@ -92,12 +93,9 @@ def blocks(model: nn.Module, name: str = "") -> Iterator[tuple[str, int, nn.Modu
     """(name, index, block) of the outermost module lists whose items hold linear layers."""
     for child_name, child in children(model):
         path = f"{name}.{child_name}" if name else child_name
-        if isinstance(child, nn.ModuleList) and any(len(linears(item, "")) > 1 for item in child):
-            for i, (item_name, item) in enumerate(_items(child, path)):
-                if len(linears(item, "")) > 1:
-                    yield item_name, i, item
-        else:
-            yield from blocks(child, path)
+        items = enumerate(_items(child, path) if isinstance(child, nn.ModuleList) else ())
+        found = [(item_name, i, item) for i, (item_name, item) in items if len(linears(item, "")) > 1]
+        yield from found or blocks(child, path)
 
 
 def _items(modules: nn.ModuleList, name: str) -> Iterator[tuple[str, nn.Module]]:
@@ -131,12 +129,15 @@ def base_class(module: nn.Module) -> Any:
     return getattr(type(module), "petune_base", type(module))
 
 
-def _outside(model: nn.Module) -> Iterator[Site]:
-    """What is not in a block: the prompt, the embedding, the norms around the stacks, the heads."""
+def _outside(model: nn.Module, inside: tuple[str, ...]) -> Iterator[Site]:
+    """What is not in a block: the prompt, the embedding, the norms around the stacks, the heads.
+
+    Args:
+        inside: What the names of modules in blocks begin with.
+    """
     table = input_table(model)
     hidden = int(table.weight.shape[-1]) if table is not None else 0
     head = model.get_output_embeddings()  # type: ignore[operator]
-    inside = tuple(name + "." for name, _, _ in blocks(model))
     base = getattr(model, "base_model", model)
     others = [(n, m) for n, m in children(model) if m is not base and head not in set(m.modules())]
     top = [] if base is model else [n for n, m in others if list(m.parameters())]
@@ -176,7 +177,7 @@ class _Block:
         found = [site for core, whole in zip(cores, wholes, strict=True) for site in self._attention(*core, *whole)]
         self.hidden = next((s.out_features for s in found if s.role == "o"), self.hidden)
         taken = {s.name for s in found}
-        rest = {n: m for n, m in linears(self.block, self.name) if n not in taken}
+        rest = {n: m for n, m in self.all if n not in taken and features(m)}
         found += self._mlps(rest, tuple(f"{n}." for n, _ in [*wholes, *cores] if n != self.name))
         inside = tuple(f"{n}." for n, m in cores if self._is_attention(m))
         for name, module in self.all:
@@ -198,8 +199,9 @@ class _Block:
         cls = base_class(module)
         if cls in self.attention or calls_attention_interface(cls):
             return True
-        own = attention_roles([n for n, _ in linears(module, "") if "." not in n])
-        return bool({"q", "qkv"} & set(own)) and computes_attention(cls)
+        if not computes_attention(cls):
+            return False
+        return bool({"q", "qkv"} & set(attention_roles([n for n, _ in linears(module, "") if "." not in n])))
 
     def _methods(self, core: nn.Module) -> Mapping[str, Callable[..., Any]]:
         cls = base_class(core)

@@ -278,7 +278,7 @@ def _adapters(part: Part, sites: list[Site]) -> tuple[list[tuple[Adapter, Site]]
 
 def _copies(model: PreTrainedModel, names: Sequence[str]) -> list[tuple[Adapter, Site]]:
     """Float32 copies, to be trained, of all the modules with parameters in the modules named."""
-    everything = dict(walk(model))
+    everything = dict(walk(model)) if names else {}
     memo: dict[int, Any] = {}  # one for all, so that tied weights stay tied
     found: dict[str, tuple[Adapter, Site]] = {}
     whole: list[str] = []

@@ -47,7 +47,7 @@ Keys of a recipe's `training`, none of which changes the result beyond rounding:
 | `labelled_logits` (on) | the head is applied where there is a label, 128 rows at a time |
 | `recompute` (on) | frozen norms, activations and gated MLPs keep what goes into them and compute again in backward |
 | `group_by_length` (on) | rows of like length share a batch |
-| `packing` | rows end to end: no padding but in the attention, which sees them as rows |
+| `packing` (on where the model can) | rows end to end: no padding but in the attention, which sees them as rows |
 | `compile: regions` | every block by `torch.compile`, which keeps what is costly and computes the rest again |
 | `memory_budget` | functorch's `activation_memory_budget` for compiled blocks, from 1 (all that it would keep) to 0 |
 | `gradient_checkpointing` | `true`: blocks keep their input alone; `3`: every third block |

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 import petune
+from petune.loading.models import DTYPES
 from petune.tune.batches import EpochSampler
 from petune.tune.memory import measure_step, resident_bytes
 from petune.tune.recipe import Recipe, parse
@@ -28,8 +29,10 @@ Batch = dict[str, Tensor]
 
 @cache
 def base(precision: str) -> Any:
-    """The loaded base model; contenders share its weights."""
-    return petune.from_pretrained(MODEL, precision=precision, head="causal-lm")
+    """The loaded base model, at "nf4" or "nf4 in bf16", as which it computes; contenders share its weights."""
+    precision, _, computes = precision.partition(" in ")
+    dtype = {"dtype": DTYPES[computes]} if computes else {}
+    return petune.from_pretrained(MODEL, precision=precision, head="causal-lm", **dtype)
 
 
 def recipe(data: str, settings: Mapping[str, Any], precision: str = "fp32") -> Recipe:
@@ -108,7 +111,7 @@ def contend(
         model = _peft(model, weights, dropout)
         defaults = TrainingArguments(folder, report_to="none", disable_tqdm=True, learning_rate=5e-4)
         return Contender(name, Trainer(model, defaults), model, precision)
-    told = recipe("nq-sample", settings, precision)
+    told = recipe("nq-sample", settings, precision.partition(" ")[0])
     task = type(task)(task.tokenizer, told)
     recorder = Recorder(folder, EpochSampler([], 1, 0, False), 1)  # type: ignore[arg-type]
     ours = AdapterTrainer(model, tuning, task, recorder, args=arguments(told, folder, 1, quiet=True), train_dataset=[])  # type: ignore[arg-type]

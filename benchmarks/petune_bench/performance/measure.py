@@ -17,13 +17,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "labelled_logits: false": {"labelled_logits": False},
     "gradient_checkpointing: 2": {"gradient_checkpointing": 2},
     "gradient_checkpointing: true": {"gradient_checkpointing": True},
-    "packing: true": {"packing": True},
+    "packing: false": {"packing": False},
     "optimizer: adamw_8bit": {"optimizer": "adamw_8bit"},
     "compile: regions": COMPILED,
-    "compile: regions, packing: true": COMPILED | {"packing": True},
+    "compile: regions, packing: false": COMPILED | {"packing": False},
     "compile: regions, memory_budget: 0.5": COMPILED | {"memory_budget": 0.5},
 }
 """Each alone, beside a recipe that sets none of them."""
+KEPT = [("bf16", 0.0), ("bf16", 0.05), ("nf4 in bf16", 0.0), ("nf4 in fp32", 0.0), ("fp32", 0.0)]
+"""(precision, dropout) of which the bytes are counted."""
 
 
 def main_race(steps: int) -> tuple[dict[str, Times], dict[str, tuple[int, int]], int, int]:
@@ -56,7 +58,7 @@ def kept(task: Task) -> Iterator[list[str]]:
     """Rows of what a step of 2 × 128 tokens, 16 of each labelled, keeps for backward and takes at most."""
     batch = plain_batch()
     tokens = batch["input_ids"].numel()
-    for what, precision, dropout in (("bf16", "bf16", 0.0), ("bf16, dropout 0.05", "bf16", 0.05), ("nf4", "nf4", 0.0)):
+    for precision, dropout in KEPT:
         found: dict[str, tuple[int, int]] = {}
         for name, settings in WAYS.items():
             way = contend(name, task, settings, precision, dropout)
@@ -64,7 +66,7 @@ def kept(task: Task) -> Iterator[list[str]]:
             found[name] = way.memory(batch)
             way.close()
         peer = found["PEFT"]
-        row = [what, f"{peer[1] / tokens / 1000:,.0f}"]
+        row = [f"{precision}, dropout {dropout}" if dropout else precision, f"{peer[1] / tokens / 1000:,.0f}"]
         row += [f"{found[n][1] / tokens / 1000:,.0f} ({found[n][1] / peer[1]:.2f})" for n in list(WAYS)[1:]]
         row += [f"{peer[0] / 1e6:,.0f}"]
         row += [f"{found[n][0] / 1e6:,.0f} ({found[n][0] / peer[0]:.2f})" for n in list(WAYS)[1:]]
