@@ -19,6 +19,8 @@ from petune.files import read_json
 from petune.formats.layouts import SHAPES, WHOLES, Place, Plain
 from petune.formats.twin import PeftTwin
 from petune.site import Site, select
+from petune.storage import fill, read_tensors
+from petune.tuning import attach, methods, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -105,9 +107,6 @@ def load(model: PreTrainedModel, folder: Path, name: str) -> Tuning:
     Raises:
         PetuneError: no method here is that of the folder, or it does not fit the model; the model stays as it was.
     """
-    from petune.storage import fill, read_tensors
-    from petune.tuning import attach
-
     config = read_json(folder / CONFIG)
     method, twin = _method(config, folder)
     saved = {_plain_key(k): v for k, v in read_tensors(folder / WEIGHTS).items()}
@@ -261,15 +260,11 @@ def _by_site(pattern: Mapping[str, Any] | None, names: Iterable[str]) -> dict[st
 
 def _roles(tuning: Tuning, twin: PeftTwin) -> set[str]:
     """The roles that the arguments in `twin.roles` list."""
-    from petune.tuning import resolve
-
     known = arguments(resolve(tuning.method)[1])
     return {r for our in twin.roles.values() for r in tuning.arguments.get(our, known[our].default).split()}
 
 
 def _arguments(tuning: Tuning, twin: PeftTwin) -> dict[str, Any]:
-    from petune.tuning import resolve
-
     defaults = {key: p.default for key, p in arguments(resolve(tuning.method)[1]).items()}
     said = {*twin.arguments.values(), *twin.roles.values(), *twin.unsaid}
     if twin.ranked:
@@ -286,8 +281,6 @@ def _arguments(tuning: Tuning, twin: PeftTwin) -> dict[str, Any]:
 
 
 def _twin(tuning: Tuning) -> PeftTwin:
-    from petune.tuning import resolve
-
     if len(tuning.parts) > 1:
         raise UnsupportedError("PEFT's format has no place for a tuning of several methods; save without format=.")
     twin = vars(resolve(tuning.method)[1]).get("peft")  # its own: a subclass is another method
@@ -297,8 +290,6 @@ def _twin(tuning: Tuning) -> PeftTwin:
 
 
 def _method(config: Mapping[str, Any], folder: Path) -> tuple[str, PeftTwin]:
-    from petune.tuning import methods
-
     kind = config.get("peft_type")
     found = {name: vars(cls).get("peft") for name, cls in methods().items()}
     known = {name: twin for name, twin in found.items() if isinstance(twin, PeftTwin) and twin.tensors != {}}
