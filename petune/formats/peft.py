@@ -59,7 +59,7 @@ def export(tuning: Tuning, *, parts: bool = False) -> tuple[dict[str, Tensor], d
     plain = {link.site.name: dict(link.adapter.plain()) for link in own}
     config: dict[str, Any] = {"peft_type": twin.kind, "task_type": _task(tuning.model), "inference_mode": True}
     config["base_model_name_or_path"] = getattr(tuning.model.config, "name_or_path", None)
-    config |= {key: allowed[0] for key, allowed in twin.neutral.items()}
+    config |= {key: allowed[0] for key, allowed in twin.neutral.items()} | dict(twin.training)
     config |= _arguments(tuning, twin)
     for theirs, name in twin.arguments.items() if twin.same else []:
         odd = next((k for k in own if name in twin.same and getattr(k.adapter, name) != config[theirs]), None)
@@ -131,7 +131,7 @@ def load(model: PreTrainedModel, folder: Path, name: str) -> Tuning:
         if twin.whole:
             found |= WHOLES[twin.whole].read(model, saved.pop("prompt_embeddings"), sites)
         else:
-            found |= _read(tuning, saved, modules, twin)
+            found |= _uncut(tuning, _read(tuning, saved, modules, twin), twin)
         for key in sorted(saved.keys() - modules.keys()):
             if key.startswith(tuple(h + "." for h in heads)):
                 found[".module.".join(key.rsplit(".", 1))] = saved[key]
@@ -170,6 +170,18 @@ def _read(
     }
     flat = {f"{module}.{ours}": t for module, here in found.items() for ours, t in here.items()}
     return {own.get(key, key): tensor for key, tensor in flat.items()}
+
+
+def _uncut(tuning: Tuning, found: dict[str, Tensor], twin: PeftTwin) -> dict[str, Tensor]:
+    """The tensors with zeros for the ranks that PEFT has left out."""
+    for link in tuning.links if twin.cut else []:
+        own = link.adapter.plain()
+        for name, axis in twin.cut.items():
+            key = f"{link.site.name}.{name}"
+            if key in found and (gone := own[name].shape[axis] - found[key].shape[axis]) > 0:
+                shape = [gone if i == axis else size for i, size in enumerate(found[key].shape)]
+                found[key] = torch.cat([found[key], found[key].new_zeros(shape)], axis)
+    return found
 
 
 def _modules(
