@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from petune.ops import lowrank_update, recompute
     from petune.routing import route
     from petune.site import ALL_LINEAR, Site
-    from petune.storage import load
+    from petune.storage import Format, load
     from petune.tuning import Tuning, attach, methods, tunings
 
 __version__ = "0.1.0"
@@ -33,6 +33,7 @@ __all__ = [
     "ALL_LINEAR",
     "Adapter",
     "Batch",
+    "Format",
     "Inner",
     "Package",
     "PeftTwin",
@@ -72,7 +73,7 @@ _HOMES = {
     "petune.ops": ("lowrank_update", "recompute"),
     "petune.routing": ("route",),
     "petune.site": ("ALL_LINEAR", "Site"),
-    "petune.storage": ("load",),
+    "petune.storage": ("Format", "load"),
     "petune.tuning": ("Tuning", "attach", "methods", "tunings"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

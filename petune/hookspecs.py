@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from petune.loading.fetch import Source
     from petune.loading.models import Quantizer
     from petune.site import Site
+    from petune.storage import Format
 
 hookspec = pluggy.HookspecMarker("petune")
 hookimpl = pluggy.HookimplMarker("petune")
@@ -32,6 +33,11 @@ def petune_sites() -> Mapping[str, Callable[[nn.Module], list[Site]]]:
 @hookspec
 def petune_quantizers() -> Mapping[str, Quantizer]:
     """Precisions: what `from_pretrained` must be told to load a model in one."""
+
+
+@hookspec
+def petune_formats() -> Mapping[str, Format]:
+    """Folders of other programs, as `save(format=…)` writes and `petune.load` reads them."""
 
 
 @hookspec

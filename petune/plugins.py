@@ -87,8 +87,11 @@ class Registry:
         """{name: object} of every plugin that loaded, for a hook such as `petune_methods`."""
         return {name: brought for name, (brought, _) in self._table(hook).items()}
 
-    def get(self, hook: str, name: str) -> Any:
+    def get(self, hook: str, name: str, *others: str) -> Any:
         """What goes by `name`.
+
+        Args:
+            others: names that no plugin brings, to be listed where nothing does.
 
         Raises:
             PetuneError: nothing does; the message names the near misses and the plugins that failed to load.
@@ -99,7 +102,7 @@ class Registry:
         what = {"petune_quantizers": "precision", "petune_datasets": "data set"}.get(hook, hook[len("petune_") : -1])
         failed = [f"{p.name} ({p.error})" for p in self.plugins.values() if p.error]
         note = f" Plugins that failed to load: {'; '.join(failed)}." if failed else ""
-        raise PetuneError(unknown(what, name, table) + note)
+        raise PetuneError(unknown(what, name, [*table, *others]) + note)
 
     def owner(self, hook: str, name: str) -> str:
         """The plugin that brought `name`."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from petune import formats
-from petune.errors import PetuneError, unknown
+from petune.errors import PetuneError
 from petune.files import read_json
+from petune.plugins import registry
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -30,19 +31,42 @@ VERSION = 1
 WEIGHTS, CONFIG = "adapter.safetensors", "adapter.json"
 
 
+@dataclass(frozen=True)
+class Format:
+    """How a folder holds a tuning: its tensors in a safetensors file, all else in a JSON file.
+
+    Args:
+        export: (tensors by name, what the JSON says) of a tuning; UnsupportedError where it has no place there.
+        weights: the name of the safetensors file.
+        config: that of the JSON file, by which `petune.load` knows the format.
+        load: attaches what a folder holds to a model, under a name; without it the format is not read.
+    """
+
+    export: Callable[[Tuning], tuple[Mapping[str, Tensor], Mapping[str, Any]]]
+    weights: str
+    config: str
+    load: Callable[[PreTrainedModel, Path, str], Tuning] | None = None
+
+
 def save(tuning: Tuning, path: str | PathLike[str], format: str = "petune") -> None:
     """Write a tuning into a folder, each file whole or not at all.
 
     Raises:
         PetuneError: no such format, or one that has no place for this tuning; nothing is written then.
     """
-    if format in formats.EXPORTS:
-        tensors, config = formats.EXPORTS[format](tuning)
-        _write(Path(path), formats.peft.WEIGHTS, tensors, formats.peft.CONFIG, config)
-        return
-    if format != "petune":
-        raise PetuneError(unknown("format", format, ["petune", *formats.EXPORTS]))
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tuning.state()}
+    form = OWN if format == "petune" else registry().get("petune_formats", format, "petune")
+    tensors, config = form.export(tuning)
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
+        save_file(tensors, Path(scratch, form.weights), metadata={"format": "pt"})
+        Path(scratch, form.config).write_text(json.dumps(config, indent=2) + "\n")
+        for file in (form.weights, form.config):
+            os.replace(Path(scratch, file), folder / file)
+
+
+def _export(tuning: Tuning) -> tuple[dict[str, Tensor], dict[str, Any]]:
     config = {
         "petune": VERSION,
         "method": tuning.method if len(tuning.parts) == 1 else [part.name for part in tuning.parts],
@@ -54,16 +78,10 @@ def save(tuning: Tuning, path: str | PathLike[str], format: str = "petune") -> N
     }
     if tuning.weight != 1:
         config["weight"] = tuning.weight
-    _write(Path(path), WEIGHTS, tensors, CONFIG, config)
+    return dict(tuning.state()), config
 
 
-def _write(folder: Path, weights: str, tensors: dict[str, Tensor], name: str, config: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
-        save_file(tensors, Path(scratch, weights), metadata={"format": "pt"})
-        Path(scratch, name).write_text(json.dumps(config, indent=2) + "\n")
-        for file in (weights, name):
-            os.replace(Path(scratch, file), folder / file)
+OWN = Format(_export, WEIGHTS, CONFIG)
 
 
 def load(
@@ -73,7 +91,8 @@ def load(
     name: str = "default",
     method: Method | Sequence[str | Method] | None = None,
 ) -> Tuning:
-    """Attach a saved tuning: petune's folder or PEFT's, told apart by what is in it.
+    """Attach a saved tuning: petune's folder, or one of another format that a plugin reads (PEFT's), told apart by
+    their files.
 
     Args:
         method: the method's class, where no plugin brings it under the saved name; of several methods, a list.
@@ -85,8 +104,8 @@ def load(
     from petune.tuning import attach
 
     folder = Path(path)
-    if not (folder / CONFIG).exists() and (folder / formats.peft.CONFIG).exists():
-        return formats.peft.load(model, folder, name)
+    if (read := _reader(folder)) is not None:
+        return read(model, folder, name)
     config = read_config(folder)
     tensors = read_tensors(folder / WEIGHTS)
     tuning = attach(
@@ -104,6 +123,16 @@ def load(
         tuning.detach()
         raise
     return tuning
+
+
+def _reader(folder: Path) -> Callable[[PreTrainedModel, Path, str], Tuning] | None:
+    """What reads a folder that is not petune's: the first format with both its files there, else with the JSON."""
+    if (folder / CONFIG).exists():
+        return None
+    known: list[Format] = [form for form in registry().all("petune_formats").values() if form.load is not None]
+    found = [form for form in known if (folder / form.config).exists()]
+    found.sort(key=lambda form: not (folder / form.weights).exists())
+    return found[0].load if found else None
 
 
 def fill(tuning: Tuning, tensors: Mapping[str, Tensor], source: Path) -> None:

@@ -7,7 +7,7 @@ import ast
 import inspect
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from petune_bench.peers import configure
 FAMILIES = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
 # where the defaults say too little, or more than PEFT can without a CUDA compiler (a second factor)
 ARGUMENTS: dict[str, dict[str, Any]] = {
+    "adalora": {"orthogonality": 0.0},  # which PEFT adds to the loss, petune to the gradients
     "boft": {"factors": 1},
     "oft": {"block": 8},
     "prefix-tuning": {"length": 4},
@@ -32,6 +33,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "trainable-tokens": {"ids": [81, 10, 59, 20]},
     "vera": {"rank": 16},
 }
+FLAT = {"column", "row or column"}  # layouts that are the same when flattened
 HEAD = """# Parity with PEFT
 
 Each adapter below was made by PEFT {version}, moved off its start, saved in PEFT's format and loaded by petune, on
@@ -48,6 +50,9 @@ that it shares with its family; PEFT's are those of the method's package in `pef
 """
 TAIL = """## What has another form
 
+- adalora: PEFT leaves out the ranks that training has cut, which are zeros here, and divides alpha by 1e-5 more than
+  the rank. It adds the regularization to the loss, petune to the gradients; its weight is zero above. When cutting
+  begins and ends, in steps there and in shares of the training here, is not carried over.
 - p-tuning saves in PEFT's format, which keeps the prompt without its encoder: such a folder loads as prompt-tuning.
 - prefix-tuning: PEFT counts the tokens' positions from the end of the prefix, petune from 0. Where positions are
   rotations the keys are turned by the length of the prefix on the way; elsewhere the folder is refused.
@@ -105,7 +110,7 @@ def compare(method: str, family: str) -> Cell:
         return Cell(method, family, refused=f"{who}: {' '.join(str(refusal).split())}")
     batch = tiny_batch(family)
     one, other = (_outputs(model, batch) for model in (ours, theirs))
-    grads = _gradients(twin, tuning, theirs) if not twin.whole and {*twin.layouts.values()} <= {"row or column"} else []
+    grads = _gradients(twin, tuning, theirs) if not twin.whole and {*twin.layouts.values()} <= FLAT else []
     heads = sum(p.numel() for link in tuning.links if link.site.kind == "module" for p in link.adapter.parameters())
     return Cell(
         method,
@@ -148,7 +153,7 @@ def lines(method: str) -> tuple[int, int, int]:
     import peft
 
     file = Path(inspect.getsourcefile(petune.methods()[method]) or "")
-    shared = sum(_count(f) for f in set(_imported(file)) - {file})
+    shared = sum(_count(f) for f in _imported(file, {file}) - {file})
     tuner = peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType(twins()[method].kind)]
     package = Path(inspect.getsourcefile(tuner) or "").parent
     return _count(file), shared, sum(_count(f) for f in package.rglob("*.py"))
@@ -158,13 +163,15 @@ def _count(file: Path) -> int:
     return len(file.read_text(encoding="utf-8").splitlines())
 
 
-def _imported(file: Path) -> Iterator[Path]:
-    """The files beside this one that it imports, and those that they import."""
+def _imported(file: Path, known: set[Path]) -> set[Path]:
+    """Those known, with the files beside this one that it imports, and those that they import."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level == 1:
             for name in [node.module] if node.module else [alias.name for alias in node.names]:
-                yield (found := file.with_name(f"{name}.py"))
-                yield from _imported(found)
+                if (found := file.with_name(f"{name}.py")) not in known:
+                    known.add(found)
+                    _imported(found, known)
+    return known
 
 
 def row(method: str, cells: list[Cell]) -> str:

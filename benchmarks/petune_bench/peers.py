@@ -44,13 +44,15 @@ def adapt(model: Any, recipe: Recipe) -> PeftTuning:
     """Put PEFT's form of the recipe's method on the model.
 
     Raises:
-        UnsupportedError: PEFT has no such method, or no such argument of it.
+        UnsupportedError: PEFT has no such method, no such argument of it, or leaves its schedule to the loop.
     """
     import peft
 
     if not isinstance(recipe.method, str) or isinstance(recipe.where, dict):
         raise UnsupportedError(f"PEFT has no several methods in one: {', '.join(recipe.method)}.")
     config = configure(model, recipe.method, recipe.where, recipe.method_args)
+    if getattr(config, "total_step", None):
+        raise UnsupportedError(f"PEFT leaves the schedule of {recipe.method!r} to a training loop that knows it.")
     config.task_type = TASK_TYPES.get(recipe.task)
     if not config.is_prompt_learning:
         config.modules_to_save = list(getattr(model, "petune_fresh", ())) or None
@@ -73,7 +75,7 @@ def configure(model: Any, method: str, where: str | None, given: Mapping[str, An
     ours = {**known, **given}
     if missing := given.keys() - {*twin.arguments.values(), *twin.roles.values()}:
         raise UnsupportedError(f"PEFT's {method!r} has no {min(missing)!r}.")
-    options = {key: allowed[0] for key, allowed in twin.neutral.items()}
+    options = {key: allowed[0] for key, allowed in twin.neutral.items()} | dict(twin.training)
     options |= {theirs: ours[name] for theirs, name in twin.arguments.items()}
     sites = select(find_sites(model), where or cls.where, strict=False)
     if all(site.kind in ("linear", "block") for site in sites):  # embeddings and prompts it finds itself

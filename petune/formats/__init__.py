@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from petune.formats import peft, serving
+from petune.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from petune.storage import Format
 
-    from petune.tuning import Tuning
 
-EXPORTS: dict[str, Callable[[Tuning], tuple[dict[str, Tensor], dict[str, Any]]]] = {
-    "peft": peft.export,
-    "serving": serving.export,
-}
-"""(tensors, configuration) of a tuning by the format's name; both are written under PEFT's names."""
+@hookimpl
+def petune_formats() -> Mapping[str, Format]:
+    """Both under PEFT's names, so that a folder for serving loads as PEFT's."""
+    from petune.formats import peft, serving
+    from petune.storage import Format
+
+    return {
+        "peft": Format(peft.export, peft.WEIGHTS, peft.CONFIG, peft.load),
+        "serving": Format(serving.export, peft.WEIGHTS, peft.CONFIG),
+    }

@@ -19,6 +19,8 @@ from petune.files import read_json
 from petune.formats.layouts import SHAPES, WHOLES, Place, Plain
 from petune.formats.twin import PeftTwin
 from petune.site import Site, select
+from petune.storage import fill, read_tensors
+from petune.tuning import attach, methods, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,7 +59,7 @@ def export(tuning: Tuning, *, parts: bool = False) -> tuple[dict[str, Tensor], d
     plain = {link.site.name: dict(link.adapter.plain()) for link in own}
     config: dict[str, Any] = {"peft_type": twin.kind, "task_type": _task(tuning.model), "inference_mode": True}
     config["base_model_name_or_path"] = getattr(tuning.model.config, "name_or_path", None)
-    config |= {key: allowed[0] for key, allowed in twin.neutral.items()}
+    config |= {key: allowed[0] for key, allowed in twin.neutral.items()} | dict(twin.training)
     config |= _arguments(tuning, twin)
     for theirs, name in twin.arguments.items() if twin.same else []:
         odd = next((k for k in own if name in twin.same and getattr(k.adapter, name) != config[theirs]), None)
@@ -105,9 +107,6 @@ def load(model: PreTrainedModel, folder: Path, name: str) -> Tuning:
     Raises:
         PetuneError: no method here is that of the folder, or it does not fit the model; the model stays as it was.
     """
-    from petune.storage import fill, read_tensors
-    from petune.tuning import attach
-
     config = read_json(folder / CONFIG)
     method, twin = _method(config, folder)
     saved = {_plain_key(k): v for k, v in read_tensors(folder / WEIGHTS).items()}
@@ -132,7 +131,7 @@ def load(model: PreTrainedModel, folder: Path, name: str) -> Tuning:
         if twin.whole:
             found |= WHOLES[twin.whole].read(model, saved.pop("prompt_embeddings"), sites)
         else:
-            found |= _read(tuning, saved, modules, twin)
+            found |= _uncut(tuning, _read(tuning, saved, modules, twin), twin)
         for key in sorted(saved.keys() - modules.keys()):
             if key.startswith(tuple(h + "." for h in heads)):
                 found[".module.".join(key.rsplit(".", 1))] = saved[key]
@@ -171,6 +170,18 @@ def _read(
     }
     flat = {f"{module}.{ours}": t for module, here in found.items() for ours, t in here.items()}
     return {own.get(key, key): tensor for key, tensor in flat.items()}
+
+
+def _uncut(tuning: Tuning, found: dict[str, Tensor], twin: PeftTwin) -> dict[str, Tensor]:
+    """The tensors with zeros for the ranks that PEFT has left out."""
+    for link in tuning.links if twin.cut else []:
+        own = link.adapter.plain()
+        for name, axis in twin.cut.items():
+            key = f"{link.site.name}.{name}"
+            if key in found and (gone := own[name].shape[axis] - found[key].shape[axis]) > 0:
+                shape = [gone if i == axis else size for i, size in enumerate(found[key].shape)]
+                found[key] = torch.cat([found[key], found[key].new_zeros(shape)], axis)
+    return found
 
 
 def _modules(
@@ -261,15 +272,11 @@ def _by_site(pattern: Mapping[str, Any] | None, names: Iterable[str]) -> dict[st
 
 def _roles(tuning: Tuning, twin: PeftTwin) -> set[str]:
     """The roles that the arguments in `twin.roles` list."""
-    from petune.tuning import resolve
-
     known = arguments(resolve(tuning.method)[1])
     return {r for our in twin.roles.values() for r in tuning.arguments.get(our, known[our].default).split()}
 
 
 def _arguments(tuning: Tuning, twin: PeftTwin) -> dict[str, Any]:
-    from petune.tuning import resolve
-
     defaults = {key: p.default for key, p in arguments(resolve(tuning.method)[1]).items()}
     said = {*twin.arguments.values(), *twin.roles.values(), *twin.unsaid}
     if twin.ranked:
@@ -286,8 +293,6 @@ def _arguments(tuning: Tuning, twin: PeftTwin) -> dict[str, Any]:
 
 
 def _twin(tuning: Tuning) -> PeftTwin:
-    from petune.tuning import resolve
-
     if len(tuning.parts) > 1:
         raise UnsupportedError("PEFT's format has no place for a tuning of several methods; save without format=.")
     twin = vars(resolve(tuning.method)[1]).get("peft")  # its own: a subclass is another method
@@ -297,8 +302,6 @@ def _twin(tuning: Tuning) -> PeftTwin:
 
 
 def _method(config: Mapping[str, Any], folder: Path) -> tuple[str, PeftTwin]:
-    from petune.tuning import methods
-
     kind = config.get("peft_type")
     found = {name: vars(cls).get("peft") for name, cls in methods().items()}
     known = {name: twin for name, twin in found.items() if isinstance(twin, PeftTwin) and twin.tensors != {}}

@@ -30,6 +30,8 @@ class PeftTwin:
         whole: PEFT keeps the tensors of all sites in one, as a prompt's rows or as a prefix's keys and values.
         also: other kinds of PEFT's whose folders hold the same.
         unsaid: our arguments that only matter to training, and have no place in PEFT's configuration.
+        cut: our tensor -> its dimension of ranks. PEFT leaves out those that training has cut; they are zeros here.
+        training: PEFT's options that it insists on and that only matter to training: written so, and not read.
     """
 
     kind: str
@@ -44,3 +46,5 @@ class PeftTwin:
     whole: Literal["", "prompt", "prefix"] = ""
     also: tuple[str, ...] = ()
     unsaid: tuple[str, ...] = ()
+    cut: Mapping[str, int] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 import petune
 
 from .allocation import allocate, observe, straighten
+from .twins import ADALORA
 
 
 class AdaLoRA(petune.Adapter):
@@ -18,7 +19,7 @@ class AdaLoRA(petune.Adapter):
     and |QQ' - I|. e starts at zero, so that training starts at the base. Without `tuning.step` nothing is cut.
     """
 
-    where, mergeable = petune.ALL_LINEAR, True
+    where, mergeable, peft = petune.ALL_LINEAR, True, ADALORA
     keep: Tensor
 
     def __init__(
@@ -40,7 +41,7 @@ class AdaLoRA(petune.Adapter):
         self.Q = nn.Parameter(torch.randn(rank, site.in_features) * 0.02)
         self.e = nn.Parameter(torch.zeros(rank))
         self.P = nn.Parameter(torch.randn(site.out_features, rank) * 0.02)
-        self.register_buffer("keep", torch.ones(rank, dtype=torch.bool))
+        self.register_buffer("keep", torch.ones(rank, dtype=torch.bool), persistent=False)
         for name, p in list(self.named_parameters()):
             for what in ("mean", "spread"):
                 self.register_buffer(f"{what}_{name}", torch.zeros_like(p), persistent=False)

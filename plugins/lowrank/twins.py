@@ -26,6 +26,27 @@ DORA = replace(
     tensors={"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"},
     neutral={**LORA.neutral, "use_dora": (True,)},
 )
+ADALORA = petune.PeftTwin(
+    "ADALORA",
+    arguments={
+        "init_r": "rank",
+        "target_r": "target",
+        "lora_alpha": "alpha",
+        "deltaT": "every",
+        "orth_reg_weight": "orthogonality",
+    },
+    tensors={"Q": "lora_A", "e": "lora_E", "P": "lora_B"},
+    neutral={
+        "bias": ("none",),
+        "layer_replication": (None,),
+        "target_parameters": (None, []),
+        "trainable_token_indices": (None,),
+    },
+    layouts={"e": "column"},
+    cut={"Q": 0, "e": 0, "P": 1},
+    unsaid=("warmup", "cooldown", "betas"),
+    training={"total_step": 1},
+)
 VERA = petune.PeftTwin(
     "VERA",
     arguments={"r": "rank", "projection_prng_key": "seed", "d_initial": "d_initial"},

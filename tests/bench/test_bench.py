@@ -87,6 +87,7 @@ def test_each_cell_has_its_row_and_its_place_in_the_report(suite, plugin, tmp_pa
         {"method": "lora", "method_args": {"rank": 2}},
         {"method": "lora", "method_args": {"rank": 2}, "implementation": "peft"},
         {"method": "houlsby", "implementation": "peft"},
+        {"method": "adalora", "implementation": "peft"},
         {"name": "too far", "method": "gate", "method_args": {"start": 10.0}},
         {"method": "broken"},
         {"method": "deadly"},
@@ -99,8 +100,8 @@ def test_each_cell_has_its_row_and_its_place_in_the_report(suite, plugin, tmp_pa
     rows = {row["cell"]: row for row in rows_of(out)}
     assert all(list(row) == KEYS.split() for row in rows.values())
     assert {name: row["status"] for name, row in rows.items()} == {
-        "gate": "ok", "lora": "ok", "lora (peft)": "ok", "houlsby (peft)": "unsupported", "too far": "unsupported",
-        "broken": "failed", "deadly": "oom", "hungry": "oom",
+        "gate": "ok", "lora": "ok", "lora (peft)": "ok", "houlsby (peft)": "unsupported",
+        "adalora (peft)": "unsupported", "too far": "unsupported", "broken": "failed", "deadly": "oom", "hungry": "oom",
     }  # fmt: skip
     assert rows["broken"]["error"] == "RuntimeError: two lines of a reason"
     assert "SIGKILL" in rows["deadly"]["error"]

@@ -2,11 +2,15 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import petune
+from petune import hookspecs
 from petune.plugins import Registry
+
+HOOKS = [name for name in vars(hookspecs) if name.startswith("petune_")]
 
 METHOD = """
 import petune, torch
@@ -60,6 +64,12 @@ def test_our_own_plugins_are_found_like_anyones():
     assert {"lora", "ia3", "bitfit", "houlsby", "prompt-tuning", "prefix-tuning", "last-layers", "full"} <= set(
         petune.methods()
     )
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_every_hook_is_documented_and_in_use(hook):
+    assert f"`{hook}`" in (Path(__file__).parents[2] / "docs/plugins.md").read_text()
+    assert Registry().all(hook)
 
 
 def test_a_single_file(plugin):

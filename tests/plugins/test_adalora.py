@@ -3,6 +3,8 @@
 import peft
 import pytest
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
+from safetensors.torch import load_file
 
 import petune
 from petune.testing import tiny_batch, tiny_model
@@ -35,7 +37,7 @@ def pair():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_equals_peft_step_by_step():
+def test_equals_peft_step_by_step(tmp_path):
     torch.manual_seed(0)
     theirs, ours, tuning, layers = pair()
     batch = tiny_batch("llama")
@@ -63,6 +65,15 @@ def test_equals_peft_step_by_step():
     assert len({int(a.keep.sum()) for a in tuning.adapters.values()}) > 1, "every site has the same rank"
     with torch.no_grad():
         torch.testing.assert_close(logits(ours, batch), logits(theirs, batch), rtol=1e-3, atol=1e-3)
+    theirs.save_pretrained(tmp_path)
+    loaded = tiny_model("llama")
+    adapters = petune.load(loaded, tmp_path).adapters
+    rows = {len(tensor) for key, tensor in load_file(tmp_path / WEIGHTS).items() if key.endswith("lora_A")}
+    assert max(rows) > min(rows), "PEFT has left no ranks out"
+    assert {a.Q.shape[0] for a in adapters.values()} == {RANK}
+    assert sum(int((a.e != 0).sum()) for a in adapters.values()) == sites * TARGET
+    with torch.no_grad():
+        torch.testing.assert_close(logits(loaded, batch), logits(theirs, batch), rtol=1e-5, atol=1e-5)
 
 
 def test_the_schedule_goes_on_after_loading(tmp_path):

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from samples import changed, same_weights, weights
 
 from petune import PetuneError
@@ -84,8 +83,8 @@ def test_adalora_cuts_to_its_budget_and_resumes(recipe: dict[str, Any], tmp_path
     assert same_weights(found, weights(broken["output"]))
     left = [int((tensor != 0).sum()) for name, tensor in found.items() if name.endswith(".e")]
     assert sum(left) == 2 * len(left)
-    assert not [name for name in found if "mean" in name], "what only training needs was saved"
-    assert torch.stack([tensor.sum() for name, tensor in found.items() if name.endswith(".keep")]).sum() == sum(left)
+    assert {name.rpartition(".")[2] for name in found} >= {"Q", "e", "P"}
+    assert not [name for name in found if "mean" in name or "keep" in name], "what only training needs was saved"
 
 
 def test_loreft_knows_the_prompt_in_training_and_in_scoring(generation: dict[str, Any]) -> None:
