@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -101,8 +101,11 @@ def export(
     run: RunFolder,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     format: Annotated[
-        Literal["peft", "serving", "dense", "gguf"],
-        typer.Option(help="PEFT's folder, LoRA for vLLM and llama.cpp's converter, or a merged model."),
+        str,
+        typer.Option(
+            help="peft: PEFT's folder; serving: LoRA for vLLM and llama.cpp's converter; dense: a merged "
+            "model; or a plugin's own format."
+        ),
     ] = "peft",
 ) -> None:
     """Hand a run's result to other programs."""

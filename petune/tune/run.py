@@ -10,6 +10,7 @@ from warnings import catch_warnings
 
 from petune.errors import PetuneError
 from petune.files import read_json
+from petune.plugins import registry
 from petune.tune import folder
 from petune.tune.data import assign, read_rows
 from petune.tune.recipe import Recipe, load_recipe
@@ -118,8 +119,6 @@ class Run:
 
     def _columns(self) -> dict[str, str]:
         """The names of the training data's columns; a set's own where the recipe says nothing."""
-        from petune.plugins import registry
-
         known = registry().all("petune_datasets")
         own = known[self.recipe.data].columns if isinstance(self.recipe.data, str) and self.recipe.data in known else {}
         return {**own, **self.recipe.columns}
@@ -182,6 +181,8 @@ def export_run(run: str | Path, out: str | Path, format: str) -> None:
     if format == "gguf":
         remedy = f"run llama.cpp's convert_lora_to_gguf.py on `petune export {run} {out} --format serving`"
         raise PetuneError(f"--format gguf: petune has no converter of its own; {remedy}.")
+    if format != "dense":
+        registry().get("petune_formats", format, "dense")  # before a model is loaded for it
     loaded = load_run(run)
     with quietly():
         loaded.export(out, format)

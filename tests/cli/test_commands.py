@@ -167,7 +167,7 @@ def test_export(generation: dict[str, Any], tmp_path: Path, capsys: pytest.Captu
     assert main(["export", run, str(tmp_path / "x"), "--format", "gguf"]) == 2
     assert "convert_lora_to_gguf.py on `petune export" in capsys.readouterr().err
     assert main(["export", run, str(tmp_path / "x"), "--format", "onnx"]) == 2
-    assert "'peft', 'serving', 'dense', 'gguf'" in capsys.readouterr().err
+    assert "unknown format 'onnx'. Known: dense, peft, serving." in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 
