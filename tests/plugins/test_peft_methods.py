@@ -11,6 +11,7 @@ import torch
 import petune
 from petune.testing import check_method, run_checks, tiny_batch, tiny_model
 from petune.testing.behaviours import logits
+from petune_bench.coverage import checks, tiny
 
 # the tiny models are too narrow for some defaults
 OPTIONS = {
@@ -117,6 +118,20 @@ def test_where_peft_itself_has_no_layer(family, where):
     assert (on - before).abs().max() > 1e-3
     tuning.merge()
     close(logits(model, tiny_batch(family)), on)
+
+
+def test_a_part_whose_heads_interleave():
+    """What delora changes is a product with the rows of the weight that are its part's."""
+    model = tiny.build("gpt_neox", "causal-lm", "GPTNeoXForCausalLM")
+    layer, batch = model.gpt_neox.layers[0].attention.query_key_value, tiny.batch(model)
+    before = layer.weight.detach().clone()
+    tuning = petune.attach(model, "peft:delora", r=2, where="k@0")
+    shake(tuning.parameters())
+    on = checks.output(model, batch)
+    rows = tuning.links[0].site.part
+    tuning.merge()
+    close(checks.output(model, batch), on)
+    assert (layer.weight != before).any(1).nonzero().flatten().tolist() == rows.tolist()
 
 
 def test_shared_parameters_are_saved_once(tmp_path):
