@@ -7,18 +7,17 @@ import hashlib
 import importlib
 import json
 import os
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from petune.testing import Row, reasons
+from petune_bench.environment import versions
 
 FAMILIES, PRECISIONS = "llama gpt2 bert t5", "fp32 bf16 nf4 fp4 int8 int8wo"
 ARGUMENTS: dict[str, dict[str, Any]] = {"trainable-tokens": {"ids": [81, 10, 20, 59, 102, 93, 41]}}
@@ -127,17 +126,6 @@ def source() -> str:
             if path.relative_to(home).parts[0] not in ("cli", "tune"):
                 digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def versions() -> dict[str, str]:
-    """The packages that results depend on."""
-    found = {"python": platform.python_version()}
-    for package in ("petune", "torch", "transformers", "bitsandbytes", "torchao"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "-"
-    return found
 
 
 def page(found: dict[Cell, list[Row]]) -> str:
