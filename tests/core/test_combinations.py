@@ -5,6 +5,7 @@ import json
 import peft
 import pytest
 import torch
+from shaken import close, shaken
 from torch import nn
 
 import petune
@@ -27,14 +28,6 @@ class Several(Case):
             "mergeable": all(cls.mergeable for cls in found),
             "starts_at_base": all(getattr(cls, "starts_at_base", True) for cls in found),
         })  # fmt: skip
-
-
-def shaken(model, method, name="default", **arguments):
-    tuning = petune.attach(model, method, name=name, **arguments)
-    with torch.no_grad():
-        for p in tuning.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    return tuning
 
 
 LATER = [(MAM, "bert"), (MAM, "t5"), (UNIPELT, "llama"), (ONE_SITE, "gpt2"), (OVER_COPIES, "llama")]
@@ -135,12 +128,11 @@ def test_a_weighted_sum_of_loras_is_pefts(family):
     theirs.add_weighted_adapter(["a", "b"], list(weights.values()), "sum", combination_type="cat")
     theirs.set_adapter("sum")
     want = logits(theirs.eval(), batch)
-    close = {"rtol": 1e-5, "atol": 1e-5 * float(want.abs().max())}
     assert (logits(tiny_model(family), batch) - want).abs().max() > 0.1
-    torch.testing.assert_close(logits(ours, batch), want, **close)
+    close(logits(ours, batch), want)
     for tuning in list(petune.tunings(ours).values()):
         tuning.merge()
-    torch.testing.assert_close(logits(ours, batch), want, **close)
+    close(logits(ours, batch), want)
 
 
 @pytest.mark.parametrize("method", ["houlsby", "ia3", "prefix-tuning", "full", "trainable-tokens", "dora"])

@@ -7,6 +7,7 @@ import sys
 import peft
 import pytest
 import torch
+from shaken import close, shake
 
 import petune
 from petune.testing import check_method, run_checks, tiny_batch, tiny_model
@@ -33,17 +34,6 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 def layered():
     names = {name.removeprefix("peft:") for name in petune.methods() if name.startswith("peft:")}
     return sorted(names - {*WHOLE, *ELSEWHERE})
-
-
-def close(one, other):
-    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
-
-
-@torch.no_grad()
-def shake(parameters):
-    torch.manual_seed(0)
-    for p in parameters:
-        p.add_(torch.randn_like(p) * 0.1)
 
 
 def test_peft_is_not_imported_for_others():
