@@ -18,6 +18,8 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, P
 TEXT = "good bad fine awful movie film plot actor the a is was very not so happy sad day night one two three"
 WORDS = TEXT.split()
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL = SIZES | {"vocab_size": 96}
+IDS = torch.arange(10)[None]  # (batch, length)
 
 
 def save_tokenizer(folder: Path, **more: Any) -> int:
