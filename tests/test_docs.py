@@ -1,6 +1,5 @@
 """What the documentation shows runs as printed."""
 
-import os
 import re
 import runpy
 from pathlib import Path
@@ -97,12 +96,6 @@ def test_the_plugin_of_the_readme_holds_the_kit(tmp_path):
 
     cls = runpy.run_path(str(plugin(tmp_path)))["SSF"]
     check_method(cls, families=["bert"], precisions=["nf4"])
-
-
-@pytest.fixture(autouse=True)
-def _cache_stays(monkeypatch):
-    """The downloads of the slow tests are shared with the user's cache."""
-    monkeypatch.setenv("PETUNE_CACHE", os.environ.get("PETUNE_CACHE", str(Path.home() / ".cache/petune")))
 
 
 def test_the_page_of_methods_is_current():
