@@ -101,6 +101,14 @@ def recipe(tmp_path: Path, encoder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
+def file(recipe: dict[str, Any], tmp_path: Path) -> str:
+    """The same, written down."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return str(path)
+
+
+@pytest.fixture
 def generation(tmp_path: Path, decoder: Path, recipe: dict[str, Any]) -> dict[str, Any]:
     return {
         **recipe,

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from samples import jsonl, opinions
 
 from petune.cli import main
@@ -43,21 +42,11 @@ def petune_commands():
 
 
 @pytest.fixture
-def file(recipe: dict[str, Any], tmp_path: Path) -> str:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    return str(path)
-
-
-@pytest.fixture
 def plugin(tmp_path: Path) -> Any:
     path = tmp_path / "shifting.py"
     path.write_text(METHOD)
     yield str(path)
-    found = registry()
-    found.manager.unregister(name="shifting")
-    found.plugins.pop("shifting", None)
-    found._found.clear()
+    registry.cache_clear()
 
 
 def test_help_is_quick_and_loads_no_torch() -> None:
