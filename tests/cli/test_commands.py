@@ -212,11 +212,16 @@ def test_check_fails_where_something_does(capsys: pytest.CaptureFixture[str], mo
     def broken(case: Any) -> None:
         raise AssertionError("two words")
 
+    def sees_both(case: Any) -> None:
+        assert case.attach(case.base()).arguments == {"lora": {"rank": 3}, "ia3": {}}
+
     monkeypatch.setattr("petune.testing.BEHAVIOURS", {"one": broken, "two": lambda case: None})
     assert main(["check", "lora", "--families", "bert llama", "--precisions", "fp32"]) == 1
     said = capsys.readouterr()
     assert said.out.splitlines()[1:] == ["one        ✗          ✗", "two        ✓          ✓"]
     assert said.err == "✗ bert, llama: one: AssertionError: two words\n"
+    monkeypatch.setattr("petune.testing.BEHAVIOURS", {"both": sees_both})
+    assert main(["check", "lora+ia3", "--families", "bert", "--argument", "lora={rank: 3}"]) == 0
 
 
 def test_train_again_asks_first(file: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,25 +9,13 @@ from shaken import close, shaken
 from torch import nn
 
 import petune
-from petune.testing import BEHAVIOURS, Case, tiny_batch, tiny_model
-from petune.testing.behaviours import generates_cached, logits, saves_and_loads
+from petune.testing import check_method, tiny_batch, tiny_model
+from petune.testing.behaviours import logits
 
 MAM = ["prefix-tuning", "parallel-adapter"]
 UNIPELT = ["gated-lora", "gated-prefix-tuning", "gated-pfeiffer"]
 ONE_SITE = ["lora", "ia3"]
 OVER_COPIES = ["lora", "last-layers"]
-
-
-class Several(Case):
-    """The kit asks a method's class for these."""
-
-    @property
-    def cls(self):
-        found = [petune.methods()[name] for name in self.method]
-        return type("Several", (petune.Adapter,), {
-            "mergeable": all(cls.mergeable for cls in found),
-            "starts_at_base": all(getattr(cls, "starts_at_base", True) for cls in found),
-        })  # fmt: skip
 
 
 LATER = [(MAM, "bert"), (MAM, "t5"), (UNIPELT, "llama"), (ONE_SITE, "gpt2"), (OVER_COPIES, "llama")]
@@ -37,10 +25,7 @@ LATER = [(MAM, "bert"), (MAM, "t5"), (UNIPELT, "llama"), (ONE_SITE, "gpt2"), (OV
     ("methods", "family"), [(MAM, "llama"), *[pytest.param(*case, marks=pytest.mark.slow) for case in LATER]]
 )
 def test_a_list_of_methods_behaves_as_one(methods, family):
-    case = Several(methods, family, "fp32")
-    for check in BEHAVIOURS.values():
-        if check is not saves_and_loads and (check is not generates_cached or case.generates):
-            check(case)
+    check_method(methods, families=[family])
 
 
 @pytest.mark.parametrize("methods", [MAM, ONE_SITE, OVER_COPIES])
