@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 import petune
 
@@ -26,3 +27,12 @@ def shaken(model: Any, method: Any, name: str = "default", **arguments: Any) -> 
     tuning = petune.attach(model, method, name=name, **arguments)
     shake(tuning.parameters(), seed=len(petune.tunings(model)))
     return tuning
+
+
+def cache_of(tuning: petune.Tuning, rows: int) -> DynamicCache:
+    """The prefixes of a tuning as transformers' own cache."""
+    cache = DynamicCache()
+    for link in tuning.links:
+        adapter: Any = link.adapter
+        cache.update(*(t.expand(rows, -1, -1, -1).clone() for t in (adapter.keys, adapter.values)), link.site.layer)
+    return cache
