@@ -37,6 +37,12 @@ def test_the_readme_has_two_bash_blocks():
     assert len(blocks(ROOT / "README.md", "bash")) == 2
 
 
+def test_the_readme_shows_the_quickstarts_results():
+    table = (ROOT / "README.md").read_text().partition("<!-- quickstart -->\n")[2].partition("<!-- end -->")[0]
+    assert table.count("\n") > 5
+    assert table in (ROOT / "docs/quickstart.md").read_text()
+
+
 def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+?)\)", page.read_text()):
