@@ -76,6 +76,20 @@ def test_commands_exist():
             assert {w for w in words if w.startswith("--")} <= known, line
 
 
+def test_the_readme_trains_its_plugin(tmp_path, monkeypatch):
+    """Its recipe with the overrides of its command, up to where a model would be loaded."""
+    from petune.plugins import registry
+    from petune.tune import load_recipe
+
+    line = next(t for t in (ROOT / "README.md").read_text().splitlines() if t.startswith("petune train") and "ssf" in t)
+    (recipe,) = blocks(ROOT / "README.md", "yaml")
+    (tmp_path / "my-data.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    registry().add_file(plugin(tmp_path))
+    load_recipe(yaml.safe_load(recipe), [word for word in line.split() if "=" in word]).check()
+    registry.cache_clear()
+
+
 def test_the_plugin_of_the_readme_is_compared_at_nf4(tmp_path, suite, defaults):
     """Written by the README alone, one file: listed, checked, trained and compared on a 4-bit base."""
     from petune.cli import main
