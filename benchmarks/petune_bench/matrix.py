@@ -88,18 +88,16 @@ def run(cells: Sequence[Cell], jobs: int, device: str) -> Iterator[tuple[Cell, l
 
 def check(cell: Cell, device: str = "cpu") -> tuple[Cell, list[Row], float]:
     """The kit on one method, family and precision."""
-    from transformers.utils import logging
-
     import petune
     from petune.testing import run_checks
+    from petune.tune.setup import quietly
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     method, family, precision = cell
     began = time.perf_counter()
     options: dict[str, Any] = {"families": [family], "precisions": [precision], "device": device}
     try:
-        rows = list(run_checks(method, **options, **ARGUMENTS.get(method, {})))
+        with quietly():
+            rows = list(run_checks(method, **options, **ARGUMENTS.get(method, {})))
     except petune.PetuneError as wrong:  # it needs arguments that ARGUMENTS does not have
         rows = [Row("run", family, precision, str(wrong))]
     return cell, rows, time.perf_counter() - began

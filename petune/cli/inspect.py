@@ -94,19 +94,16 @@ def check(
     """Run the conformance kit on a method: one row a behaviour, one column a family and precision."""
     import yaml
     from rich.console import Console
-    from transformers.utils import logging
 
     from petune.testing import run_checks
-
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    from petune.tune.setup import quietly
 
     several = method.split("+")
     pairs = [pair.partition("=") for pair in argument or []]
     arguments = {key: yaml.safe_load(value) for key, _, value in pairs}
     where: dict[str, Any] = {"families": families.split(), "precisions": precisions.split(), "device": device}
     rows = []
-    with Console(stderr=True).status("") as status:  # nothing where there is no terminal
+    with quietly(), Console(stderr=True).status("") as status:  # nothing where there is no terminal
         for row in run_checks(several if len(several) > 1 else method, **where, **arguments):
             rows.append(row)
             status.update(f"{row.family} {row.precision}: {row.behaviour} {row.mark}")
