@@ -85,9 +85,9 @@ def test_compiled_blocks(family, monkeypatch):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_without_a_compiler(monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(petune.PetuneError, match="no C\\+\\+ compiler"), compiled(tiny_model("llama")):
+def test_without_a_compiler():
+    missing = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with missing, pytest.raises(petune.PetuneError, match="no C\\+\\+ compiler"), compiled(tiny_model("llama")):
         pass
 
 
