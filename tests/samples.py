@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import yaml
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from petune.plugins import registry
 
 TEXT = "good bad fine awful movie film plot actor the a is was very not so happy sad day night one two three"
 WORDS = TEXT.split()
@@ -119,6 +121,13 @@ def generation(tmp_path: Path, decoder: Path, recipe: dict[str, Any]) -> dict[st
         "training": {**recipe["training"], "max_new_tokens": 4},
         "output": str(tmp_path / "answers"),
     }
+
+
+@pytest.fixture
+def single_files() -> Iterator[None]:
+    """The single-file plugins that a test loads are forgotten after it."""
+    yield
+    registry.cache_clear()
 
 
 @pytest.fixture

@@ -76,6 +76,7 @@ def test_commands_exist():
             assert {w for w in words if w.startswith("--")} <= known, line
 
 
+@pytest.mark.usefixtures("single_files")
 def test_the_readme_trains_its_plugin(tmp_path, monkeypatch):
     """Its recipe with the overrides of its command, up to where a model would be loaded."""
     from petune.plugins import registry
@@ -87,17 +88,15 @@ def test_the_readme_trains_its_plugin(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     registry().add_file(plugin(tmp_path))
     load_recipe(yaml.safe_load(recipe), [word for word in line.split() if "=" in word]).check()
-    registry.cache_clear()
 
 
+@pytest.mark.usefixtures("single_files")
 def test_the_plugin_of_the_readme_is_compared_at_nf4(tmp_path, suite, defaults):
     """Written by the README alone, one file: listed, checked, trained and compared on a 4-bit base."""
     from petune.cli import main
-    from petune.plugins import registry
 
     file, out = plugin(tmp_path), tmp_path / "out"
     defaults["precision"] = "nf4"
-    registry.cache_clear()
     assert (
         main(
             ["bench", suite({"method": "lora"}), "--out", str(out), "--plugin", str(file), "--method", "ssf", "--json"]
@@ -108,7 +107,6 @@ def test_the_plugin_of_the_readme_is_compared_at_nf4(tmp_path, suite, defaults):
     assert {(r["method"], r["precision"], r["status"]) for r in rows} == {("lora", "nf4", "ok"), ("ssf", "nf4", "ok")}
     assert all(r["score"] is not None and r["trainable_params"] > 0 for r in rows)
     assert "ssf" in (out / "report.html").read_text()
-    registry.cache_clear()
 
 
 def test_the_plugin_of_the_readme_holds_the_kit(tmp_path):

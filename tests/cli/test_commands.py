@@ -42,11 +42,10 @@ def petune_commands():
 
 
 @pytest.fixture
-def plugin(tmp_path: Path) -> Any:
+def plugin(tmp_path: Path, single_files: None) -> str:
     path = tmp_path / "shifting.py"
     path.write_text(METHOD)
-    yield str(path)
-    registry.cache_clear()
+    return str(path)
 
 
 def test_help_is_quick_and_loads_no_torch() -> None:
@@ -193,6 +192,7 @@ def petune_methods():
 '''
 
 
+@pytest.mark.usefixtures("single_files")
 def test_check_shows_a_table_and_the_reasons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plugin = tmp_path / "picky_method.py"
     plugin.write_text(PICKY)
