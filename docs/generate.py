@@ -19,11 +19,11 @@ TAIL = """## peft:NAME
 
 Every method of the installed peft package goes by `peft:` and its name there: `peft:hra`, `peft:miss`, `peft:vblora`, …
 PEFT's own layers stand around petune's sites, so that they train on any base, switch, route, save and merge like those
-above. Their arguments are the fields of PEFT's configuration (`petune methods` lists them; `where` and `train` take the
-place of `target_modules` and `modules_to_save`). What acts on the whole model (prompts), asks for more than a layer's
-input, mixes the rows of a batch (Lily) or wants an nn.Linear and nothing else (GLoRA) is refused with the reason.
-`peft:adalora` trains without its rank schedule, which PEFT leaves to the training loop. PEFT's folders save and load,
-but for methods whose layers share tensors. Not traced by `torch.compile(fullgraph=True)`: frod, shira, waveft.
+above. Their arguments are the fields of PEFT's configuration (`petune methods --all` lists them; `where` and `train`
+take the place of `target_modules` and `modules_to_save`). What acts on the whole model (prompts), asks for more than a
+layer's input, mixes the rows of a batch (Lily) or wants an nn.Linear and nothing else (GLoRA) is refused with the
+reason. `peft:adalora` trains without its rank schedule, which PEFT leaves to the training loop. PEFT's folders save and
+load, but for methods whose layers share tensors. Not traced by `torch.compile(fullgraph=True)`: frod, shira, waveft.
 
 [How near petune's own are to PEFT's](parity.md), with the number of lines of both.
 """
@@ -33,8 +33,7 @@ def page() -> str:
     """The page as it should be."""
     parts = [HEAD]
     for name, cls in sorted(petune.methods().items()):
-        plugin = registry().owner("petune_methods", name)
-        if registry().plugins[plugin].package != "petune" or plugin == "peft":
+        if ":" in name or registry().plugins[registry().owner("petune_methods", name)].package != "petune":
             continue
         known = [
             f"`{key}: {type_name(p.annotation)}" + ("" if p.default is p.empty else f" = {p.default!r}") + "`"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,13 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from petune.plugins import registry
+
 TEXT = "good bad fine awful movie film plot actor the a is was very not so happy sad day night one two three"
 WORDS = TEXT.split()
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL = SIZES | {"vocab_size": 96}
+IDS = torch.arange(10)[None]  # (batch, length)
 
 
 def save_tokenizer(folder: Path, **more: Any) -> int:
@@ -99,6 +103,14 @@ def recipe(tmp_path: Path, encoder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
+def file(recipe: dict[str, Any], tmp_path: Path) -> str:
+    """The same, written down."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return str(path)
+
+
+@pytest.fixture
 def generation(tmp_path: Path, decoder: Path, recipe: dict[str, Any]) -> dict[str, Any]:
     return {
         **recipe,
@@ -109,6 +121,13 @@ def generation(tmp_path: Path, decoder: Path, recipe: dict[str, Any]) -> dict[st
         "training": {**recipe["training"], "max_new_tokens": 4},
         "output": str(tmp_path / "answers"),
     }
+
+
+@pytest.fixture
+def single_files() -> Iterator[None]:
+    """The single-file plugins that a test loads are forgotten after it."""
+    yield
+    registry.cache_clear()
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """What the documentation shows runs as printed."""
 
-import os
 import re
 import runpy
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(page, language):
@@ -25,7 +24,7 @@ def plugin(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.stem)
 def test_python(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for i, block in enumerate(blocks(page, "python")):
@@ -36,6 +35,12 @@ def test_python(page, tmp_path, monkeypatch):
 
 def test_the_readme_has_two_bash_blocks():
     assert len(blocks(ROOT / "README.md", "bash")) == 2
+
+
+def test_the_readme_shows_the_quickstarts_results():
+    table = (ROOT / "README.md").read_text().partition("<!-- quickstart -->\n")[2].partition("<!-- end -->")[0]
+    assert table.count("\n") > 5
+    assert table in (ROOT / "docs/quickstart.md").read_text()
 
 
 def test_links_lead_somewhere():
@@ -71,14 +76,27 @@ def test_commands_exist():
             assert {w for w in words if w.startswith("--")} <= known, line
 
 
+@pytest.mark.usefixtures("single_files")
+def test_the_readme_trains_its_plugin(tmp_path, monkeypatch):
+    """Its recipe with the overrides of its command, up to where a model would be loaded."""
+    from petune.plugins import registry
+    from petune.tune import load_recipe
+
+    line = next(t for t in (ROOT / "README.md").read_text().splitlines() if t.startswith("petune train") and "ssf" in t)
+    (recipe,) = blocks(ROOT / "README.md", "yaml")
+    (tmp_path / "my-data.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    registry().add_file(plugin(tmp_path))
+    load_recipe(yaml.safe_load(recipe), [word for word in line.split() if "=" in word]).check()
+
+
+@pytest.mark.usefixtures("single_files")
 def test_the_plugin_of_the_readme_is_compared_at_nf4(tmp_path, suite, defaults):
     """Written by the README alone, one file: listed, checked, trained and compared on a 4-bit base."""
     from petune.cli import main
-    from petune.plugins import registry
 
     file, out = plugin(tmp_path), tmp_path / "out"
     defaults["precision"] = "nf4"
-    registry.cache_clear()
     assert (
         main(
             ["bench", suite({"method": "lora"}), "--out", str(out), "--plugin", str(file), "--method", "ssf", "--json"]
@@ -89,7 +107,6 @@ def test_the_plugin_of_the_readme_is_compared_at_nf4(tmp_path, suite, defaults):
     assert {(r["method"], r["precision"], r["status"]) for r in rows} == {("lora", "nf4", "ok"), ("ssf", "nf4", "ok")}
     assert all(r["score"] is not None and r["trainable_params"] > 0 for r in rows)
     assert "ssf" in (out / "report.html").read_text()
-    registry.cache_clear()
 
 
 def test_the_plugin_of_the_readme_holds_the_kit(tmp_path):
@@ -97,12 +114,6 @@ def test_the_plugin_of_the_readme_holds_the_kit(tmp_path):
 
     cls = runpy.run_path(str(plugin(tmp_path)))["SSF"]
     check_method(cls, families=["bert"], precisions=["nf4"])
-
-
-@pytest.fixture(autouse=True)
-def _cache_stays(monkeypatch):
-    """The downloads of the slow tests are shared with the user's cache."""
-    monkeypatch.setenv("PETUNE_CACHE", os.environ.get("PETUNE_CACHE", str(Path.home() / ".cache/petune")))
 
 
 def test_the_page_of_methods_is_current():

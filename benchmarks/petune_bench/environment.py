@@ -9,12 +9,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "petune")
+PACKAGES = ("petune", "torch", "transformers", "peft", "bitsandbytes", "torchao")
 
 
 @cache
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that the figures depend on."""
+    """Of Python and of the packages that results depend on, those that are installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -7,18 +7,17 @@ import hashlib
 import importlib
 import json
 import os
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from petune.testing import Row, reasons
+from petune_bench.environment import versions
 
 FAMILIES, PRECISIONS = "llama gpt2 bert t5", "fp32 bf16 nf4 fp4 int8 int8wo"
 ARGUMENTS: dict[str, dict[str, Any]] = {"trainable-tokens": {"ids": [81, 10, 20, 59, 102, 93, 41]}}
@@ -89,18 +88,16 @@ def run(cells: Sequence[Cell], jobs: int, device: str) -> Iterator[tuple[Cell, l
 
 def check(cell: Cell, device: str = "cpu") -> tuple[Cell, list[Row], float]:
     """The kit on one method, family and precision."""
-    from transformers.utils import logging
-
     import petune
     from petune.testing import run_checks
+    from petune.tune.setup import quietly
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     method, family, precision = cell
     began = time.perf_counter()
     options: dict[str, Any] = {"families": [family], "precisions": [precision], "device": device}
     try:
-        rows = list(run_checks(method, **options, **ARGUMENTS.get(method, {})))
+        with quietly():
+            rows = list(run_checks(method, **options, **ARGUMENTS.get(method, {})))
     except petune.PetuneError as wrong:  # it needs arguments that ARGUMENTS does not have
         rows = [Row("run", family, precision, str(wrong))]
     return cell, rows, time.perf_counter() - began
@@ -127,17 +124,6 @@ def source() -> str:
             if path.relative_to(home).parts[0] not in ("cli", "tune"):
                 digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def versions() -> dict[str, str]:
-    """The packages that results depend on."""
-    found = {"python": platform.python_version()}
-    for package in ("petune", "torch", "transformers", "bitsandbytes", "torchao"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "-"
-    return found
 
 
 def page(found: dict[Cell, list[Row]]) -> str:

@@ -1,8 +1,8 @@
 """Imported once by the fork server, so that a cell starts in a moment: imports only, nothing that starts a thread."""
 
-import logging
+from petune.plugins import registry
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kernel that it can do without
+registry()  # plugins quieten the libraries that they need, before these are imported
 
 import bitsandbytes  # noqa: E402, F401
 import datasets  # noqa: E402, F401

@@ -9,6 +9,7 @@ from typing import Any
 
 from petune.files import write_text
 from petune_bench.cell import Row
+from petune_bench.environment import PACKAGES
 from petune_bench.plot import draw, inline, save
 from petune_bench.summary import Summary
 from petune_bench.table import COLUMNS, figures
@@ -58,7 +59,7 @@ def _facts(rows: Sequence[Row]) -> dict[str, str]:
     def noted(key: str) -> str:
         return said(row["environment"].get(key) for row in rows)
 
-    packages = [key for key in rows[0]["environment"] if key in _PACKAGES] if rows else []
+    packages = [key for key in (*PACKAGES, "python") if noted(key)]
     facts = {
         "model": said(row["model"] for row in rows),
         "precision": said(row["precision"] for row in rows),
@@ -72,6 +73,3 @@ def _facts(rows: Sequence[Row]) -> dict[str, str]:
         "versions": "; ".join(f"{key} {noted(key)}" for key in packages),
     }
     return {key: value for key, value in facts.items() if value}
-
-
-_PACKAGES = ("petune", "torch", "transformers", "peft", "bitsandbytes", "python")

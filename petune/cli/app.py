@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import sys
 import traceback
 import warnings
@@ -38,9 +37,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `petune` with these arguments (the process's own by default) and return its exit code."""
     debug = False
     cause: BaseException
-    # they warn at import that kernels they can do without are missing
-    for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
-        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         rest, files, debug = _common(list(sys.argv[1:] if argv is None else argv))
         with warnings.catch_warnings():

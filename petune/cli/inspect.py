@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from petune.testing import Row
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+ARGUMENT = "An argument of the method, such as rank=4; of one of several: 'lora={rank: 4}'."
 
 
 def methods(
@@ -83,29 +84,27 @@ def sites(
 
 
 def check(
-    method: Annotated[str, typer.Argument(help="A method's name.")],
+    method: Annotated[str, typer.Argument(help="A method's name, or several as one tuning: lora+ia3.")],
     families: Annotated[str, typer.Option(help="The families of models to run on.")] = "llama gpt2 bert t5",
     precisions: Annotated[str, typer.Option(help="The precisions to run at.")] = "fp32 nf4",
-    argument: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="An argument of the method.")] = None,
+    argument: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help=ARGUMENT)] = None,
     device: Annotated[str, typer.Option(help="Where to run: cpu or cuda.")] = "cpu",
     json: AsJson = False,
 ) -> None:
     """Run the conformance kit on a method: one row a behaviour, one column a family and precision."""
     import yaml
     from rich.console import Console
-    from transformers.utils import logging
 
     from petune.testing import run_checks
+    from petune.tune.setup import quietly
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-
+    several = method.split("+")
     pairs = [pair.partition("=") for pair in argument or []]
     arguments = {key: yaml.safe_load(value) for key, _, value in pairs}
     where: dict[str, Any] = {"families": families.split(), "precisions": precisions.split(), "device": device}
     rows = []
-    with Console(stderr=True).status("") as status:  # nothing where there is no terminal
-        for row in run_checks(method, **where, **arguments):
+    with quietly(), Console(stderr=True).status("") as status:  # nothing where there is no terminal
+        for row in run_checks(several if len(several) > 1 else method, **where, **arguments):
             rows.append(row)
             status.update(f"{row.family} {row.precision}: {row.behaviour} {row.mark}")
     if json:

@@ -8,12 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from petune.adapter import check_arguments
 from petune.errors import PetuneError, UnsupportedError, unknown
+from petune.parts import Method, parts
 from petune.testing.behaviours import BEHAVIOURS, generates_cached
 from petune.testing.case import Case
 from petune.testing.models import FAMILIES, tiny_batch, tiny_model
-from petune.tuning import Method, resolve
 
 __all__ = ["BEHAVIOURS", "FAMILIES", "Case", "Row", "check_method", "reasons", "run_checks", "tiny_batch", "tiny_model"]
 
@@ -37,7 +36,7 @@ class Row:
 
 
 def run_checks(
-    method: str | Method,
+    method: str | Method | Sequence[str | Method],
     *,
     families: Sequence[str] = ("llama", "gpt2", "bert", "t5"),
     precisions: Sequence[str] = ("fp32",),
@@ -47,11 +46,13 @@ def run_checks(
     """Run every behaviour, each on models of its own; a failure does not stop the others. (An encoder has no
     generation to check.)
 
+    Args:
+        method: a name or a class; a list of them is checked as one tuning, its arguments go by the methods' names.
+
     Raises:
         PetuneError: an unknown method, or arguments that it does not take.
     """
-    name, cls = resolve(method)
-    check_arguments(name, cls, arguments)
+    parts(method, arguments)
     for family in families:
         if family not in FAMILIES:
             raise PetuneError(unknown("family", family, FAMILIES))
@@ -69,7 +70,7 @@ def _checked(case: Case, behaviour: str) -> Row:
         BEHAVIOURS[behaviour](case)
     except UnsupportedError as reason:
         refused = str(reason)
-        if not _is_stated(refused, case.cls):
+        if not any(_is_stated(refused, cls) for cls in case.classes):
             error = f"refused, and the docstring does not say so: {reason}"
     except Exception as failure:
         error = f"{type(failure).__name__}: {failure}" if str(failure) else type(failure).__name__
@@ -99,7 +100,7 @@ def reasons(rows: Sequence[Row]) -> dict[str, list[Row]]:
     }
 
 
-def check_method(method: str | Method, **options: Any) -> None:
+def check_method(method: str | Method | Sequence[str | Method], **options: Any) -> None:
     """`run_checks`, for a test of your own plugin.
 
     Raises:

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import petune
-from petune.adapter import Unfreeze
 from petune.merge import dequantize, is_quantized
 from petune.testing.case import Case, logits
 from petune.tuning import Tuning
@@ -25,10 +24,10 @@ GENERATION: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_samp
 def starts_at_base(case: Case) -> None:
     base, model = case.base(), case.base()
     case.attach(model, change=False)
-    if issubclass(case.cls, Unfreeze):  # its copies are dense: unlike LLM.int8()'s layers they don't round their input
+    if case.trains_the_base:  # its copies are dense: unlike LLM.int8()'s layers they don't round their input
         for each in (base, model):
             dequantize(each)
-    if getattr(case.cls, "starts_at_base", True):
+    if case.starts_at_base:
         case.close(logits(model, case.batch), logits(base, case.batch), "a fresh tuning changes the model")
 
 
@@ -56,7 +55,7 @@ def trains(case: Case) -> None:
     reached = sum(p.grad is not None for p in own)
     missing = [n for n, p in tuning.state() if p.requires_grad and p.grad is None]
     # a copy of the whole model also holds what the base itself never reads
-    assert reached == len(own) or issubclass(case.cls, Unfreeze), f"no gradient for {missing[:3]}"
+    assert reached == len(own) or case.trains_the_base, f"no gradient for {missing[:3]}"
     assert all(bool(p.grad.isfinite().all()) for p in own if p.grad is not None), "gradients are not finite"
 
 
@@ -83,7 +82,8 @@ def saves_and_loads(case: Case) -> None:
     with tempfile.TemporaryDirectory() as folder:
         tuning.save(folder)
         fresh = case.base()
-        petune.load(fresh, folder, name="again", method=case.cls)
+        one, *more = case.classes
+        petune.load(fresh, folder, name="again", method=[one, *more] if more else one)
     assert torch.equal(logits(fresh, case.batch), logits(model, case.batch)), "loaded is not what was saved"
 
 
@@ -92,7 +92,7 @@ def merges_or_says_why(case: Case) -> None:
     model, tuning = case.tuned()
     before = logits(model, case.batch)
     why = _refusal(tuning)
-    if not case.cls.mergeable:
+    if not case.mergeable:
         assert why is not None, "merge() of a method that is not mergeable must raise TypeError"
         assert tuning.method in str(why), "the error does not name the method"
         assert torch.equal(logits(model, case.batch), before), "a refused merge changed the model"

@@ -1,7 +1,8 @@
-"""One method on one family of models at one precision, and what its checks compare."""
+"""One method, or several as one, on one family of models at one precision, and what its checks compare."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor
 
 import petune
+from petune.adapter import Unfreeze
+from petune.parts import Method, parts
 from petune.testing.models import DTYPES, FAMILIES, tiny_batch, tiny_model
-from petune.tuning import Method, Tuning, resolve
+from petune.tuning import Tuning
 
 # how far apart, of the largest value, two ways to compute the same may be
 ROUNDING = {"fp32": 1e-5, "bf16": 5e-2, "fp16": 1e-2}
@@ -18,17 +21,29 @@ ROUNDING = {"fp32": 1e-5, "bf16": 5e-2, "fp16": 1e-2}
 
 @dataclass
 class Case:
-    """One method on one family of models at one precision."""
+    """One method on one family of models at one precision; a list of methods is one tuning."""
 
-    method: str | Method
+    method: str | Method | Sequence[str | Method]
     family: str
     precision: str
     arguments: dict[str, Any] = field(default_factory=dict)
     device: str = "cpu"
 
     @property
-    def cls(self) -> Method:
-        return resolve(self.method)[1]
+    def classes(self) -> list[Method]:
+        return [part.cls for part in parts(self.method, self.arguments)]
+
+    @property
+    def mergeable(self) -> bool:
+        return all(cls.mergeable for cls in self.classes)
+
+    @property
+    def starts_at_base(self) -> bool:
+        return all(getattr(cls, "starts_at_base", True) for cls in self.classes)
+
+    @property
+    def trains_the_base(self) -> bool:
+        return any(issubclass(cls, Unfreeze) for cls in self.classes)
 
     @property
     def generates(self) -> bool:

@@ -18,6 +18,7 @@ from petune.discovery import base_class
 from petune.errors import PetuneError, UnsupportedError
 from petune.merge import base_forward
 from petune.routing import board_of
+from petune.tune.forward import forward_as
 
 ROWS = 128
 """How many rows of logits exist at a time."""
@@ -41,7 +42,7 @@ def labelled_logits(model: nn.Module, rows: int = ROWS) -> Iterator[None]:
         return
     labelled = _Labelled(model, rows)
     before = vars(model).get("_loss_function")
-    with labelled.decoder_as(labelled.run):
+    with forward_as(labelled.decoder, labelled.run):
         replaced: Any = model
         replaced.loss_function = labelled.loss
         try:
@@ -69,17 +70,6 @@ class _Labelled:
         self.next = model.loss_function is ForCausalLMLoss  # a token is the label of the one before it
         self.inner = self.decoder.forward
         self.out: Any = None
-
-    @contextmanager
-    def decoder_as(self, forward: Callable[..., Any]) -> Iterator[None]:
-        before = vars(self.decoder).get("forward")
-        self.decoder.forward = forward
-        try:
-            yield
-        finally:
-            del self.decoder.forward
-            if before is not None:
-                self.decoder.forward = before
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The decoder's forward; the caller sees one row of what it found."""
@@ -115,7 +105,7 @@ class _Labelled:
     def head(self, hidden: Tensor) -> Tensor:
         """(n, hidden) -> (n, vocabulary): what the model does behind its decoder."""
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-        with self.decoder_as(lambda *_, **__: self._answer(hidden[None])):
+        with forward_as(self.decoder, lambda *_, **__: self._answer(hidden[None])):
             logits: Tensor = base_forward(self.model)(input_ids=ids).logits
         return logits[0]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from petune.discovery import blocks
 from petune.errors import PetuneError
+from petune.tune.forward import forward_as
 
 KEEP_LITTLE = {
     "ban_recompute_used_far_apart": False,
@@ -38,19 +39,14 @@ def compiled(model: Any, budget: float | None = None) -> Iterator[None]:
 
     _check_compiler(model)
     options: dict[str, Any] = KEEP_LITTLE | ({} if budget is None else {"activation_memory_budget": budget})
-    before = {block: vars(block).pop("forward", None) for _, _, block in blocks(model)}
-    for block, own in before.items():
-        block.forward = _Region(block, own or block.forward)
-    # one code object serves the blocks of all kinds, each with and without a gradient of its input
-    with torch._functorch.config.patch(options), torch._dynamo.config.patch(recompile_limit=64):
-        try:
-            yield
-        finally:
-            for block, own in before.items():
-                del block.forward
-                if own is not None:
-                    block.forward = own
-            torch.compiler.reset()  # another budget would be given the code of this one
+    with ExitStack() as stack:
+        stack.enter_context(torch._functorch.config.patch(options))
+        # one code object serves the blocks of all kinds, each with and without a gradient of its input
+        stack.enter_context(torch._dynamo.config.patch(recompile_limit=64))
+        stack.callback(torch.compiler.reset)  # another budget would be given the code of this one
+        for _, _, block in blocks(model):
+            stack.enter_context(forward_as(block, _Region(block, block.forward)))
+        yield
 
 
 def _check_compiler(model: nn.Module) -> None:

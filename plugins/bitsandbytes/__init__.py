@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+# it warns of kernels that training has no use for, and at each int8 layer's forward that it casts the input
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 
 @dataclass(frozen=True)
 class FourBit:
@@ -118,7 +121,5 @@ def _config(skip: Sequence[str], **options: Any) -> Mapping[str, Any]:
         raise petune.PetuneError("this precision needs bitsandbytes: pip install bitsandbytes accelerate")
     from transformers import BitsAndBytesConfig
 
-    # it warns of kernels that training has no use for, and at each int8 layer's forward that it casts the input
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     config: Any = BitsAndBytesConfig
     return {"quantization_config": config(llm_int8_skip_modules=list(skip), **options)}

@@ -26,10 +26,9 @@ class Gated(petune.Adapter):
             same = all(a is b for a, b in zip((h, *more), (x, *rest), strict=True))
             return y if same else inner(h, *more)
 
-        gate = self.gate(self.seen(x)).sigmoid()  # (batch, length, 1)
-        return torch.lerp(
-            y, super().forward(once, x, *rest), gate.view(*gate.shape[:2], *(1,) * (y.dim() - 2)).to(y.dtype)
-        )
+        adapted = super().forward(once, x, *rest)
+        gate = self.gate(self.seen(x)).sigmoid().to(y.dtype)  # (batch, length, 1)
+        return torch.lerp(y, adapted, gate.view(*gate.shape[:2], *[1] * (y.dim() - 2)))
 
     def seen(self, x: Tensor) -> Tensor:
         """What the gate reads, (batch, length, width)."""

@@ -30,9 +30,8 @@ class BOFT(petune.Adapter):
 
     def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
         for i, free in reversed(list(enumerate(self.free))):
-            pairs = x.reshape(*x.shape[:-1], -1, 2, 2**i, self.block // 2).transpose(
-                -3, -2
-            )  # (…, groups, 2^i, 2, block / 2)
+            halves = x.reshape(*x.shape[:-1], -1, 2, 2**i, self.block // 2)
+            pairs = halves.transpose(-3, -2)  # (…, groups, 2^i, 2, block / 2)
             turned = rotate(pairs.flatten(-2).flatten(-3, -2), free, self.block)  # (…, blocks, block)
             x = turned.reshape(pairs.shape).transpose(-3, -2).flatten(-4)
         y = inner(x)

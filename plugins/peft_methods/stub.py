@@ -36,18 +36,19 @@ class Stub(nn.Linear):
         return self.last[self]
 
     def _dense(self) -> Tensor:
-        part = self.site.part
         module: Any = self.site.module
         own = isinstance(module, nn.Linear) and type(module.weight) is nn.Parameter
         if own and module.weight.is_floating_point():
-            return module.weight.detach().float()[part or slice(None)]
+            return self._mine(module.weight.detach().float())
         return self.site.weight()
+
+    def _mine(self, outputs: Tensor) -> Tensor:
+        return outputs if self.site.part is None else outputs[self.site.part]
 
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]
-        module: Any = self.site.module
-        bias = module.bias
-        return bias.detach()[self.site.part or slice(None)] if isinstance(bias, Tensor) else None
+        bias = self.site.module.bias
+        return self._mine(bias.detach()) if isinstance(bias, Tensor) else None
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.inner is not None

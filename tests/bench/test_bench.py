@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from petune.cli import main
-from petune.plugins import registry
 
 KEYS = """
 schema_version suite cell status error model precision method method_args implementation task data seed steps
@@ -57,13 +56,10 @@ def petune_methods():
 
 
 @pytest.fixture
-def plugin(tmp_path: Path) -> Any:
-    """A single-file plugin; the registry forgets it afterwards."""
+def plugin(tmp_path: Path, single_files: None) -> str:
     file = tmp_path / "gates.py"
     file.write_text(PLUGIN)
-    registry.cache_clear()
-    yield str(file)
-    registry.cache_clear()
+    return str(file)
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:

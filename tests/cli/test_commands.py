@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from samples import jsonl, opinions
 
 from petune.cli import main
@@ -43,21 +42,10 @@ def petune_commands():
 
 
 @pytest.fixture
-def file(recipe: dict[str, Any], tmp_path: Path) -> str:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    return str(path)
-
-
-@pytest.fixture
-def plugin(tmp_path: Path) -> Any:
+def plugin(tmp_path: Path, single_files: None) -> str:
     path = tmp_path / "shifting.py"
     path.write_text(METHOD)
-    yield str(path)
-    found = registry()
-    found.manager.unregister(name="shifting")
-    found.plugins.pop("shifting", None)
-    found._found.clear()
+    return str(path)
 
 
 def test_help_is_quick_and_loads_no_torch() -> None:
@@ -204,6 +192,7 @@ def petune_methods():
 '''
 
 
+@pytest.mark.usefixtures("single_files")
 def test_check_shows_a_table_and_the_reasons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plugin = tmp_path / "picky_method.py"
     plugin.write_text(PICKY)
@@ -223,11 +212,16 @@ def test_check_fails_where_something_does(capsys: pytest.CaptureFixture[str], mo
     def broken(case: Any) -> None:
         raise AssertionError("two words")
 
+    def sees_both(case: Any) -> None:
+        assert case.attach(case.base()).arguments == {"lora": {"rank": 3}, "ia3": {}}
+
     monkeypatch.setattr("petune.testing.BEHAVIOURS", {"one": broken, "two": lambda case: None})
     assert main(["check", "lora", "--families", "bert llama", "--precisions", "fp32"]) == 1
     said = capsys.readouterr()
     assert said.out.splitlines()[1:] == ["one        ✗          ✗", "two        ✓          ✓"]
     assert said.err == "✗ bert, llama: one: AssertionError: two words\n"
+    monkeypatch.setattr("petune.testing.BEHAVIOURS", {"both": sees_both})
+    assert main(["check", "lora+ia3", "--families", "bert", "--argument", "lora={rank: 3}"]) == 0
 
 
 def test_train_again_asks_first(file: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,17 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from samples import jsonl, opinions
 
 from petune.cli import main
-
-
-@pytest.fixture
-def file(recipe: dict[str, Any], tmp_path: Path) -> str:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    return str(path)
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *argv: str) -> str:

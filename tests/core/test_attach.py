@@ -7,10 +7,6 @@ import petune
 from petune.testing import tiny_batch, tiny_model
 
 
-def roles(tuning):
-    return {link.site.role for link in tuning.links}
-
-
 def test_where_by_role_name_pattern_and_layer():
     model = tiny_model("llama")
     cases = {

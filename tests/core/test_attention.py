@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from shaken import cache_of
 
 import petune
 from petune.testing import tiny_batch, tiny_model
@@ -37,15 +38,10 @@ def test_the_configuration_stays():
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_prefix_is_what_a_cache_of_its_keys_and_values_is(family):
     """transformers' own past_key_values with the same keys and values, positions of the text unchanged."""
-    from transformers import DynamicCache
-
     model, base = prefixed(family, "sdpa"), tiny_model(family)
     batch = tiny_batch(family, padding=0)
     rows = len(batch["input_ids"])
-    cache = DynamicCache()
-    for link in petune.tunings(model)["default"].links:
-        keys, values = (t.expand(rows, -1, -1, -1).clone() for t in (link.adapter.keys, link.adapter.values))
-        cache.update(keys, values, link.site.layer)
+    cache = cache_of(petune.tunings(model)["default"], rows)
     positions = torch.arange(10)[None].expand(rows, -1)
     with torch.no_grad():
         want = base(input_ids=batch["input_ids"], past_key_values=cache, position_ids=positions).logits

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from shaken import shaken
 from torch import nn
 
 import petune
@@ -149,10 +150,7 @@ def test_without_the_model_around_it_there_is_no_batch():
 def test_checkpointing_sees_the_batch_of_its_own_forward():
     """Two forwards before one backward: each is recomputed with its own rows."""
     model = tiny_model("llama")
-    tuning = petune.attach(model, "loreft", first=1, last=1)
-    with torch.no_grad():
-        for p in tuning.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
+    tuning = shaken(model, "loreft", first=1, last=1)
     one, two = tiny_batch("llama"), tiny_batch("llama", padding=0)
     two["labels"] = two["labels"].clone()
     two["labels"][:, :4] = -100

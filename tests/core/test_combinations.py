@@ -5,36 +5,17 @@ import json
 import peft
 import pytest
 import torch
+from shaken import close, shaken
 from torch import nn
 
 import petune
-from petune.testing import BEHAVIOURS, Case, tiny_batch, tiny_model
-from petune.testing.behaviours import generates_cached, logits, saves_and_loads
+from petune.testing import check_method, tiny_batch, tiny_model
+from petune.testing.behaviours import logits
 
 MAM = ["prefix-tuning", "parallel-adapter"]
 UNIPELT = ["gated-lora", "gated-prefix-tuning", "gated-pfeiffer"]
 ONE_SITE = ["lora", "ia3"]
 OVER_COPIES = ["lora", "last-layers"]
-
-
-class Several(Case):
-    """The kit asks a method's class for these."""
-
-    @property
-    def cls(self):
-        found = [petune.methods()[name] for name in self.method]
-        return type("Several", (petune.Adapter,), {
-            "mergeable": all(cls.mergeable for cls in found),
-            "starts_at_base": all(getattr(cls, "starts_at_base", True) for cls in found),
-        })  # fmt: skip
-
-
-def shaken(model, method, name="default", **arguments):
-    tuning = petune.attach(model, method, name=name, **arguments)
-    with torch.no_grad():
-        for p in tuning.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    return tuning
 
 
 LATER = [(MAM, "bert"), (MAM, "t5"), (UNIPELT, "llama"), (ONE_SITE, "gpt2"), (OVER_COPIES, "llama")]
@@ -44,10 +25,7 @@ LATER = [(MAM, "bert"), (MAM, "t5"), (UNIPELT, "llama"), (ONE_SITE, "gpt2"), (OV
     ("methods", "family"), [(MAM, "llama"), *[pytest.param(*case, marks=pytest.mark.slow) for case in LATER]]
 )
 def test_a_list_of_methods_behaves_as_one(methods, family):
-    case = Several(methods, family, "fp32")
-    for check in BEHAVIOURS.values():
-        if check is not saves_and_loads and (check is not generates_cached or case.generates):
-            check(case)
+    check_method(methods, families=[family])
 
 
 @pytest.mark.parametrize("methods", [MAM, ONE_SITE, OVER_COPIES])
@@ -135,12 +113,11 @@ def test_a_weighted_sum_of_loras_is_pefts(family):
     theirs.add_weighted_adapter(["a", "b"], list(weights.values()), "sum", combination_type="cat")
     theirs.set_adapter("sum")
     want = logits(theirs.eval(), batch)
-    close = {"rtol": 1e-5, "atol": 1e-5 * float(want.abs().max())}
     assert (logits(tiny_model(family), batch) - want).abs().max() > 0.1
-    torch.testing.assert_close(logits(ours, batch), want, **close)
+    close(logits(ours, batch), want)
     for tuning in list(petune.tunings(ours).values()):
         tuning.merge()
-    torch.testing.assert_close(logits(ours, batch), want, **close)
+    close(logits(ours, batch), want)
 
 
 @pytest.mark.parametrize("method", ["houlsby", "ia3", "prefix-tuning", "full", "trainable-tokens", "dora"])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
+from shaken import cache_of
 
 import petune
 from petune_bench.coverage import checks, tiny
@@ -30,10 +30,7 @@ def test_a_prefix_is_what_a_cache_of_it_is(kind):
         with tuning.disabled():
             assert not torch.allclose(got, model(input_ids=ids, position_ids=positions).logits, atol=1e-3)
         return
-    cache = DynamicCache()
-    for link in tuning.links:
-        keys, values = (t.expand(len(ids), -1, -1, -1).clone() for t in (link.adapter.keys, link.adapter.values))
-        cache.update(keys, values, link.site.layer)
+    cache = cache_of(tuning, len(ids))
     with tuning.disabled():
         want = model(input_ids=ids, position_ids=positions, past_key_values=cache).logits
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from shaken import shaken
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -16,19 +17,11 @@ from petune.testing import tiny_batch, tiny_model
 from petune.testing.case import logits
 
 
-def changed(model, method, name="default", **arguments):
-    tuning = petune.attach(model, method, name=name, **arguments)
-    with torch.no_grad():
-        for p in tuning.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    return tuning
-
-
 def test_the_weight_is_the_formula():
     model = tiny_model("llama")
     layer = model.model.layers[0].self_attn.q_proj
     before = layer.weight.clone()
-    tuning = changed(model, "lora", rank=4, alpha=2)
+    tuning = shaken(model, "lora", rank=4, alpha=2)
     a, b = (getattr(tuning.adapters["model.layers.0.self_attn.q_proj"], n).detach() for n in "AB")
     tuning.merge()
     torch.testing.assert_close(layer.weight, before + 0.5 * b @ a, rtol=1e-5, atol=1e-6)
@@ -39,7 +32,7 @@ def test_the_weight_is_the_formula():
 def test_a_base_without_bias_gets_one_if_needed():
     model = tiny_model("llama")
     before = set(model.state_dict())
-    changed(model, "bitfit", where="q").merge()
+    shaken(model, "bitfit", where="q").merge()
     added = set(model.state_dict()) - before  # all of its attention: the configuration knows no less
     assert added == {f"model.layers.{i}.self_attn.{role}_proj.bias" for i in range(3) for role in "qkvo"}
     assert model.model.layers[0].self_attn.q_proj.bias.any()
@@ -48,7 +41,7 @@ def test_a_base_without_bias_gets_one_if_needed():
 
 def test_several_merge_one_by_one():
     model, batch = tiny_model("llama"), tiny_batch("llama")
-    one, two = changed(model, "lora", "one"), changed(model, "lora", "two")
+    one, two = shaken(model, "lora", "one"), shaken(model, "lora", "two")
     before = logits(model, batch)
     two.merge()
     torch.testing.assert_close(logits(model, batch), before, rtol=1e-3, atol=1e-4)
@@ -59,7 +52,7 @@ def test_several_merge_one_by_one():
 
 def test_an_order_that_matters_is_refused():
     model, batch = tiny_model("llama"), tiny_batch("llama")
-    inner, outer = changed(model, "ia3", "inner"), changed(model, "lora", "outer")
+    inner, outer = shaken(model, "ia3", "inner"), shaken(model, "lora", "outer")
     before = logits(model, batch)
     with pytest.raises(petune.PetuneError, match="merge 'inner' first"):
         outer.merge()
@@ -71,7 +64,7 @@ def test_an_order_that_matters_is_refused():
 
 def test_a_merge_that_is_not_finite_changes_nothing():
     model = tiny_model("llama")
-    tuning = changed(model, "lora")
+    tuning = shaken(model, "lora")
     state = {k: v.clone() for k, v in model.state_dict().items() if "petune" not in k}
     with torch.no_grad():
         tuning.links[-1].adapter.B[0, 0] = float("nan")
@@ -83,7 +76,7 @@ def test_a_merge_that_is_not_finite_changes_nothing():
 
 def test_a_quantized_model_merges_to_one_that_transformers_loads(tmp_path):
     model, batch = tiny_model("llama", "nf4"), tiny_batch("llama")
-    changed(model, "ia3").merge()
+    shaken(model, "ia3").merge()
     assert is_quantized(model.model.layers[0].self_attn.q_proj)
     assert not is_quantized(model.model.layers[0].self_attn.k_proj)
     before = logits(model, batch)
@@ -101,7 +94,7 @@ def test_a_quantized_layer_is_quantized_again_at_the_cost_that_is_said(family, p
     if precision == "int8wo":
         pytest.importorskip("torchao")
     model, batch = tiny_model(family, precision), tiny_batch(family)
-    tuning = changed(model, "lora")
+    tuning = shaken(model, "lora")
     name = "model.layers.1.mlp.up_proj" if family == "llama" else "transformer.h.1.mlp.c_fc"
     layer, wanted = model.get_submodule(name), dense(copy.deepcopy(model).get_submodule(name))
     a, b = (getattr(tuning.adapters[name], n).detach() for n in "AB")
@@ -124,7 +117,7 @@ def test_training_on_a_quantized_base_is_quantized_back():
     """Copies that trained in float32 too."""
     model = tiny_model("llama", "nf4")
     kinds = [type(m) for m in model.modules()]
-    tuning = changed(model, "last-layers")
+    tuning = shaken(model, "last-layers")
     wanted = tuning.adapters["model.layers.2.mlp.up_proj"].module.weight.detach().clone()
     merged = tuning.merge(quantize=True)
     assert [type(m) for m in model.modules()] == kinds
@@ -134,15 +127,15 @@ def test_training_on_a_quantized_base_is_quantized_back():
 
 
 def test_rounding_to_16_bits_is_said():
-    merged = changed(tiny_model("llama", "bf16"), "lora").merge()
+    merged = shaken(tiny_model("llama", "bf16"), "lora").merge()
     assert 0 < max(merged.errors.values()) < 2**-8
-    merged = changed(tiny_model("llama"), "lora").merge()
+    merged = shaken(tiny_model("llama"), "lora").merge()
     assert max(merged.errors.values()) == 0
 
 
 def test_a_layer_that_no_quantizer_knows_is_not_quantized_again(monkeypatch):
     model, batch = tiny_model("llama", "nf4"), tiny_batch("llama")
-    tuning = changed(model, "lora")
+    tuning = shaken(model, "lora")
     before = logits(model, batch)
     monkeypatch.setitem(registry()._found, "petune_quantizers", {})
     with pytest.raises(petune.UnsupportedError, match="no installed quantizer can write a Linear4bit"):
@@ -155,7 +148,7 @@ def test_a_layer_that_no_quantizer_knows_is_not_quantized_again(monkeypatch):
 def test_an_interrupted_merge_leaves_what_the_model_computes(quantize, monkeypatch):
     """Layers are written one by one, and each gives up its adapter: the rest goes on, also later."""
     model, batch = tiny_model("llama"), tiny_batch("llama")
-    tuning = changed(model, "lora")
+    tuning = shaken(model, "lora")
     before = logits(model, batch)
     count, fold = itertools.count(), merge_module._fold
 
@@ -177,7 +170,7 @@ def test_an_interrupted_merge_leaves_what_the_model_computes(quantize, monkeypat
 @pytest.mark.parametrize("precision", ["fp32", "nf4"])
 def test_a_saved_model_keeps_the_biases_that_a_merge_adds(precision, tmp_path):
     model, batch = tiny_model("llama", precision), tiny_batch("llama")
-    changed(model, "bitfit", where="q").merge()
+    shaken(model, "bitfit", where="q").merge()
     dequantize(model)
     assert (model.config.attention_bias, model.config.mlp_bias) == (True, False)
     model.save_pretrained(tmp_path)
@@ -187,12 +180,12 @@ def test_a_saved_model_keeps_the_biases_that_a_merge_adds(precision, tmp_path):
 def test_biases_that_no_saved_model_has_a_place_for_are_said():
     model = tiny_model("t5")
     with pytest.warns(UserWarning, match=r"a saved t5 has no place for encoder.block.0.*\.q\.bias and 8 more"):
-        changed(model, "bitfit", where="q").merge()
+        shaken(model, "bitfit", where="q").merge()
 
 
 def test_a_quantized_conv1d_merges_to_one_that_transformers_loads(tmp_path):
     model, batch = tiny_model("gpt2", "nf4"), tiny_batch("gpt2")
-    changed(model, "lora").merge()
+    shaken(model, "lora").merge()
     dequantize(model)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -205,7 +198,7 @@ def test_an_embedding_that_scales_its_rows_is_refused():
 
     sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
     model = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
-    tuning = changed(model, "trainable-tokens", ids=[5], where="embed")
+    tuning = shaken(model, "trainable-tokens", ids=[5], where="embed")
     with pytest.raises(TypeError, match="embed_tokens changes its rows"):
         tuning.merge()
     assert "default" in petune.tunings(model)
@@ -215,7 +208,7 @@ def test_a_norm_takes_a_scale_and_a_shift():
     model, batch = tiny_model("bert"), tiny_batch("bert")
     norm = model.bert.encoder.layer[0].output.LayerNorm
     nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
-    tuning = changed(model, "ln-tuning")
+    tuning = shaken(model, "ln-tuning")
     adapter = tuning.adapters["bert.encoder.layer.0.output.LayerNorm"]
     weight, bias = norm.weight * adapter.scale, norm.bias * adapter.scale + adapter.shift
     before = logits(model, batch)
@@ -244,27 +237,27 @@ def test_a_norm_that_adds_one_to_its_weight():
 def test_what_is_no_scale_and_shift_of_a_norm_is_refused():
     model = tiny_model("llama")
     for where, message in (("norm", "does more to .* than scale and shift it"), ("mlp", "has no merged form")):
-        tuning = changed(model, "lora", where=where)
+        tuning = shaken(model, "lora", where=where)
         with pytest.raises(TypeError, match=message):
             tuning.merge()
         tuning.detach()
-    inner, outer = changed(model, "ln-tuning", "inner"), changed(model, "ln-tuning", "outer")
+    inner, outer = shaken(model, "ln-tuning", "inner"), shaken(model, "ln-tuning", "outer")
     before = logits(model, tiny_batch("llama"))
     outer.merge()  # scales alone commute
     torch.testing.assert_close(logits(model, tiny_batch("llama")), before, rtol=1e-3, atol=1e-4)
     inner.merge()
     torch.testing.assert_close(logits(model, tiny_batch("llama")), before, rtol=1e-3, atol=1e-4)
     model = tiny_model("bert")
-    changed(model, "ln-tuning", "inner")
+    shaken(model, "ln-tuning", "inner")
     with pytest.raises(petune.PetuneError, match="merge 'inner' first"):
-        changed(model, "ln-tuning", "outer").merge()
+        shaken(model, "ln-tuning", "outer").merge()
 
 
 def test_a_tied_head_is_untied_where_only_it_changes():
     model, batch = tiny_model("gpt2"), tiny_batch("gpt2")
     assert model.lm_head.weight is model.transformer.wte.weight
     table = model.transformer.wte.weight.clone()
-    tuning = changed(model, "lora", where="head")
+    tuning = shaken(model, "lora", where="head")
     before = logits(model, batch)
     tuning.merge()
     torch.testing.assert_close(logits(model, batch), before, rtol=1e-4, atol=1e-4)

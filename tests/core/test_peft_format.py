@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from shaken import close, shake
 
 import petune
 from petune.testing import tiny_batch, tiny_model
@@ -79,17 +80,6 @@ PAIRS = {
 }
 CELLS = [(method, family) for method, (_, _, families) in PAIRS.items() for family in families]
 PROMPTS = ("prompt-tuning", "p-tuning", "prefix-tuning")
-
-
-def close(one, other):
-    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
-
-
-@torch.no_grad()
-def shake(parameters):
-    torch.manual_seed(0)
-    for p in parameters:
-        p.add_(torch.randn_like(p) * 0.1)
 
 
 @torch.no_grad()

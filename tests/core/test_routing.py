@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from shaken import shaken
 
 import petune
 from petune.testing import tiny_batch, tiny_model
@@ -14,16 +15,11 @@ ROWS = ["lora", "prefix", "prompt", "long", "houlsby", None]
 def served(request):
     """A model with five tunings of four methods, prompts of two lengths among them."""
     model = tiny_model(request.param)
-    torch.manual_seed(0)
-    petune.attach(model, "lora", name="lora")
-    petune.attach(model, "prefix-tuning", name="prefix", length=4)
-    petune.attach(model, "prompt-tuning", name="prompt", length=3)
-    petune.attach(model, "prompt-tuning", name="long", length=7)
-    petune.attach(model, "houlsby", name="houlsby")
-    with torch.no_grad():
-        for tuning in petune.tunings(model).values():
-            for p in tuning.parameters():
-                p.add_(torch.randn_like(p) * 0.1)
+    shaken(model, "lora", "lora")
+    shaken(model, "prefix-tuning", "prefix", length=4)
+    shaken(model, "prompt-tuning", "prompt", length=3)
+    shaken(model, "prompt-tuning", "long", length=7)
+    shaken(model, "houlsby", "houlsby")
     return request.param, model
 
 

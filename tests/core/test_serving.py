@@ -6,24 +6,11 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from shaken import close, shaken
 
 import petune
 from petune.testing import tiny_batch, tiny_model
 from petune.testing.behaviours import logits
-
-
-def close(one, other):
-    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
-
-
-def tuned(family, where, **arguments):
-    torch.manual_seed(0)
-    model = tiny_model(family)
-    tuning = petune.attach(model, "lora", where=where, **arguments)
-    with torch.no_grad():
-        for p in tuning.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    return model, tuning
 
 
 def engine(folder, model):
@@ -60,8 +47,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_serves_the_same(case, tmp_path):
     family, where, arguments = CASES[case]
-    model, tuning = tuned(family, where, **arguments)
-    tuning.save(tmp_path, format="serving")
+    model = tiny_model(family)
+    shaken(model, "lora", where=where, **arguments).save(tmp_path, format="serving")
     want = logits(model, tiny_batch(family))
     close(logits(engine(tmp_path, tiny_model(family)), tiny_batch(family)), want)
     theirs = peft.PeftModel.from_pretrained(tiny_model(family), tmp_path).eval()

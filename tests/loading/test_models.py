@@ -2,90 +2,19 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
+from samples import IDS
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    BertForSequenceClassification,
-    BertModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-    T5ForSequenceClassification,
-)
+from transformers import BertModel, LlamaConfig, LlamaForCausalLM, T5ForSequenceClassification
 from transformers.utils import logging
 
 import petune
 from petune import Package, PetuneError, Source
 from petune.plugins import registry
-
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
-IDS = torch.arange(10)[None]  # (batch, length)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> None:
-    torch.set_num_threads(1)  # threads that wait for each other take most of the time of a tiny model
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """Folders of tiny checkpoints."""
-    root = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    t5 = T5Config(vocab_size=96, d_model=64, d_kv=32, d_ff=128, num_layers=2, num_heads=2)
-    models = {
-        "llama": LlamaForCausalLM(LlamaConfig(**SIZES)),
-        "bert": BertModel(BertConfig(**SIZES)),
-        "mlm": BertForMaskedLM(BertConfig(**SIZES)),
-        "classifier": BertForSequenceClassification(BertConfig(**SIZES, num_labels=3)),
-        "t5": T5ForConditionalGeneration(t5),
-    }
-    for name, model in models.items():
-        model.save_pretrained(root / name)
-    return SimpleNamespace(**{name: root / name for name in models})
-
-
-@dataclass
-class Recorder:
-    """A quantizer that quantizes nothing and remembers what it was asked."""
-
-    bits: float = 16.0
-    asked: list[Any] = field(default_factory=list)
-
-    def arguments(self, skip, dtype):
-        self.asked.append((skip, dtype))
-        return {"attn_implementation": "eager"}
-
-    def prepare(self, model):
-        self.asked.append(type(model).__name__)
-
-
-@pytest.fixture
-def quantizer(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    recorder = Recorder()
-    table = {"pretend": (recorder, "test")}
-    monkeypatch.setitem(registry()._found, "petune_quantizers", table)
-    return recorder
-
 
 # --- heads and fresh weights ---
 
@@ -209,6 +138,13 @@ def test_an_unknown_precision_or_head_names_the_near_misses(saved):
         petune.from_pretrained(saved.bert, head="seq2seq-lm")
 
 
+def test_t5_keeps_a_pretrained_head_out(saved, tmp_path, quantizer):
+    T5ForSequenceClassification.from_pretrained(saved.t5, num_labels=2).save_pretrained(tmp_path)
+    model = petune.from_pretrained(tmp_path, precision="pretend")
+    assert model.petune_fresh == ()
+    assert quantizer.asked[0][0] == ["classification_head"]
+
+
 # --- names ---
 
 
@@ -259,70 +195,6 @@ def test_a_broken_checkpoint_ends_in_one_line(saved, tmp_path):
         petune.from_pretrained(tmp_path)
 
 
-# --- the hub ---
-
-
-class Hub(BaseHTTPRequestHandler):
-    """A hub that knows no model."""
-
-    def do_GET(self) -> None:
-        self.send_response(404)
-        self.send_header("X-Error-Code", "RepoNotFound")
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    do_HEAD = do_GET
-
-    def log_message(self, *args: Any) -> None: ...
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    server = HTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    yield
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-@pytest.fixture
-def dead_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-
-
-@pytest.mark.usefixtures("hub")
-@pytest.mark.parametrize("load", [petune.from_pretrained, petune.load_tokenizer])
-def test_a_name_that_the_hub_does_not_know_gets_near_misses(load):
-    with pytest.raises(
-        PetuneError, match=r"unknown model 'minilmm'\. Did you mean 'minilm'.*the Hub says: .*[Nn]ot [Ff]ound"
-    ):
-        load("minilmm")
-
-
-@pytest.mark.usefixtures("dead_hub")
-@pytest.mark.timeout(20)
-def test_a_hub_out_of_reach_is_not_waited_for():
-    with pytest.raises(PetuneError, match="It is no local folder, and the Hub says: Connect"):
-        petune.from_pretrained("someone/something")
-
-
-@pytest.mark.usefixtures("dead_hub")
-@pytest.mark.timeout(20)
-def test_a_hub_out_of_reach_leaves_what_was_downloaded_before(saved, tmp_path):
-    commit = "1" * 40
-    home = tmp_path / "models--someone--tiny"
-    (home / "refs").mkdir(parents=True)
-    (home / "refs" / "main").write_text(commit)
-    snapshot = home / "snapshots" / commit
-    snapshot.mkdir(parents=True)
-    for file in saved.llama.iterdir():
-        (snapshot / file.name).symlink_to(file)
-    assert type(petune.from_pretrained("someone/tiny", cache_dir=str(tmp_path))) is LlamaForCausalLM
-
-
 # --- tokenizers ---
 
 
@@ -351,87 +223,7 @@ def test_a_checkpoint_without_a_tokenizer_says_so(saved, name):
         petune.load_tokenizer(getattr(saved, name))
 
 
-# --- GGUF ---
-
-
-def write_gguf(path: Path) -> dict[str, torch.Tensor]:
-    """A Llama of two layers in Q4_1 blocks, as llama.cpp writes one; returns what its numbers say."""
-    import numpy as np
-    from gguf import GGMLQuantizationType, GGUFWriter, dequantize, quantize
-
-    writer = GGUFWriter(path, "llama")
-    writer.add_block_count(2)
-    writer.add_context_length(64)
-    writer.add_embedding_length(64)
-    writer.add_feed_forward_length(128)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_vocab_size(96)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["<|endoftext|>", "<s>", "</s>", "w", "0", "w0", *(f"x{i}" for i in range(90))])
-    writer.add_token_types([3, 3, 3] + [1] * 93)
-    writer.add_token_merges(["w 0"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    random = np.random.default_rng(0)
-    shapes = {"token_embd": (96, 64), "output_norm": (64,), "output": (96, 64)}
-    for layer in range(2):
-        block = {
-            "attn_norm": (64,),
-            "ffn_norm": (64,),
-            "ffn_up": (128, 64),
-            "ffn_gate": (128, 64),
-            "ffn_down": (64, 128),
-        }
-        block |= {f"attn_{part}": (64, 64) for part in ("q", "k", "v", "output")}
-        shapes |= {f"blk.{layer}.{name}": shape for name, shape in block.items()}
-    exact = {}
-    for name, shape in shapes.items():
-        values = random.standard_normal(shape).astype(np.float32)
-        if len(shape) > 1:
-            packed = quantize(values, GGMLQuantizationType.Q4_1)
-            writer.add_tensor(f"{name}.weight", packed, raw_dtype=GGMLQuantizationType.Q4_1)
-            values = dequantize(packed, GGMLQuantizationType.Q4_1)
-        else:
-            writer.add_tensor(f"{name}.weight", values)
-        exact[name] = torch.from_numpy(values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return exact
-
-
-def test_a_gguf_file_is_unpacked_once_and_exactly_and_takes_any_precision(tmp_path, monkeypatch, quantizer, capsys):
-    monkeypatch.setenv("PETUNE_CACHE", str(tmp_path / "cache"))
-    exact = write_gguf(tmp_path / "tiny.gguf")
-    model = petune.from_pretrained(tmp_path / "tiny.gguf")
-    assert "petune: unpacking tiny.gguf\n" in capsys.readouterr().err
-    assert type(model) is LlamaForCausalLM
-    assert torch.equal(model.model.layers[1].mlp.up_proj.weight, exact["blk.1.ffn_up"])
-    assert torch.equal(model.lm_head.weight, exact["output"])
-    assert torch.isfinite(model(IDS).logits).all()
-    model.save_pretrained(tmp_path / "again")
-    assert torch.equal(petune.from_pretrained(tmp_path / "again")(IDS).logits, model(IDS).logits)
-
-    classifier = petune.from_pretrained(tmp_path / "tiny.gguf", precision="pretend", head="sequence-classification")
-    assert classifier.petune_fresh == ("score",)
-    assert quantizer.asked[0] == (["score"], torch.float32)
-    assert len(petune.load_tokenizer(tmp_path / "tiny.gguf")) == 96
-    assert "unpacking" not in capsys.readouterr().err
-
-    write_gguf(tmp_path / "tiny.gguf")
-    petune.from_pretrained(tmp_path / "tiny.gguf")
-    assert "unpacking" in capsys.readouterr().err, "a changed file is another model"
-
-
-def test_a_file_that_is_no_gguf_ends_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setenv("PETUNE_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "bad.gguf").write_bytes(b"nothing of the kind")
-    with pytest.raises(PetuneError, match=r"^[^\n]*bad\.gguf[^\n]+$"):
-        petune.from_pretrained(tmp_path / "bad.gguf")
-    assert not any(path.is_file() for path in (tmp_path / "cache").rglob("*"))
+# --- the real ones ---
 
 
 @pytest.mark.slow
@@ -454,10 +246,3 @@ def test_the_real_encoder():
     mask = batch["attention_mask"][..., None]
     a, b, c = nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1))
     assert a @ b > 0.5 > a @ c
-
-
-def test_t5_keeps_a_pretrained_head_out(saved, tmp_path, quantizer):
-    T5ForSequenceClassification.from_pretrained(saved.t5, num_labels=2).save_pretrained(tmp_path)
-    model = petune.from_pretrained(tmp_path, precision="pretend")
-    assert model.petune_fresh == ()
-    assert quantizer.asked[0][0] == ["classification_head"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from samples import IDS, SMALL
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -15,27 +16,14 @@ import petune
 from petune import PetuneError
 from petune_plugins import bitsandbytes as plugin
 
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
-IDS = torch.arange(10)[None]  # (batch, length)
 FOUR_BIT = ["nf4", "nf4-single", "fp4"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> None:
-    torch.set_num_threads(1)  # threads that wait for each other take most of the time of a tiny model
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("llama")
-    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(folder)
     return folder
 
 
@@ -103,7 +91,7 @@ def test_layers_do_not_pack_themselves_for_inference(llama):
 
 
 def test_a_fresh_module_in_the_base_stays_dense_too(tmp_path):
-    BertForMaskedLM(BertConfig(**SIZES)).save_pretrained(tmp_path)  # has no pooler
+    BertForMaskedLM(BertConfig(**SMALL)).save_pretrained(tmp_path)  # has no pooler
     model = petune.from_pretrained(tmp_path, precision="nf4", head="sequence-classification")
     assert model.petune_fresh == ("bert.pooler", "classifier")
     assert {name for name, module in model.named_modules() if type(module) is nn.Linear} == {

@@ -2,20 +2,16 @@
 
 import pytest
 import torch
+from shaken import shaken
 
 import petune
 from petune.testing import tiny_batch, tiny_model
 from petune.testing.behaviours import GENERATION
 
 
-def tuned(family="llama", **arguments):
-    model = tiny_model(family)
-    tuning = petune.attach(model, "loreft", **arguments)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in tuning.parameters():
-            p.add_(torch.randn_like(p) * 0.2)
-    return model, tuning
+def tuned(**arguments):
+    model = tiny_model("llama")
+    return model, shaken(model, "loreft", **arguments)
 
 
 def plain(tuning, ids, n, first, last):

@@ -4,7 +4,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from shaken import close, shake, shaken
 
 import petune
 from petune.testing import tiny_batch, tiny_model
@@ -14,16 +14,6 @@ TARGETS = {
     "llama": r".*\.(q|k|v|o|gate|up|down)_proj",
     "bert": r".*encoder\..*\.(query|key|value|dense)",
 }
-
-
-def close(got, want):
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
-
-
-def shake(module):
-    for p in module.parameters():
-        if p.requires_grad:
-            p.add_(torch.randn_like(p) * 0.05)
 
 
 def dora(ours, layer):
@@ -81,7 +71,7 @@ def test_equals_peft(method, family):
     made = config(target_modules=TARGETS[family], **theirs_args)
     theirs, ours = peft.get_peft_model(tiny_model(family), made).eval(), tiny_model(family)
     before = logits(ours, tiny_batch(family))
-    shake(theirs)
+    shake(p for p in theirs.parameters() if p.requires_grad)
     for name, adapter in petune.attach(ours, method, **ours_args).adapters.items():
         copy(adapter, theirs.base_model.model.get_submodule(name))
     want = logits(theirs, tiny_batch(family))
@@ -97,7 +87,7 @@ def test_ln_tuning_equals_peft(family, targets):
     torch.manual_seed(0)
     made = peft.LNTuningConfig(target_modules=targets, exclude_modules=".*embeddings.*")
     theirs, ours = peft.get_peft_model(tiny_model(family), made).eval(), tiny_model(family)
-    shake(theirs)
+    shake(p for p in theirs.parameters() if p.requires_grad)
     for name, adapter in petune.attach(ours, "ln-tuning").adapters.items():
         base, tuned = ours.get_submodule(name), theirs.base_model.model.get_submodule(name).ln_tuning_layers["default"]
         adapter.scale.copy_(tuned.weight / base.weight)
@@ -112,8 +102,7 @@ def at(method, role, **arguments):
     torch.manual_seed(0)
     found = petune.attach(model, method, **arguments)
     link = next(link for link in found.links if link.site.role == role)
-    with torch.no_grad():
-        shake(link.adapter)
+    shake(link.adapter.parameters())
     return link.adapter, torch.randn(2, 5, link.site.in_features, dtype=torch.float64)
 
 
@@ -146,9 +135,7 @@ def test_where_the_bottlenecks_stand():
 @torch.no_grad()
 def test_bitfit_is_the_base_with_other_biases():
     ours, plain = tiny_model("bert"), tiny_model("bert")
-    tuning = petune.attach(ours, "bitfit")
-    shake(nn.ModuleDict({f"{i}": link.adapter for i, link in enumerate(tuning.links)}))
-    for name, adapter in tuning.adapters.items():
+    for name, adapter in shaken(ours, "bitfit").adapters.items():
         plain.get_submodule(name).bias.add_(adapter.shift)
     close(logits(ours, tiny_batch("bert")), logits(plain, tiny_batch("bert")))
 

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from shaken import shaken
 
 import petune
 from petune.testing import tiny_batch, tiny_model
@@ -29,11 +30,7 @@ def step(model, tuning, batch):
 def adapted(family, method="lora", precision="fp32", **options):
     model = tiny_model(family, precision).train()
     torch.manual_seed(0)
-    tuning = petune.attach(model, method, **options)
-    with torch.no_grad():
-        for p in tuning.parameters():
-            p.add_(torch.randn_like(p) * 0.05)
-    return model, tuning
+    return model, shaken(model, method, **options)
 
 
 # what is left of the bytes kept: a norm in bf16 its 16-bit input instead of a 32-bit copy, a gated MLP two of three,
@@ -85,9 +82,9 @@ def test_compiled_blocks(family, monkeypatch):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_without_a_compiler(monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(petune.PetuneError, match="no C\\+\\+ compiler"), compiled(tiny_model("llama")):
+def test_without_a_compiler():
+    missing = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with missing, pytest.raises(petune.PetuneError, match="no C\\+\\+ compiler"), compiled(tiny_model("llama")):
         pass
 
 

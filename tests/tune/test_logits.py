@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from shaken import shaken
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import petune
@@ -51,10 +52,7 @@ def loss_and_gradients(model, tuning, batch):
 def test_equal_to_the_models_own(name, method, options):
     model = built(name)
     assert applies(model)
-    tuning = petune.attach(model, method, **options)
-    with torch.no_grad():
-        for p in tuning.parameters():
-            p.add_(torch.randn_like(p) * 0.05)
+    tuning = shaken(model, method, **options)
     for more in ({}, {"num_items_in_batch": 11}):
         batch = labelled() | more
         loss, gradients = loss_and_gradients(model, tuning, batch)
