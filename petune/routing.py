@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from petune.adapter import TrainedParameters
+from petune.attention import Frozen, around, take
 from petune.errors import PetuneError, UnsupportedError, unknown
 from petune.graft import Board, Computation, Link, chain, graft_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from petune.attention import Frozen
 
 
 Rows = Tensor | slice
@@ -111,15 +110,12 @@ class Plan:
 
     def run_attention(self, links: list[Link], call: Frozen, x: tuple[Any, ...]) -> Tensor:
         """An attention's forward: each group of rows attends on its own."""
-        from petune.attention import around, take
-
         batch = x[0].shape[0]
         serving = [link for link in links if link.tuning.name in self.names]
         groups, back = self.split(serving, batch, x[0].device)
         out = []
         for own, index in groups:
-            rows = [take(t, index, batch) for t in x] if batch > 1 else x
-            out.append(around(own, call.rows(index, batch), index)(*rows))
+            out.append(around(own, call.rows(index, batch), index)(*(take(t, index, batch) for t in x)))
         return _joined(out, back)
 
 
