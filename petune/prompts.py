@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from petune.batch import SKIP, batches
+from petune.batch import SKIP, batches, given_of
 from petune.graft import Board, Call, Grafted, Link, graft_of
 
 
@@ -97,7 +97,7 @@ class Prompted(Grafted):
         if board.plan is None and not asked and (board.inserted is not None or not prompts(board)):
             return base(*args, **kwargs)
         kwargs.update(zip(graft.parameters, args, strict=False))
-        if board.plan is not None and (given := _given(kwargs)) is not None:
+        if board.plan is not None and (given := given_of(kwargs)) is not None:
             board.plan.repeated(given.shape[0])  # refuses a batch that does not fit, before anything runs
         run = partial(self._telling, base) if asked else base
         if board.inserted is not None or not prompts(board):
@@ -161,7 +161,7 @@ class Prompted(Grafted):
     def _layout(self, kwargs: dict[str, Any], left: bool) -> Layout | None:
         """The layout for this call, None where nothing is to be put in: decoding goes on from a cache that has it."""
         board = graft_of(self).board
-        given = _given(kwargs)
+        given = given_of(kwargs)
         if given is None:
             return None
         starts, counts = rows_of(board, given.shape[0])
@@ -255,12 +255,6 @@ class _PastPrompt(LogitsProcessor):
 def _asked(board: Board) -> bool:
     """An adapter that serves now wants to know the batch."""
     return any(t.reads and (t.enabled or board.plan is not None) for t in board.tunings.values())
-
-
-def _given(kwargs: dict[str, Any]) -> Tensor | None:
-    """The batch: ids, or what stands for them."""
-    ids = kwargs.get("input_ids")
-    return kwargs.get("inputs_embeds") if ids is None else ids
 
 
 def _columns(model: Any, kwargs: dict[str, Any]) -> int:
