@@ -140,6 +140,8 @@ def _named(site: Site, what: str) -> bool:
 
 def _part(site: Site, role: str) -> Site:
     part = site.parts[role]
+    if isinstance(part, slice):
+        part = slice(*part.indices(site.out_features))  # an end may be left open
     width = len(part) if isinstance(part, Tensor) else part.stop - part.start
     return dataclasses.replace(site, name=f"{site.name}[{role}]", role=role, out_features=width, part=part, parts={})
 

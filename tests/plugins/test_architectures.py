@@ -69,3 +69,19 @@ def test_parts_of_a_fused_projection(kind):
     checks.output(model, inputs)
     moved = (seen[0] - before).transpose(1, 2)[0, 0]  # (kv_heads, value_dim)
     torch.testing.assert_close(moved.flatten(), shift, rtol=1e-4, atol=1e-4)
+
+
+def test_half_of_a_fused_projection():
+    model = built("phi3")
+    inputs = tiny.batch(model)
+    for half, role in enumerate(("gate", "up")):
+        tuning = petune.attach(model, "lora", where=role)
+        site = tuning.links[0].site
+        with torch.no_grad():
+            for p in tuning.parameters():
+                p.add_(torch.randn_like(p) * 0.1)
+        x = torch.randn(2, 3, site.in_features)
+        added = site.module(x) - torch.nn.functional.linear(x, site.module.weight)
+        assert [bool(rows.abs().max() > 1e-3) for rows in added.chunk(2, -1)] == [half == 0, half == 1]
+        checks.output(model, inputs)
+        tuning.detach()
