@@ -46,9 +46,9 @@ def features(module: nn.Module) -> tuple[int, int] | None:
     """(in, out) of a linear layer of any make, None for anything else."""
     if isinstance(module, Conv1D):
         return int(module.nx), int(module.nf)
-    sizes = vars(module).get("in_features"), vars(module).get("out_features")  # nn.Module is slow to say no
-    if isinstance(sizes[0], int) and isinstance(sizes[1], int) and hasattr(module, "weight"):
-        return sizes if _is_plain(base_class(module)) else None  # type: ignore[return-value]
+    own = vars(module)  # nn.Module is slow to say no
+    if "in_features" in own and "out_features" in own and hasattr(module, "weight") and _is_plain(base_class(module)):
+        return own["in_features"], own["out_features"]
     return None
 
 
@@ -79,9 +79,7 @@ def linears(module: nn.Module, name: str) -> Named:
 
 def is_norm(module: Any) -> bool:
     weight = getattr(module, "weight", None)
-    return (
-        not list(children(module)) and isinstance(weight, torch.Tensor) and weight.dim() == 1 and not features(module)
-    )
+    return isinstance(weight, torch.Tensor) and weight.dim() == 1 and not list(children(module))
 
 
 def _width(norm: Any) -> int:
@@ -92,12 +90,9 @@ def blocks(model: nn.Module, name: str = "") -> Iterator[tuple[str, int, nn.Modu
     """(name, index, block) of the outermost module lists whose items hold linear layers."""
     for child_name, child in children(model):
         path = f"{name}.{child_name}" if name else child_name
-        if isinstance(child, nn.ModuleList) and any(len(linears(item, "")) > 1 for item in child):
-            for i, (item_name, item) in enumerate(_items(child, path)):
-                if len(linears(item, "")) > 1:
-                    yield item_name, i, item
-        else:
-            yield from blocks(child, path)
+        items = enumerate(_items(child, path)) if isinstance(child, nn.ModuleList) else ()
+        found = [(item_name, i, item) for i, (item_name, item) in items if len(linears(item, "")) > 1]
+        yield from found or blocks(child, path)
 
 
 def _items(modules: nn.ModuleList, name: str) -> Iterator[tuple[str, nn.Module]]:
@@ -112,8 +107,7 @@ def _items(modules: nn.ModuleList, name: str) -> Iterator[tuple[str, nn.Module]]
 @cache
 def calls_attention_interface(cls: Any) -> bool:
     """The class asks transformers for its attention function, so that it can be wrapped there."""
-    code = getattr(inspect.unwrap(cls.forward), "__code__", None) if hasattr(cls, "forward") else None
-    return code is not None and {"ALL_ATTENTION_FUNCTIONS", "get_interface"} <= set(code.co_names)
+    return {"ALL_ATTENTION_FUNCTIONS", "get_interface"} <= set(inspect.unwrap(cls.forward).__code__.co_names)
 
 
 @cache
@@ -121,7 +115,7 @@ def computes_attention(cls: type) -> bool:
     """The class calls a softmax and products of matrices itself, or torch's function for both."""
     functions = [f for c in cls.__mro__ if c is not nn.Module for f in vars(c).values() if isinstance(f, FunctionType)]
     steps = [step for f in functions for step in dis.get_instructions(f)]
-    used = {step.argrepr if step.opname == "BINARY_OP" else step.argval for step in steps if step.argval.__hash__}
+    used = {step.argrepr if step.opname == "BINARY_OP" else step.argval for step in steps}
     product = {"matmul", "bmm", "baddbmm", "@"} & used
     return "scaled_dot_product_attention" in used or bool(product and {"softmax", "Softmax"} & used)
 
@@ -138,17 +132,17 @@ def _outside(model: nn.Module) -> Iterator[Site]:
     head = model.get_output_embeddings()  # type: ignore[operator]
     inside = tuple(name + "." for name, _, _ in blocks(model))
     base = getattr(model, "base_model", model)
-    others = [(n, m) for n, m in children(model) if m is not base and head not in set(m.modules())]
-    top = [] if base is model else [n for n, m in others if list(m.parameters())]
+    around = [] if base is model else [(n, m) for n, m in children(model) if m is not base]
+    top = [n for n, m in around if head not in set(m.modules()) and list(m.parameters())]
     tied = [m for _, m in walk(model) if table and isinstance(m, nn.Embedding) and m.weight is table.weight]
+    tables = [m for m in tied if m is not table] or tied  # T5's stacks each have a module of their own for the table
     if table is not None:
         yield Site("prompt", "prompt", "prompt", None, hidden, hidden, model)
     seen_block = False
     for name, module in walk(model):
         if name.startswith(inside):
             seen_block = True
-        elif (module is table and len(tied) < 2) or (module in tied and module is not table):
-            # T5's stacks each have a module of their own for the shared table
+        elif module in tables:
             yield Site(name, "embedding", "embed", None, module.weight.shape[0], hidden, module)
         elif module is head and (size := features(module)):
             yield Site(name, "linear", "head", None, *size, module)
