@@ -42,7 +42,7 @@ class Layout:
         """Row i gets the rows of the table that `spans[i]` says, (start, count). Shorter rows are padded on the
         right, where positions stay what they are without the others; on the left for generation.
         """
-        start, count = torch.tensor(spans, device=device).split(1, 1)  # (batch, 1) each
+        start, count = torch.tensor(spans, device=device)[..., None].unbind(1)  # (batch, 1) each
         least, most = min(n for _, n in spans), max(n for _, n in spans)
         shift = most - count if left else torch.zeros_like(count)
         column = torch.arange(most + tokens, device=device)[None] - shift
