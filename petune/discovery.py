@@ -15,7 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from petune.plugins import registry
-from petune.roles import CROSS, attention_roles, geometry, mlp_roles, parts, spelled
+from petune.roles import CROSS, attention_roles, geometry, mlp_roles, spelled
 from petune.site import Site, input_table
 
 Named = list[tuple[str, nn.Module]]
@@ -184,9 +184,9 @@ class _Block:
     def _site(self, name: str, kind: str, role: str, module: nn.Module, width: int, **more: Any) -> Site:
         return Site(name, kind, role, self.layer, width, width, module, **more)
 
-    def _linear(self, name: str, role: str, module: nn.Module, core: nn.Module) -> Site:
+    def _linear(self, name: str, role: str, module: nn.Module) -> Site:
         size = features(module) or (0, 0)
-        return Site(name, "linear", role, self.layer, *size, module, parts={**parts(size[1], role, core)})
+        return Site(name, "linear", role, self.layer, *size, module)
 
     def _is_attention(self, module: nn.Module) -> bool:
         cls = base_class(module)
@@ -215,7 +215,7 @@ class _Block:
         layers = linears(whole, whole_name)
         roles = attention_roles([n.removeprefix(f"{name}.").removeprefix(f"{whole_name}.") for n, _ in layers])
         for (n, module), role in zip(layers, roles, strict=True):
-            yield self._linear(n, role, module, core)
+            yield self._linear(n, role, module)
         width = {role: (features(m) or (0, 0))[1] for (_, m), role in zip(layers, roles, strict=True)}
         shape = geometry(core, self.config, width) if self._is_attention(core) else None
         if shape is not None:
@@ -257,7 +257,7 @@ class _Block:
         for name, group in _groups(self.block, self.name, rest):
             roles = mlp_roles([n for n, _ in group], [features(m) or (0, 0) for _, m in group], self.hidden)
             for (n, module), role in zip(group, roles, strict=True):
-                yield self._linear(n, role, module, module)
+                yield self._linear(n, role, module)
             alone = not any(_inside(name, mixture) for mixture in mixtures) and not f"{name}.".startswith(attentions)
             if "down" in roles and alone:
                 yield self._sublayer("mlp", name, group[roles.index("down")], group[0][1])

@@ -6,8 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
-
 CROSS = re.compile(r"cross|enc_?dec|encoder_attn|crs", re.IGNORECASE)
 OUT = {"o", "out", "output", "wo", "dense", "c"}
 OTHER = {
@@ -82,18 +80,6 @@ def mlp_roles(names: Sequence[str], sizes: Sizes, hidden: int) -> list[str]:
         roles[i] = "gate_up" if sizes[i][1] == 2 * sizes[down][0] else "gate" if i == gate and len(ups) > 1 else "up"
     roles[down] = "down"
     return roles
-
-
-def parts(width: int, role: str, core: nn.Module) -> dict[str, slice]:
-    """The runs of outputs of a fused projection. Only an attention that says where it splits has known ones: others
-    interleave q, k and v by head, and a plugin has to know.
-    """
-    size = getattr(core, "split_size", None)
-    if not isinstance(size, int) or role not in ("qkv", "kv") or width != len(role) * size:
-        return {}
-    if not hasattr(core, "c_attn"):  # Falcon and BLOOM have the attribute and split otherwise
-        return {}
-    return {letter: slice(i * size, (i + 1) * size) for i, letter in enumerate(role)}
 
 
 def geometry(core: Any, config: Any, width: Mapping[str, int]) -> tuple[int, int, int, int] | None:

@@ -4,6 +4,7 @@ projections.
 
 import pytest
 import torch
+import transformers
 
 import petune
 from petune_bench.coverage import checks, tiny
@@ -85,3 +86,12 @@ def test_half_of_a_fused_projection():
         assert [bool(rows.abs().max() > 1e-3) for rows in added.chunk(2, -1)] == [half == 0, half == 1]
         checks.output(model, inputs)
         tuning.detach()
+
+
+def test_a_pair_has_the_parts_of_its_halves():
+    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 4, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2}
+    decoder = transformers.GPT2Config(**sizes)
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(tiny.config("bert"), decoder)
+    sites = petune.sites(transformers.EncoderDecoderModel(config))
+    assert [list(s.parts) for s in sites if s.name.endswith("c_attn")] == [["q", "k", "v"], ["k", "v"]]
+    assert not any(s.parts for s in sites if s.name.startswith("encoder."))
