@@ -8,21 +8,7 @@ from typing import Any
 
 CROSS = re.compile(r"cross|enc_?dec|encoder_attn|crs", re.IGNORECASE)
 OUT = {"o", "out", "output", "wo", "dense", "c"}
-OTHER = {
-    "pos",
-    "position",
-    "rel",
-    "relative",
-    "gate",
-    "g",
-    "index",
-    "indexer",
-    "global",
-    "expert",
-    "experts",
-    "router",
-    "conv",
-}
+OTHER = {"pos", "position", "rel", "relative", "gate", "indexer", "global", "expert", "experts", "router", "conv"}
 """Words of layers in an attention that are neither its projections nor its output."""
 LETTERS = {"q": "q", "query": "q", "wq": "q", "k": "k", "key": "k", "wk": "k", "v": "v", "value": "v", "wv": "v"}
 LETTERS |= {"qkv": "qkv", "wqkv": "qkv", "kv": "kv", "wkv": "kv", "qkvz": "qkv", "in": "qkv"}
@@ -75,20 +61,20 @@ def mlp_roles(names: Sequence[str], sizes: Sizes, hidden: int) -> list[str]:
     ups = [
         i for i, (width, middle) in enumerate(sizes) if i != down and (width, middle) in {sizes[k] for k, _ in pairs}
     ]
-    gate = next((i for i in ups if "gate" in names[i].rpartition(".")[2]), ups[0] if len(ups) > 1 else None)
+    gate = next((i for i in ups if "gate" in names[i].rpartition(".")[2]), ups[0])
     for i in ups:
         roles[i] = "gate_up" if sizes[i][1] == 2 * sizes[down][0] else "gate" if i == gate and len(ups) > 1 else "up"
     roles[down] = "down"
     return roles
 
 
-def geometry(core: Any, config: Any, width: Mapping[str, int]) -> tuple[int, int, int, int] | None:
+def geometry(core: Any, width: Mapping[str, int]) -> tuple[int, int, int, int] | None:
     """(heads, kv_heads, head_dim, value_dim) of an attention; None where neither it nor its layers tell.
 
     Args:
         width: The outputs of its linear layers by role.
     """
-    owners = [core, getattr(core, "config", None), config]
+    owners = [core, getattr(core, "config", None)]  # not the model's, which may speak of another tower
 
     def told(*names: str, among: list[Any] = owners) -> int:
         found = (getattr(owner, name, None) for owner in among for name in names)
