@@ -5,7 +5,7 @@ Nothing asks how the base stores its weights, so the same lines serve every meth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -34,9 +34,7 @@ def base_forward(module: nn.Module) -> Callable[..., Any]:
     """The frozen computation of a module, without the adapters on it."""
     graft: Graft | None = vars(module).get("petune_graft")
     hooked: Callable[..., Any] | None = graft.hooked if graft is not None else vars(module).get("forward")
-    if hooked is not None:
-        return hooked
-    return partial(base_class(module).forward, module)
+    return hooked or partial(base_class(module).forward, module)
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype:
@@ -185,14 +183,17 @@ def merge(tuning: Tuning, quantize: bool = False) -> Merged:
             raise UnmergeableError(f"{tuning.method!r} has no merged form: it is no affine change of a linear layer.")
         if isinstance(link.adapter, TrainedCopy) and tuning.weight != 1:
             raise UnmergeableError(f"{tuning.method!r} trains {link.site.name} itself, which merges at weight 1 alone.")
+    by_module: dict[nn.Module, list[Link]] = {}
+    for link in tuning.links:
+        by_module.setdefault(link.site.module, []).append(link)
     modes = [(link.adapter, link.adapter.training) for link in tuning.links]
     for adapter, _ in modes:
         adapter.eval()
     merged = Merged({}, {})
     try:
-        for module, links in _by_module(tuning):
+        for module, links in by_module.items():
             _check(tuning, module, links, quantize)
-        for module, links in _by_module(tuning):
+        for module, links in by_module.items():
             _fold(tuning, module, links, quantize, merged)
     finally:
         for adapter, mode in modes:
@@ -202,13 +203,6 @@ def merge(tuning: Tuning, quantize: bool = False) -> Merged:
         forget_quantization(tuning.model)
     settle(tuning.model)
     return merged
-
-
-def _by_module(tuning: Tuning) -> Iterator[tuple[nn.Module, list[Link]]]:
-    found: dict[int, tuple[nn.Module, list[Link]]] = {}
-    for link in tuning.links:
-        found.setdefault(id(link.site.module), (link.site.module, []))[1].append(link)
-    yield from list(found.values())
 
 
 def _chained(links: list[Link], base: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
