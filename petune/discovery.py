@@ -203,7 +203,7 @@ class _Block:
         return bool({"q", "qkv"} & set(own)) and computes_attention(cls)
 
     def _methods(self, core: nn.Module) -> Mapping[str, Callable[..., Any]]:
-        from petune.inline import forward  # it stands on the grafts, which stand on this
+        from petune.inline_attention import forward  # it stands on the grafts, which stand on this
 
         cls = base_class(core)
         return self.attention.get(cls, {} if calls_attention_interface(cls) else {"forward": forward})
