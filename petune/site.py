@@ -70,7 +70,7 @@ class Site:
         """The dense weight, float32: (out_features, in_features) of a linear layer, read by probing where it is not
         stored as such, so that it is right for every quantizer; (vocabulary, hidden) of an embedding or a prompt.
         """
-        from petune.merge import stored
+        from petune.weights import stored
 
         if self.kind in ("embedding", "prompt"):
             table: Any = input_table(self.module) if self.kind == "prompt" else self.module

@@ -19,11 +19,12 @@ from petune.attention import install
 from petune.discovery import base_class, children, features, find_sites, walk
 from petune.errors import PetuneError, UnsupportedError, unknown
 from petune.graft import Board, Grafted, Link, add, hold, release, remove
-from petune.merge import Merged, dense, is_quantized, merge
+from petune.merge import Merged, merge
 from petune.parts import Method, Part, Where, methods, parts, resolve
 from petune.prompts import Prompted, Table, is_causal
 from petune.routing import board_of
 from petune.site import KIND_OF, Site, input_table, select
+from petune.weights import dense, is_quantized
 
 if TYPE_CHECKING:
     from os import PathLike

@@ -15,9 +15,10 @@ from torch import Tensor
 
 import petune
 from petune.adapter import Unfreeze
-from petune.merge import dequantize, is_quantized
+from petune.merge import dequantize
 from petune.testing.case import Case, logits
 from petune.tuning import Tuning
+from petune.weights import is_quantized
 
 GENERATION: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 
