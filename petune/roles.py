@@ -81,16 +81,18 @@ def geometry(core: Any, width: Mapping[str, int]) -> tuple[int, int, int, int] |
         return next((v for v in found if isinstance(v, int) and v > 0), 0)
 
     heads = told("num_heads", "num_attention_heads", "n_heads", "n_head")
+    if not heads:
+        return None
     dims = "qk_head_dim", "head_dim", "attention_head_size", "key_value_proj_dim", "d_head", "head_size"
     groups = told("num_key_value_groups", among=[core])
     kv_heads = heads // groups if groups else told("num_key_value_heads", "num_kv_heads") or heads
-    dim = told(*dims, among=[core]) or (width["q"] // heads if "q" in width and heads else 0)
-    dim = dim or (width["qkv"] // (heads + 2 * kv_heads) if "qkv" in width and heads else 0)
-    if not heads or not dim:
+    dim = told(*dims, among=[core]) or width.get("q", 0) // heads or width.get("qkv", 0) // (heads + 2 * kv_heads)
+    if not dim:
         return None
     if width.get("q", 0) not in (0, heads * dim, 2 * heads * dim) and width["q"] % dim == 0:  # twice: with a gate
         heads = width["q"] // dim
     if "k" in width:
         kv_heads = width["k"] // dim
-    value = told("v_head_dim", among=[core]) or (width["v"] // kv_heads if "v" in width and kv_heads else dim)
-    return (heads, kv_heads, dim, value) if heads and kv_heads and heads % kv_heads == 0 else None
+    if not kv_heads or heads % kv_heads:
+        return None
+    return heads, kv_heads, dim, told("v_head_dim", among=[core]) or width.get("v", 0) // kv_heads or dim
