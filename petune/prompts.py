@@ -199,11 +199,9 @@ class Prompted(Grafted):
                 out[key] = torch.where(value >= layout.at, value + layout.count[:, 0], value)
             elif key == "labels" and value.shape == shape and not self.config.is_encoder_decoder:
                 out[key] = layout.spread(value, SKIP, SKIP)
-            elif key == "logits_to_keep" and value.shape == shape:
-                out[key] = layout.spread(value, False, False)
             elif key == "token_type_ids":
                 out[key] = layout.spread(value, value[:, :1], 0)
-            elif value.shape[:2] == shape and not self.config.is_encoder_decoder:  # boxes of a layout, say
+            elif value.shape[:2] == shape and not self.config.is_encoder_decoder:  # boxes of a layout, logits to keep
                 out[key] = layout.spread(value, 0, 0)
         return out
 
