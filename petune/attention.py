@@ -8,6 +8,7 @@ the caches and each architecture's own choice of implementation. (A registered n
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
@@ -60,8 +61,9 @@ def attend(
     links = serving(module)
     if not links:
         return base(module, query, key, value, attention_mask, **options)
-    call = Frozen(base, module, query, key, attention_mask, options)
-    x = (query, key, value, call.mask)
+    mask = _explicit(attention_mask, module, query, key, options.get("is_causal"))
+    call = Frozen(base, module, key.shape[2], mask, options)
+    x = (query, key, value, mask)
     if plan := graft_of(module).board.plan:
         return plan.run_attention(links, call, x), None
     return around(links, call)(*x), None
@@ -74,6 +76,7 @@ def around(links: list[Link], inner: Callable[..., Tensor], index: Rows | None =
     return inner
 
 
+@dataclass(eq=False)
 class Frozen:
     """The model's own attention for q, k, v and mask; its other arguments follow the keys that an adapter adds.
 
@@ -81,24 +84,11 @@ class Frozen:
     (batch, heads, queries, keys); flash attention's is (batch, keys). Returns (batch, queries, heads, head_dim).
     """
 
-    def __init__(
-        self,
-        base: Attention,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        mask: Tensor | None,
-        options: dict[str, Any],
-    ) -> None:
-        self.base, self.module, self.options = base, module, options
-        self.keys = key.shape[2]
-        causal = options.get("is_causal")
-        causal = getattr(module, "is_causal", False) if causal is None else causal
-        if mask is None and causal and query.shape[2] > 1 and not _is_flash(module):
-            # left out because the kernel would have known it from is_causal, which no longer holds with more keys
-            ones = torch.ones(query.shape[2], self.keys, dtype=torch.bool, device=query.device)
-            mask = ones.tril(self.keys - query.shape[2])[None, None]
-        self.mask = mask
+    base: Attention
+    module: nn.Module
+    keys: int
+    mask: Tensor | None
+    options: dict[str, Any]
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         options = dict(self.options)
@@ -119,11 +109,19 @@ class Frozen:
         """The same for some rows of the batch."""
         if isinstance(self.mask, BlockMask):
             raise UnsupportedError("route(): FlexAttention's mask has no rows; use attn_implementation='sdpa'.")
-        part = object.__new__(Frozen)
-        part.base, part.module, part.keys = self.base, self.module, self.keys
-        part.mask = take(self.mask, index, batch)
-        part.options = {k: take(v, index, batch) if isinstance(v, Tensor) else v for k, v in self.options.items()}
-        return part
+        options = {name: take(value, index, batch) for name, value in self.options.items()}
+        return Frozen(self.base, self.module, self.keys, take(self.mask, index, batch), options)
+
+
+def _explicit(
+    mask: Tensor | None, module: nn.Module, query: Tensor, key: Tensor, is_causal: bool | None
+) -> Tensor | None:
+    """The mask, also where it is left out since the kernel knows it from `is_causal`: that fails with more keys."""
+    queries, keys = query.shape[2], key.shape[2]
+    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+    if mask is not None or not causal or queries == 1 or _is_flash(module):
+        return mask
+    return torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)[None, None]
 
 
 def _with_keys(mask: BlockMask, more: int) -> BlockMask:
@@ -143,6 +141,6 @@ def _is_flash(module: nn.Module) -> bool:
     return "flash" in str(getattr(getattr(module, "config", None), "_attn_implementation", ""))
 
 
-def take(tensor: Tensor | None, index: Rows, batch: int) -> Tensor | None:
-    """Rows of a tensor that has them; one that is the same for all rows stays."""
-    return tensor[index] if tensor is not None and tensor.dim() and tensor.shape[0] == batch > 1 else tensor
+def take(value: Any, index: Rows, batch: int) -> Any:
+    """Rows of a tensor that has them; what is the same for all rows stays."""
+    return value[index] if isinstance(value, Tensor) and value.dim() and value.shape[0] == batch > 1 else value

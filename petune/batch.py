@@ -37,6 +37,12 @@ class Batch(NamedTuple):
         return Batch(self.place[index], self.size[index], self.decoding)
 
 
+def given_of(kwargs: dict[str, Any], stack: str = "") -> Tensor | None:
+    """What a model is called with: ids, or the embeddings that stand for them."""
+    ids = kwargs.get(f"{stack}input_ids")
+    return kwargs.get(f"{stack}inputs_embeds") if ids is None else ids
+
+
 def batches(model: Any, board: Board, kwargs: dict[str, Any], prompts: bool) -> dict[str, Batch]:
     """The batch by stack, "encoder" or "decoder", for what the model is called with.
 
@@ -48,7 +54,7 @@ def batches(model: Any, board: Board, kwargs: dict[str, Any], prompts: bool) -> 
     """
     past = kwargs.get("past_key_values")
     seen = int(past.get_seq_length()) if past is not None else 0
-    given = _either(kwargs, "input_ids", "inputs_embeds")
+    given = given_of(kwargs)
     if prompts and given is not None and (given.dim() > 2 or 0 < seen < (board.prompted or 0)):
         raise UnsupportedError("beside virtual tokens, a method that acts by position needs input ids, not in chunks.")
     if not model.config.is_encoder_decoder:
@@ -56,7 +62,7 @@ def batches(model: Any, board: Board, kwargs: dict[str, Any], prompts: bool) -> 
     vocabulary, generates = model.get_input_embeddings().num_embeddings, model.can_generate()
     mask, decoder_mask = kwargs.get("attention_mask"), kwargs.get("decoder_attention_mask")
     found = {} if given is None else {"encoder": _prompt(_tokens(mask, given, vocabulary), 0)}
-    answer = _either(kwargs, "decoder_input_ids", "decoder_inputs_embeds")
+    answer = given_of(kwargs, "decoder_")
     if not generates:  # a classifier, whose decoder reads what its encoder does
         answer, decoder_mask = given if answer is None else answer, mask if decoder_mask is None else decoder_mask
     elif answer is None:
@@ -82,10 +88,6 @@ def _decoder(model: Any, board: Board, kwargs: dict[str, Any], given: Tensor, se
     positions = kwargs.get("position_ids")
     starts = (positions == 0).expand_as(tokens) if positions is not None and positions.dim() == 2 else None
     return _prompt(tokens, 0, None, _answers(kwargs) if model.can_generate() else None, starts)
-
-
-def _either(kwargs: dict[str, Any], one: str, other: str) -> Tensor | None:
-    return kwargs.get(other) if kwargs.get(one) is None else kwargs[one]
 
 
 def _answers(kwargs: dict[str, Any]) -> Tensor | None:

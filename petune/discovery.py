@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import inspect
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from types import FunctionType
@@ -15,7 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from petune.plugins import registry
-from petune.roles import CROSS, attention_roles, geometry, mlp_roles, parts, spelled
+from petune.roles import CROSS, attention_roles, geometry, mlp_roles, spelled
 from petune.site import Site, input_table
 
 Named = list[tuple[str, nn.Module]]
@@ -39,7 +40,7 @@ def discover(model: nn.Module, attention: Attentions | None = None) -> list[Site
             that do the same by `petune.attend`; they take the place of the class's own while an adapter is there.
     """
     found = list(blocks(model))
-    inside = [s for name, i, block in found for s in _Block(model, name, i, block, attention or {}).sites()]
+    inside = [s for name, i, block in found for s in _Block(name, i, block, attention or {}).sites()]
     return [*_outside(model, tuple(f"{name}." for name, _, _ in found)), *inside]
 
 
@@ -47,9 +48,9 @@ def features(module: nn.Module) -> tuple[int, int] | None:
     """(in, out) of a linear layer of any make, None for anything else."""
     if isinstance(module, Conv1D):
         return int(module.nx), int(module.nf)
-    sizes = vars(module).get("in_features"), vars(module).get("out_features")  # nn.Module is slow to say no
-    if isinstance(sizes[0], int) and isinstance(sizes[1], int) and hasattr(module, "weight"):
-        return sizes if _is_plain(base_class(module)) else None  # type: ignore[return-value]
+    own = vars(module)  # nn.Module is slow to say no
+    if "in_features" in own and "out_features" in own and hasattr(module, "weight") and _is_plain(base_class(module)):
+        return own["in_features"], own["out_features"]
     return None
 
 
@@ -80,9 +81,7 @@ def linears(module: nn.Module, name: str) -> Named:
 
 def is_norm(module: Any) -> bool:
     weight = getattr(module, "weight", None)
-    return (
-        not list(children(module)) and isinstance(weight, torch.Tensor) and weight.dim() == 1 and not features(module)
-    )
+    return isinstance(weight, torch.Tensor) and weight.dim() == 1 and not list(children(module))
 
 
 def _width(norm: Any) -> int:
@@ -93,7 +92,7 @@ def blocks(model: nn.Module, name: str = "") -> Iterator[tuple[str, int, nn.Modu
     """(name, index, block) of the outermost module lists whose items hold linear layers."""
     for child_name, child in children(model):
         path = f"{name}.{child_name}" if name else child_name
-        items = enumerate(_items(child, path) if isinstance(child, nn.ModuleList) else ())
+        items = enumerate(_items(child, path)) if isinstance(child, nn.ModuleList) else ()
         found = [(item_name, i, item) for i, (item_name, item) in items if len(linears(item, "")) > 1]
         yield from found or blocks(child, path)
 
@@ -110,8 +109,7 @@ def _items(modules: nn.ModuleList, name: str) -> Iterator[tuple[str, nn.Module]]
 @cache
 def calls_attention_interface(cls: Any) -> bool:
     """The class asks transformers for its attention function, so that it can be wrapped there."""
-    code = getattr(inspect.unwrap(cls.forward), "__code__", None) if hasattr(cls, "forward") else None
-    return code is not None and {"ALL_ATTENTION_FUNCTIONS", "get_interface"} <= set(code.co_names)
+    return {"ALL_ATTENTION_FUNCTIONS", "get_interface"} <= set(inspect.unwrap(cls.forward).__code__.co_names)
 
 
 @cache
@@ -119,7 +117,7 @@ def computes_attention(cls: type) -> bool:
     """The class calls a softmax and products of matrices itself, or torch's function for both."""
     functions = [f for c in cls.__mro__ if c is not nn.Module for f in vars(c).values() if isinstance(f, FunctionType)]
     steps = [step for f in functions for step in dis.get_instructions(f)]
-    used = {step.argrepr if step.opname == "BINARY_OP" else step.argval for step in steps if step.argval.__hash__}
+    used = {step.argrepr if step.opname == "BINARY_OP" else step.argval for step in steps}
     product = {"matmul", "bmm", "baddbmm", "@"} & used
     return "scaled_dot_product_attention" in used or bool(product and {"softmax", "Softmax"} & used)
 
@@ -139,17 +137,17 @@ def _outside(model: nn.Module, inside: tuple[str, ...]) -> Iterator[Site]:
     hidden = int(table.weight.shape[-1]) if table is not None else 0
     head = model.get_output_embeddings()  # type: ignore[operator]
     base = getattr(model, "base_model", model)
-    others = [(n, m) for n, m in children(model) if m is not base and head not in set(m.modules())]
-    top = [] if base is model else [n for n, m in others if list(m.parameters())]
+    around = [] if base is model else [(n, m) for n, m in children(model) if m is not base]
+    top = [n for n, m in around if head not in set(m.modules()) and list(m.parameters())]
     tied = [m for _, m in walk(model) if table and isinstance(m, nn.Embedding) and m.weight is table.weight]
+    tables = [m for m in tied if m is not table] or tied  # T5's stacks each have a module of their own for the table
     if table is not None:
         yield Site("prompt", "prompt", "prompt", None, hidden, hidden, model)
     seen_block = False
     for name, module in walk(model):
         if name.startswith(inside):
             seen_block = True
-        elif (module is table and len(tied) < 2) or (module in tied and module is not table):
-            # T5's stacks each have a module of their own for the shared table
+        elif module in tables:
             yield Site(name, "embedding", "embed", None, module.weight.shape[0], hidden, module)
         elif module is head and (size := features(module)):
             yield Site(name, "linear", "head", None, *size, module)
@@ -161,39 +159,45 @@ def _outside(model: nn.Module, inside: tuple[str, ...]) -> Iterator[Site]:
 
 
 class _Block:
-    """One repeated block: its attentions, its MLPs, its norms."""
+    """One repeated block: its attentions, its MLPs, its norms. Modules go by their names in the model."""
 
-    def __init__(self, model: nn.Module, name: str, layer: int, block: nn.Module, attention: Attentions) -> None:
-        self.name, self.layer, self.block, self.attention = name, layer, block, attention
-        self.config: Any = getattr(model, "config", None)
-        self.all = list(walk(block, name))
-        self.index = dict(self.all)
-        widths = [_width(m) for _, m in self.all if is_norm(m)]
+    def __init__(self, name: str, layer: int, block: nn.Module, attention: Attentions) -> None:
+        self.name, self.layer, self.attention = name, layer, attention
+        self.modules = dict(walk(block, name))
+        widths = [_width(m) for m in self.modules.values() if is_norm(m)]
         self.hidden = max(widths, key=widths.count, default=0)
 
     def sites(self) -> Iterator[Site]:
-        cores = list(self._cores())
-        wholes = [self._with_output(name, core) for name, core in cores]
-        found = [site for core, whole in zip(cores, wholes, strict=True) for site in self._attention(*core, *whole)]
+        cores = [n for n, m in self.modules.items() if self._is_attention(m)] or self._named_attentions()
+        wholes = [self._with_output(core) for core in cores]
+        found = [site for core, whole in zip(cores, wholes, strict=True) for site in self._attention(core, whole)]
         self.hidden = next((s.out_features for s in found if s.role == "o"), self.hidden)
         taken = {s.name for s in found}
-        rest = {n: m for n, m in self.all if n not in taken and features(m)}
-        found += self._mlps(rest, tuple(f"{n}." for n, _ in [*wholes, *cores] if n != self.name))
-        inside = tuple(f"{n}." for n, m in cores if self._is_attention(m))
-        for name, module in self.all:
+        found += self._mlps([n for n in self._linears(self.name) if n not in taken], {*wholes} - {self.name})
+        inside = tuple(f"{n}." for n in cores)
+        for name, module in self.modules.items():
             if is_norm(module):
                 role = "qk-norm" if name.startswith(inside) and spelled(name.rpartition(".")[2]) else "norm"
-                found.append(self._site(name, "block", role, module, _width(module)))
-        found.append(self._site(self.name, "block", "layer", self.block, self.hidden))
-        order = {n: i for i, (n, _) in enumerate(self.all)}
+                found.append(self._site(name, role, _width(module)))
+        found.append(self._site(self.name, "layer", self.hidden))
+        order = {n: i for i, n in enumerate(self.modules)}
         yield from sorted(found, key=lambda s: order[s.name.partition("#")[0]])
 
-    def _site(self, name: str, kind: str, role: str, module: nn.Module, width: int, **more: Any) -> Site:
-        return Site(name, kind, role, self.layer, width, width, module, **more)
+    def _site(self, name: str, role: str, width: int, kind: str = "block", **more: Any) -> Site:
+        return Site(name, kind, role, self.layer, width, width, self.modules[name.partition("#")[0]], **more)
 
-    def _linear(self, name: str, role: str, module: nn.Module, core: nn.Module) -> Site:
-        size = features(module) or (0, 0)
-        return Site(name, "linear", role, self.layer, *size, module, parts={**parts(size[1], role, core)})
+    def _linear(self, name: str, role: str) -> Site:
+        module = self.modules[name]
+        return Site(name, "linear", role, self.layer, *(features(module) or (0, 0)), module)
+
+    def _linears(self, name: str) -> list[str]:
+        return [n for n, _ in linears(self.modules[name], name)]
+
+    def _around(self, name: str) -> Iterator[str]:
+        """The modules around one, from the smallest to the block."""
+        while name != self.name:
+            name = name.rpartition(".")[0]
+            yield name
 
     def _is_attention(self, module: nn.Module) -> bool:
         cls = base_class(module)
@@ -201,100 +205,82 @@ class _Block:
             return True
         if not computes_attention(cls):
             return False
-        return bool({"q", "qkv"} & set(attention_roles([n for n, _ in linears(module, "") if "." not in n])))
+        return bool({"q", "qkv"} & set(attention_roles([n for n, _ in linears(module, "")])))
 
     def _methods(self, core: nn.Module) -> Mapping[str, Callable[..., Any]]:
+        from petune.inline_attention import forward  # it stands on the grafts, which stand on this
+
         cls = base_class(core)
-        if cls in self.attention or calls_attention_interface(cls):
-            return self.attention.get(cls, {})
-        from petune.inline import forward  # it stands on the grafts, which stand on this
+        return self.attention.get(cls, {} if calls_attention_interface(cls) else {"forward": forward})
 
-        return {"forward": forward}
+    def _named_attentions(self) -> list[str]:
+        """Modules to put no attention adapter around, which still hold the linear layers of an attention."""
+        named = [n for n, m in self.modules.items() if re.search(r"att(n|ention)[^.]*$", n) and linears(m, n)]
+        return [n for n in named if not {*named} & {*self._around(n)}]
 
-    def _cores(self) -> Named:
-        if cores := [(n, m) for n, m in self.all if self._is_attention(m)]:
-            return cores
-        # nothing to put an attention adapter around, but still the attention's linear layers
-        named = [(n, m) for n, m in self.all if re.search(r"att(n|ention)[^.]*$", n) and linears(m, n)]
-        return [(n, m) for n, m in named if not any(n != o and _inside(n, o) for o, _ in named)]
-
-    def _attention(self, name: str, core: nn.Module, whole_name: str, whole: nn.Module) -> Iterator[Site]:
+    def _attention(self, name: str, whole: str) -> Iterator[Site]:
+        core = self.modules[name]
         cross = "cross-" if CROSS.search(name.removeprefix(self.name)) else ""
-        layers = linears(whole, whole_name)
-        roles = attention_roles([n.removeprefix(f"{name}.").removeprefix(f"{whole_name}.") for n, _ in layers])
-        for (n, module), role in zip(layers, roles, strict=True):
-            yield self._linear(n, role, module, core)
-        width = {role: (features(m) or (0, 0))[1] for (_, m), role in zip(layers, roles, strict=True)}
-        shape = geometry(core, self.config, width) if self._is_attention(core) else None
+        layers = self._linears(whole)
+        roles = attention_roles([n.removeprefix(f"{name}.").removeprefix(f"{whole}.") for n in layers])
+        found = [self._linear(n, role) for n, role in zip(layers, roles, strict=True)]
+        yield from found
+        shape = geometry(core, {s.role: s.out_features for s in found}) if self._is_attention(core) else None
         if shape is not None:
-            role, (heads, _, dim, _) = f"{cross}attention", shape
-            more = dict(
-                zip(("heads", "kv_heads", "head_dim", "value_dim"), shape, strict=True), methods=self._methods(core)
-            )
-            yield self._site(f"{name}#{role}", "attention", role, core, heads * dim, **more)
-        out = next((item for item, role in zip(layers, roles, strict=True) if role == "o"), None)
-        if out is not None:
-            yield self._sublayer(f"{cross}attn", whole_name, out, core)
+            heads, kv_heads, dim, value = shape
+            more: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "head_dim": dim, "value_dim": value}
+            role = f"{cross}attention"
+            yield self._site(f"{name}#{role}", role, heads * dim, "attention", methods=self._methods(core), **more)
+        if out := next((s for s in found if s.role == "o"), None):
+            yield self._sublayer(f"{cross}attn", whole, out, core)
 
-    def _with_output(self, name: str, core: nn.Module) -> tuple[str, nn.Module]:
+    def _with_output(self, name: str) -> str:
         """The smallest module around an attention that also holds its output projection."""
-        inner = linears(core, name)
-        if not inner or any(spelled(n.removeprefix(f"{name}.")) == "" for n, _ in inner):
-            return name, core
-        path = name
-        while (path := path.rpartition(".")[0]) != self.name and path in self.index:
-            if len(linears(self.index[path], path)) > len(inner):
-                return path, self.index[path]
-        return name, core
+        inner = self._linears(name)
+        if any(not spelled(n.removeprefix(f"{name}.")) for n in inner):
+            return name
+        around = (n for n in self._around(name) if n != self.name and len(self._linears(n)) > len(inner))
+        return next(around, name)
 
-    def _sublayer(self, role: str, name: str, out: tuple[str, nn.Module], entry: nn.Module) -> Site:
+    def _sublayer(self, role: str, name: str, out: Site, entry: nn.Module) -> Site:
         """What a sublayer adds to the residual stream. Where the norm and the sum are inside (BERT), it is seen
         between the modules: its input at `entry`, its output at the last projection.
         """
-        width, whole = (features(out[1]) or (0, 0))[1], self.index[name]
+        width, whole = out.out_features, self.modules[name]
         norms = any(is_norm(m) and _width(m) == width for _, m in walk(whole))
         if name == self.name or norms or isinstance(whole, LISTS):
-            return self._site(f"{out[0]}#{role}", "block", role, out[1], width, entry=entry)
-        return self._site(f"{name}#{role}", "block", role, whole, width)
+            return self._site(f"{out.name}#{role}", role, width, entry=entry)
+        return self._site(f"{name}#{role}", role, width)
 
-    def _mlps(self, rest: dict[str, nn.Module], attentions: tuple[str, ...]) -> Iterator[Site]:
+    def _mlps(self, rest: list[str], attentions: set[str]) -> Iterator[Site]:
         """The linear layers that are left, by MLP. A mixture of experts is one MLP, whatever it is made of."""
-        mixtures = [n for n in dict.fromkeys(self._mixtures()) if not f"{n}.".startswith(attentions)]
+        mixtures = {n for n in self._mixtures() if not attentions & {n, *self._around(n)}}
         for name in mixtures:
-            yield self._site(f"{name}#mlp", "block", "mlp", self.index[name], self.hidden)
-        for name, group in _groups(self.block, self.name, rest):
-            roles = mlp_roles([n for n, _ in group], [features(m) or (0, 0) for _, m in group], self.hidden)
-            for (n, module), role in zip(group, roles, strict=True):
-                yield self._linear(n, role, module, module)
-            alone = not any(_inside(name, mixture) for mixture in mixtures) and not f"{name}.".startswith(attentions)
-            if "down" in roles and alone:
-                yield self._sublayer("mlp", name, group[roles.index("down")], group[0][1])
+            yield self._site(f"{name}#mlp", "mlp", self.hidden)
+        for name, group in self._groups(rest).items():
+            roles = mlp_roles(group, [features(self.modules[n]) or (0, 0) for n in group], self.hidden)
+            found = [self._linear(n, role) for n, role in zip(group, roles, strict=True)]
+            yield from found
+            down = next((s for s in found if s.role == "down"), None)
+            if down and not mixtures & {name, *self._around(name)}:
+                yield self._sublayer("mlp", name, down, self.modules[group[0]])
 
     def _mixtures(self) -> Iterator[str]:
         """Modules around experts: around a list of MLPs, or around weights with an expert for their first dimension."""
-        for name, module in self.all:
+        for name, module in self.modules.items():
             listed = (
                 isinstance(module, nn.ModuleList) and len(module) > 1 and all(len(linears(m, "")) > 1 for m in module)
             )
             stacked = any(p.dim() > 2 for p in module.parameters(recurse=False)) and not isinstance(module, nn.Conv1d)
             around = name.rpartition(".")[0]
-            if (listed or stacked) and around != self.name and around in self.index:
+            if (listed or stacked) and around.startswith(f"{self.name}."):
                 yield around
 
-
-def _inside(name: str, other: str) -> bool:
-    return name == other or name.startswith(f"{other}.")
-
-
-def _groups(module: nn.Module, name: str, rest: dict[str, nn.Module]) -> Iterator[tuple[str, Named]]:
-    """The linear layers of `rest`, each with those that share with it the smallest module around two or more."""
-    own: Named = []
-    for child_name, child in children(module):
-        path = f"{name}.{child_name}"
-        inside = [(n, m) for n, m in rest.items() if _inside(n, path)]
-        if len(inside) == 1:
-            own += inside
-        elif inside:
-            yield from _groups(child, path, rest)
-    if own:
-        yield name, own
+    def _groups(self, names: list[str]) -> dict[str, list[str]]:
+        """Linear layers by the smallest module around two or more of them."""
+        shared = Counter(around for n in names for around in self._around(n))
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            around = next(n for n in self._around(name) if shared[n] > 1 or n == self.name)
+            groups.setdefault(around, []).append(name)
+        return groups

@@ -1,19 +1,14 @@
-"""Reading an affine map off its values, and folding adapters into the base with that: W = f(I) - f(0), b = f(0).
-
-Nothing asks how the base stores its weights, so the same lines serve every method and every quantizer.
-"""
+"""Folding adapters into the base: what a layer computes with them is read off its values and written into it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from petune.adapter import TrainedCopy, TrainedParameters
 from petune.discovery import base_class, features, is_norm, walk
@@ -22,86 +17,10 @@ from petune.graft import Computation, Graft, Link, chain, graft_of, grafted_clas
 from petune.norms import probe_norm, swapped, write_norm
 from petune.plugins import registry
 from petune.saveable import forget_quantization, settle
+from petune.weights import base_forward, compute_dtype, dense, is_dense, is_quantized, linear, probe, stored
 
 if TYPE_CHECKING:
     from petune.tuning import Tuning
-
-ROWS = 1024
-"""How many rows of the identity go through a layer at a time: the memory that probing takes."""
-
-
-def base_forward(module: nn.Module) -> Callable[..., Any]:
-    """The frozen computation of a module, without the adapters on it."""
-    graft: Graft | None = vars(module).get("petune_graft")
-    hooked: Callable[..., Any] | None = graft.hooked if graft is not None else vars(module).get("forward")
-    if hooked is not None:
-        return hooked
-    return partial(base_class(module).forward, module)
-
-
-def compute_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype of a layer's activations: its weight's, or what a quantized layer was told to compute in."""
-    weight = module.weight
-    if isinstance(weight, Tensor) and weight.is_floating_point():
-        return weight.dtype
-    told = getattr(module, "compute_dtype", None)
-    return told if isinstance(told, torch.dtype) else torch.float32
-
-
-@torch.no_grad()
-def probe(f: Callable[[Tensor], Tensor], module: Any, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """(W, b) in float32 of an affine map f over a linear layer's inputs: W (out, in), b (out)."""
-    width, device = (features(module) or (0, 0))[0], module.weight.device
-    dtype = dtype or compute_dtype(module)
-    b = f(torch.zeros(1, width, dtype=dtype, device=device))[0].float()
-    columns = []
-    for start in range(0, width, ROWS):
-        rows = torch.zeros(min(ROWS, width - start), width, dtype=dtype, device=device)
-        rows[:, start:].fill_diagonal_(1)
-        columns.append(f(rows).float() - b)
-    return torch.cat(columns).T.contiguous(), b
-
-
-def is_dense(module: nn.Module) -> bool:
-    """A layer of the plain classes, whose weight can be written."""
-    return base_class(module) in (nn.Linear, Conv1D, nn.Embedding) and not is_quantized(module)
-
-
-def is_quantized(module: nn.Module) -> bool:
-    """A linear layer whose weight is stored in codes: no floating point, or a tensor that knows how to become one."""
-    weight = getattr(module, "weight", None)
-    if features(module) is None or not isinstance(weight, Tensor):
-        return False
-    return not weight.is_floating_point() or type(weight).dequantize is not Tensor.dequantize
-
-
-def stored(layer: Any) -> tuple[Tensor, Tensor]:
-    """(W, b) of a linear layer in float32: read where it is dense, probed elsewhere. Not to be written to."""
-    if not is_dense(layer) or layer.weight.is_meta:  # accelerate brings an offloaded weight when the layer runs
-        return probe(base_forward(layer), layer)
-    weight = (layer.weight.T if isinstance(layer, Conv1D) else layer.weight).detach().float()
-    return weight, weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().float()
-
-
-def dense(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The layer that a (quantized) linear layer is, with its own weights."""
-    weight, bias = stored(module)
-    return _linear(module, weight, bias if module.bias is not None else None, dtype)
-
-
-def _linear(old: nn.Module, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
-    """A dense layer of the class that the architecture has there, so that a saved model loads again."""
-    transposed = isinstance(old, Conv1D) or getattr(old, "source_cls", None) is Conv1D  # as transformers notes it
-    kind: Any = Conv1D
-    out, into = weight.shape
-    with torch.device("meta"):
-        layer: nn.Module = kind(out, into) if transposed else nn.Linear(into, out, bias=bias is not None)
-    layer.weight = nn.Parameter((weight.T if transposed else weight).to(dtype).contiguous(), requires_grad=False)
-    if transposed and bias is None:
-        bias = weight.new_zeros(out)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
-    return layer
 
 
 def _requantized(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
@@ -185,14 +104,17 @@ def merge(tuning: Tuning, quantize: bool = False) -> Merged:
             raise UnmergeableError(f"{tuning.method!r} has no merged form: it is no affine change of a linear layer.")
         if isinstance(link.adapter, TrainedCopy) and tuning.weight != 1:
             raise UnmergeableError(f"{tuning.method!r} trains {link.site.name} itself, which merges at weight 1 alone.")
+    by_module: dict[nn.Module, list[Link]] = {}
+    for link in tuning.links:
+        by_module.setdefault(link.site.module, []).append(link)
     modes = [(link.adapter, link.adapter.training) for link in tuning.links]
     for adapter, _ in modes:
         adapter.eval()
     merged = Merged({}, {})
     try:
-        for module, links in _by_module(tuning):
+        for module, links in by_module.items():
             _check(tuning, module, links, quantize)
-        for module, links in _by_module(tuning):
+        for module, links in by_module.items():
             _fold(tuning, module, links, quantize, merged)
     finally:
         for adapter, mode in modes:
@@ -202,13 +124,6 @@ def merge(tuning: Tuning, quantize: bool = False) -> Merged:
         forget_quantization(tuning.model)
     settle(tuning.model)
     return merged
-
-
-def _by_module(tuning: Tuning) -> Iterator[tuple[nn.Module, list[Link]]]:
-    found: dict[int, tuple[nn.Module, list[Link]]] = {}
-    for link in tuning.links:
-        found.setdefault(id(link.site.module), (link.site.module, []))[1].append(link)
-    yield from list(found.values())
 
 
 def _chained(links: list[Link], base: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
@@ -315,7 +230,7 @@ def _layer(module: Any, links: list[Link], quantize: bool) -> tuple[nn.Module, T
     given = bias if module.bias is not None or bool(bias.any()) else None
     if quantize and is_quantized(module):
         return _requantized(module, weight, given), weight
-    return _linear(module, weight, given, compute_dtype(module)), weight
+    return linear(module, weight, given, compute_dtype(module)), weight
 
 
 def _fold(tuning: Tuning, module: Any, links: list[Link], quantize: bool, merged: Merged) -> None:

@@ -6,15 +6,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from petune.batch import SKIP, batches
+from petune.batch import SKIP, batches, given_of
 from petune.graft import Board, Call, Grafted, Link, graft_of
+
+if TYPE_CHECKING:
+    from petune.tuning import Tuning
 
 
 @dataclass
@@ -35,13 +38,12 @@ class Layout:
     columns: Tensor
 
     @classmethod
-    def of(cls, starts: list[int], counts: list[int], tokens: int, at: int, left: bool, device: torch.device) -> Layout:
-        """Row i gets `counts[i]` virtual tokens, rows `starts[i]`… of the table. Shorter rows are padded on the
+    def of(cls, spans: list[tuple[int, int]], tokens: int, at: int, left: bool, device: torch.device) -> Layout:
+        """Row i gets the rows of the table that `spans[i]` says, (start, count). Shorter rows are padded on the
         right, where positions stay what they are without the others; on the left for generation.
         """
-        start = torch.tensor(starts, device=device)[:, None]
-        count = torch.tensor(counts, device=device)[:, None]
-        most = max(counts)
+        start, count = torch.tensor(spans, device=device)[..., None].unbind(1)  # (batch, 1) each
+        least, most = min(n for _, n in spans), max(n for _, n in spans)
         shift = most - count if left else torch.zeros_like(count)
         column = torch.arange(most + tokens, device=device)[None] - shift
         is_virtual = (column >= at) & (column < at + count)
@@ -50,7 +52,12 @@ class Layout:
         token = torch.arange(tokens, device=device)[None]
         columns = token + torch.where(token < at, 0, count) + shift
         virtual = torch.where(is_virtual, start + column - at, -1)
-        return cls(at, tokens, min(counts) < most, start, count, source, virtual, columns)
+        return cls(at, tokens, least < most, start, count, source, virtual, columns)
+
+    @property
+    def added(self) -> int:
+        """How many columns come in."""
+        return self.source.shape[1] - self.tokens
 
     def spread(self, tensor: Tensor, virtual: Tensor | float, padding: float) -> Tensor:
         """(batch, tokens, …) -> (batch, length, …), with values for the new columns."""
@@ -94,15 +101,13 @@ class Prompted(Grafted):
         base = graft.hooked or super(Grafted, self).forward
         board = graft.board
         asked = _asked(board)
-        if board.plan is None and not asked and (board.inserted is not None or not prompts(board)):
+        if not (asked or board.plan or prompts(board)):
             return base(*args, **kwargs)
         kwargs.update(zip(graft.parameters, args, strict=False))
-        if board.plan is not None and (given := _given(kwargs)) is not None:
+        if board.plan is not None and (given := given_of(kwargs)) is not None:
             board.plan.repeated(given.shape[0])  # refuses a batch that does not fit, before anything runs
         run = partial(self._telling, base) if asked else base
-        if board.inserted is not None or not prompts(board):
-            return run(**kwargs)
-        layout = self._layout(kwargs, left=False)
+        layout = self._layout(kwargs, left=False) if board.inserted is None else None
         if layout is None:
             return run(**kwargs)
         return self._without(run(**self._with(kwargs, layout)), layout)
@@ -127,12 +132,12 @@ class Prompted(Grafted):
         board = graft_of(self).board
         if inputs is not None:
             kwargs["input_ids"] = inputs
-        layout = self._layout(kwargs, left=True) if prompts(board) else None
+        layout = self._layout(kwargs, left=True)
         has_ids = kwargs.get("input_ids") is not None and not self.config.is_encoder_decoder
         try:
             if layout is not None:
                 kwargs = self._with(kwargs, layout)
-                board.inserted = layout.source.shape[1] - layout.tokens if has_ids else 0
+                board.inserted = layout.added if has_ids else 0
                 if has_ids and kwargs.get("max_length") is not None:
                     kwargs["max_length"] += board.inserted
             board.prompted = _columns(self, kwargs)
@@ -161,19 +166,16 @@ class Prompted(Grafted):
     def _layout(self, kwargs: dict[str, Any], left: bool) -> Layout | None:
         """The layout for this call, None where nothing is to be put in: decoding goes on from a cache that has it."""
         board = graft_of(self).board
-        given = _given(kwargs)
-        if given is None:
-            return None
-        starts, counts = rows_of(board, given.shape[0])
-        if not any(counts):
+        given = given_of(kwargs)
+        if given is None or not prompts(board):
             return None
         at = 0 if self.config.is_encoder_decoder or board.causal else 1
-        layout = Layout.of(starts, counts, given.shape[1], at, left, given.device)
+        layout = Layout.of(rows_of(board, given.shape[0]), given.shape[1], at, left, given.device)
         past = kwargs.get("past_key_values")
         if past is not None and past.get_seq_length() > 0:
             mask = kwargs.get("attention_mask")
             if mask is not None and mask.shape[-1] < past.get_seq_length() + given.shape[1]:
-                kwargs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], max(counts)), mask], 1)
+                kwargs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], layout.added), mask], 1)
             return None
         return layout
 
@@ -197,11 +199,9 @@ class Prompted(Grafted):
                 out[key] = torch.where(value >= layout.at, value + layout.count[:, 0], value)
             elif key == "labels" and value.shape == shape and not self.config.is_encoder_decoder:
                 out[key] = layout.spread(value, SKIP, SKIP)
-            elif key == "logits_to_keep" and value.shape == shape:
-                out[key] = layout.spread(value, False, False)
             elif key == "token_type_ids":
                 out[key] = layout.spread(value, value[:, :1], 0)
-            elif value.shape[:2] == shape and not self.config.is_encoder_decoder:  # boxes of a layout, say
+            elif value.shape[:2] == shape and not self.config.is_encoder_decoder:  # boxes of a layout, logits to keep
                 out[key] = layout.spread(value, 0, 0)
         return out
 
@@ -252,17 +252,6 @@ class _PastPrompt(LogitsProcessor):
         return self.inner(input_ids[:, self.columns :], scores)
 
 
-def _asked(board: Board) -> bool:
-    """An adapter that serves now wants to know the batch."""
-    return any(t.reads and (t.enabled or board.plan is not None) for t in board.tunings.values())
-
-
-def _given(kwargs: dict[str, Any]) -> Tensor | None:
-    """The batch: ids, or what stands for them."""
-    ids = kwargs.get("input_ids")
-    return kwargs.get("inputs_embeds") if ids is None else ids
-
-
 def _columns(model: Any, kwargs: dict[str, Any]) -> int:
     """How many columns the prompts take that `generate` is given: an encoder-decoder's are those it decodes from."""
     of = "decoder_" if model.config.is_encoder_decoder else ""
@@ -270,11 +259,19 @@ def _columns(model: Any, kwargs: dict[str, Any]) -> int:
     return max((tensor.shape[1] for tensor in found if tensor is not None), default=1)
 
 
+def _serving(board: Board) -> list[Tuning]:
+    """The tunings that act now."""
+    return [t for t in board.tunings.values() if (t.name in board.plan.names if board.plan else t.enabled)]
+
+
+def _asked(board: Board) -> bool:
+    """An adapter that acts now wants to know the batch."""
+    return any(tuning.reads for tuning in _serving(board))
+
+
 def prompts(board: Board) -> list[Link]:
-    """The prompts that serve now."""
-    used = set(board.plan.names) if board.plan else None
-    tunings = [t for t in board.tunings.values() if (t.name in used if used is not None else t.enabled)]
-    return [link for t in tunings for link in t.prompts]
+    """The prompts that act now."""
+    return [link for tuning in _serving(board) for link in tuning.prompts]
 
 
 def table_of(board: Board) -> Tensor:
@@ -282,16 +279,18 @@ def table_of(board: Board) -> Tensor:
     return torch.cat([link.adapter() for link in prompts(board)])
 
 
-def rows_of(board: Board, batch: int) -> tuple[list[int], list[int]]:
+def rows_of(board: Board, batch: int) -> list[tuple[int, int]]:
     """For each row of the batch where its virtual tokens start in the table, and how many they are."""
-    serving = prompts(board)
-    lengths = [int(link.adapter.length) for link in serving]  # type: ignore[arg-type]
+    spans: dict[str | None, tuple[int, int]] = {}
+    end = 0
+    for link in prompts(board):
+        length = int(link.adapter.length)  # type: ignore[arg-type]
+        start, count = spans.get(link.tuning.name, (end, 0))
+        spans[link.tuning.name] = start, count + length
+        end += length
     if board.plan is None:
-        return [0] * batch, [sum(lengths)] * batch
-    start = {link.tuning.name: sum(lengths[:i]) for i, link in enumerate(serving)}
-    count = {link.tuning.name: n for link, n in zip(serving, lengths, strict=True)}
-    names = board.plan.repeated(batch)
-    return [start.get(n, 0) for n in names], [count.get(n, 0) for n in names]  # type: ignore[arg-type]
+        return [(0, end)] * batch
+    return [spans.get(name, (0, 0)) for name in board.plan.repeated(batch)]
 
 
 def is_causal(model: nn.Module) -> bool:

@@ -6,25 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
-
 CROSS = re.compile(r"cross|enc_?dec|encoder_attn|crs", re.IGNORECASE)
 OUT = {"o", "out", "output", "wo", "dense", "c"}
-OTHER = {
-    "pos",
-    "position",
-    "rel",
-    "relative",
-    "gate",
-    "g",
-    "index",
-    "indexer",
-    "global",
-    "expert",
-    "experts",
-    "router",
-    "conv",
-}
+OTHER = {"pos", "position", "rel", "relative", "gate", "indexer", "global", "expert", "experts", "router", "conv"}
 """Words of layers in an attention that are neither its projections nor its output."""
 LETTERS = {"q": "q", "query": "q", "wq": "q", "k": "k", "key": "k", "wk": "k", "v": "v", "value": "v", "wv": "v"}
 LETTERS |= {"qkv": "qkv", "wqkv": "qkv", "kv": "kv", "wkv": "kv", "qkvz": "qkv", "in": "qkv"}
@@ -77,48 +61,38 @@ def mlp_roles(names: Sequence[str], sizes: Sizes, hidden: int) -> list[str]:
     ups = [
         i for i, (width, middle) in enumerate(sizes) if i != down and (width, middle) in {sizes[k] for k, _ in pairs}
     ]
-    gate = next((i for i in ups if "gate" in names[i].rpartition(".")[2]), ups[0] if len(ups) > 1 else None)
+    gate = next((i for i in ups if "gate" in names[i].rpartition(".")[2]), ups[0])
     for i in ups:
         roles[i] = "gate_up" if sizes[i][1] == 2 * sizes[down][0] else "gate" if i == gate and len(ups) > 1 else "up"
     roles[down] = "down"
     return roles
 
 
-def parts(width: int, role: str, core: nn.Module) -> dict[str, slice]:
-    """The runs of outputs of a fused projection. Only an attention that says where it splits has known ones: others
-    interleave q, k and v by head, and a plugin has to know.
-    """
-    size = getattr(core, "split_size", None)
-    if not isinstance(size, int) or role not in ("qkv", "kv") or width != len(role) * size:
-        return {}
-    if not hasattr(core, "c_attn"):  # Falcon and BLOOM have the attribute and split otherwise
-        return {}
-    return {letter: slice(i * size, (i + 1) * size) for i, letter in enumerate(role)}
-
-
-def geometry(core: Any, config: Any, width: Mapping[str, int]) -> tuple[int, int, int, int] | None:
+def geometry(core: Any, width: Mapping[str, int]) -> tuple[int, int, int, int] | None:
     """(heads, kv_heads, head_dim, value_dim) of an attention; None where neither it nor its layers tell.
 
     Args:
         width: The outputs of its linear layers by role.
     """
-    owners = [core, getattr(core, "config", None), config]
+    owners = [core, getattr(core, "config", None)]  # not the model's, which may speak of another tower
 
     def told(*names: str, among: list[Any] = owners) -> int:
         found = (getattr(owner, name, None) for owner in among for name in names)
         return next((v for v in found if isinstance(v, int) and v > 0), 0)
 
     heads = told("num_heads", "num_attention_heads", "n_heads", "n_head")
+    if not heads:
+        return None
     dims = "qk_head_dim", "head_dim", "attention_head_size", "key_value_proj_dim", "d_head", "head_size"
     groups = told("num_key_value_groups", among=[core])
     kv_heads = heads // groups if groups else told("num_key_value_heads", "num_kv_heads") or heads
-    dim = told(*dims, among=[core]) or (width["q"] // heads if "q" in width and heads else 0)
-    dim = dim or (width["qkv"] // (heads + 2 * kv_heads) if "qkv" in width and heads else 0)
-    if not heads or not dim:
+    dim = told(*dims, among=[core]) or width.get("q", 0) // heads or width.get("qkv", 0) // (heads + 2 * kv_heads)
+    if not dim:
         return None
     if width.get("q", 0) not in (0, heads * dim, 2 * heads * dim) and width["q"] % dim == 0:  # twice: with a gate
         heads = width["q"] // dim
     if "k" in width:
         kv_heads = width["k"] // dim
-    value = told("v_head_dim", among=[core]) or (width["v"] // kv_heads if "v" in width and kv_heads else dim)
-    return (heads, kv_heads, dim, value) if heads and kv_heads and heads % kv_heads == 0 else None
+    if not kv_heads or heads % kv_heads:
+        return None
+    return heads, kv_heads, dim, told("v_head_dim", among=[core]) or width.get("v", 0) // kv_heads or dim

@@ -5,32 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from petune.adapter import TrainedParameters
+from petune.attention import Frozen, around, take
 from petune.errors import PetuneError, UnsupportedError, unknown
 from petune.graft import Board, Computation, Link, chain, graft_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from petune.attention import Frozen
-
-
 Rows = Tensor | slice
 """Some rows of a batch; a slice where they follow each other, so that taking them copies nothing."""
-
-
-class Split(NamedTuple):
-    """The rows of a batch by what serves them: (links, rows) of each group, without links for those left to the base,
-    and the permutation that puts the concatenated results back in order, None if they are.
-    """
-
-    groups: list[tuple[list[Link], Rows]]
-    back: Tensor | None
 
 
 class Plan:
@@ -53,7 +42,12 @@ class Plan:
             raise PetuneError(f"route(): {len(self.names)} names for a batch of {batch} rows.")
         return [name for name in self.names for _ in range(times)]
 
-    def split(self, links: list[Link], batch: int, device: torch.device) -> Split:
+    def split(
+        self, links: list[Link], batch: int, device: torch.device
+    ) -> tuple[list[tuple[list[Link], Rows]], Tensor | None]:
+        """The rows of a batch by what serves them: (links, rows) of each group, without links for those left to the
+        base, and the permutation that puts the concatenated results back in order, None if they are.
+        """
         by_name: dict[str, list[Link]] = {}
         for link in links:
             by_name.setdefault(link.tuning.name, []).append(link)
@@ -66,7 +60,7 @@ class Plan:
             back = None if bool((order.diff() == 1).all()) else order.argsort().to(device)
             self._rows[key] = [(name, _rows(group, device)) for name, group in groups.items()], back
         rows, back = self._rows[key]
-        return Split([(by_name.get(name, []) if name else [], index) for name, index in rows], back)
+        return [(by_name[name] if name else [], index) for name, index in rows], back
 
     def run(self, links: list[Link], call: Computation) -> Tensor:
         """An adapted module's forward. The base runs once for all rows that do not change its input."""
@@ -111,15 +105,11 @@ class Plan:
 
     def run_attention(self, links: list[Link], call: Frozen, x: tuple[Any, ...]) -> Tensor:
         """An attention's forward: each group of rows attends on its own."""
-        from petune.attention import around, take
-
         batch = x[0].shape[0]
-        serving = [link for link in links if link.tuning.name in self.names]
-        groups, back = self.split(serving, batch, x[0].device)
+        groups, back = self.split(links, batch, x[0].device)
         out = []
         for own, index in groups:
-            rows = [take(t, index, batch) for t in x] if batch > 1 else x
-            out.append(around(own, call.rows(index, batch), index)(*rows))
+            out.append(around(own, call.rows(index, batch), index)(*(take(t, index, batch) for t in x)))
         return _joined(out, back)
 
 

@@ -70,7 +70,7 @@ class Site:
         """The dense weight, float32: (out_features, in_features) of a linear layer, read by probing where it is not
         stored as such, so that it is right for every quantizer; (vocabulary, hidden) of an embedding or a prompt.
         """
-        from petune.merge import stored
+        from petune.weights import stored
 
         if self.kind in ("embedding", "prompt"):
             table: Any = input_table(self.module) if self.kind == "prompt" else self.module
@@ -140,6 +140,8 @@ def _named(site: Site, what: str) -> bool:
 
 def _part(site: Site, role: str) -> Site:
     part = site.parts[role]
+    if isinstance(part, slice):
+        part = slice(*part.indices(site.out_features))  # an end may be left open
     width = len(part) if isinstance(part, Tensor) else part.stop - part.start
     return dataclasses.replace(site, name=f"{site.name}[{role}]", role=role, out_features=width, part=part, parts={})
 

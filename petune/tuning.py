@@ -19,11 +19,12 @@ from petune.attention import install
 from petune.discovery import base_class, children, features, find_sites, walk
 from petune.errors import PetuneError, UnsupportedError, unknown
 from petune.graft import Board, Grafted, Link, add, hold, release, remove
-from petune.merge import Merged, dense, is_quantized, merge
+from petune.merge import Merged, merge
 from petune.parts import Method, Part, Where, methods, parts, resolve
 from petune.prompts import Prompted, Table, is_causal
 from petune.routing import board_of
 from petune.site import KIND_OF, Site, input_table, select
+from petune.weights import dense, is_quantized
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -289,29 +290,26 @@ def _copies(model: PreTrainedModel, names: Sequence[str]) -> list[tuple[Adapter,
             held = path.startswith(tuple(whole)) and not is_quantized(module)
             if path in found or held or not list(module.parameters(recurse=False)):
                 continue
-            if features(module) is None and list(children(module)):
-                owners = {n: m for n, m in walk(module) if not is_quantized(m)}
+            size = features(module)
+            if size is None and list(children(module)):
                 whole.append(f"{path}.")
-                found[path] = TrainedParameters(owners), Site(path, "module", "parameters", None, 0, 0, module)
-                continue
-            size = features(module) or (0, 0)
-            own = dense(module) if is_quantized(module) else _copy(module, memo)
-            own = own.to(torch.promote_types(torch.float32, next(own.parameters()).dtype))
-            site = Site(path, "module", "parameters", None, *size, module)
-            found[path] = TrainedCopy(own.requires_grad_(True)), site
+                adapter: TrainedCopy = TrainedParameters({n: m for n, m in walk(module) if not is_quantized(m)})
+            else:
+                own = dense(module) if is_quantized(module) else _copy(module, memo)
+                own = own.to(torch.promote_types(torch.float32, next(own.parameters()).dtype))
+                adapter = TrainedCopy(own.requires_grad_(True))
+            found[path] = adapter, Site(path, "module", "parameters", None, *(size or (0, 0)), module)
     return list(found.values())
 
 
 def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """The module without what petune has put on it."""
-    here = vars(module).get("petune_graft")
-    if here is None:
+    if "petune_graft" not in vars(module):
         return copy.deepcopy(module, memo)
     state = {k: v for k, v in vars(module).items() if k != "petune_graft"}
-    plain = object.__new__(type(module).petune_base)  # type: ignore[attr-defined]
     own = {k: v for k, v in module._modules.items() if k != "petune"}
+    plain: nn.Module = object.__new__(base_class(module))
     plain.__dict__.update(copy.deepcopy(dict(state, _modules=own), memo))
-    assert isinstance(plain, nn.Module)
     return plain
 
 
@@ -332,22 +330,16 @@ def _install(model: PreTrainedModel, tuning: Tuning) -> Tuning:
     decoder = set(model.get_decoder().modules()) if encoder_decoder else None  # type: ignore[no-untyped-call]
     for link in tuning.links:
         link.stack = "decoder" if decoder is None or link.site.module in decoder else "encoder"
-        anchor = next((p for p in link.site.module.parameters()), None)
+        anchor = next(link.site.module.parameters(), None)
         link.adapter.to(device=anchor.device if anchor is not None else None, dtype=least)
         link.adapter.train(model.training)
-        add(link, board, _mixin(link.site, model))
+        add(link, board, Table if isinstance(link.site.module, nn.Embedding) else Grafted)
         if link.site.kind == "prompt":
             for embedding in _tables(model):
                 hold(embedding, board, Table)
         elif link.site.kind == "attention":
             install()
     return tuning
-
-
-def _mixin(site: Site, model: PreTrainedModel) -> type[nn.Module]:
-    if site.module is model:
-        return Prompted
-    return Table if isinstance(site.module, nn.Embedding) else Grafted
 
 
 def _tables(model: PreTrainedModel) -> list[nn.Module]:

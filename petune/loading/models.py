@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from petune.errors import PetuneError, unknown
 from petune.loading.checkpoint import plainly, resolve
-from petune.merge import is_quantized
 from petune.plugins import registry
+from petune.weights import is_quantized
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HEADS: dict[str, Any] = {  # for a checkpoint that doesn't say, the first that its architecture has

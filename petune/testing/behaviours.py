@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import petune
-from petune.merge import dequantize, is_quantized
+from petune.merge import dequantize
 from petune.testing.case import Case, logits
 from petune.tuning import Tuning
+from petune.weights import is_quantized
 
 GENERATION: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from petune.discovery import blocks, children, features, find_sites, is_norm, walk
-from petune.merge import base_forward, compute_dtype
 from petune.ops import recompute
+from petune.weights import base_forward, compute_dtype
 
 ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
 """Where the modules without parameters come from that map element by element."""

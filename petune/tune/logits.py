@@ -16,9 +16,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
 from petune.discovery import base_class
 from petune.errors import PetuneError, UnsupportedError
-from petune.merge import base_forward
 from petune.routing import board_of
 from petune.tune.forward import forward_as
+from petune.weights import base_forward
 
 ROWS = 128
 """How many rows of logits exist at a time."""

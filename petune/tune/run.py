@@ -84,8 +84,9 @@ class Run:
             PetuneError: `out` exists already, the base is not quantized, or the architecture has no place for what the
                 tuning adds; nothing is written.
         """
-        from petune.merge import dequantize, is_quantized
+        from petune.merge import dequantize
         from petune.saveable import unplaced
+        from petune.weights import is_quantized
 
         out, model = _free(out), self.model
         quantizer: Any = getattr(model, "hf_quantizer", None)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import petune
 
 Parts = Mapping[str, slice | Tensor]
+HALVES = {"gate_up": ("gate", "up"), "kv": ("k", "v")}
 
 
 def sites(model: nn.Module, layout: Callable[[petune.Site], Parts]) -> list[petune.Site]:
@@ -19,9 +20,9 @@ def sites(model: nn.Module, layout: Callable[[petune.Site], Parts]) -> list[petu
     attentions = {s.name.partition("#")[0]: s for s in found if s.kind == "attention"}
 
     def parts(site: petune.Site) -> Parts:
-        if site.role == "gate_up":
+        if site.role in HALVES:
             half = site.out_features // 2
-            return {"gate": slice(0, half), "up": slice(half, None)}
+            return dict(zip(HALVES[site.role], (slice(0, half), slice(half, None)), strict=True))
         core = attentions.get(site.name.rpartition(".")[0])
         return layout(core) if site.role == "qkv" and core is not None else site.parts
 
@@ -48,7 +49,15 @@ def falcon(core: petune.Site) -> Parts:
     return by_head(core, 1 if one else attention.num_kv_heads if attention.new_decoder_architecture else None)
 
 
+def within(core: petune.Site) -> Parts:
+    """In a pair of an encoder and a decoder, as the half's own type has it."""
+    kind = getattr(getattr(core.module, "config", None), "model_type", "")
+    return LAYOUTS[kind](core) if kind in LAYOUTS else {}
+
+
 LAYOUTS = {"falcon": falcon}
 LAYOUTS |= dict.fromkeys(["bloom", "gpt_neox", "gpt_neox_japanese", "persimmon"], by_head)
 LAYOUTS |= dict.fromkeys(["dbrx", "glm", "glm4", "modernbert", "modernbert-decoder", "mpt", "phi3"], runs)
+LAYOUTS |= dict.fromkeys(["decision_transformer", "gpt2", "imagegpt", "openai-gpt"], runs)
+LAYOUTS |= dict.fromkeys(["encoder-decoder", "speech-encoder-decoder", "vision-encoder-decoder"], within)
 ARCHITECTURES = {kind: partial(sites, layout=layout) for kind, layout in LAYOUTS.items()}

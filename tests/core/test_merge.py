@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM
 
 import petune
 from petune import merge as merge_module
-from petune.merge import dense, dequantize, is_quantized
+from petune.merge import dequantize
 from petune.plugins import registry
 from petune.testing import tiny_batch, tiny_model
 from petune.testing.case import logits
+from petune.weights import dense, is_quantized
 
 
 def test_the_weight_is_the_formula():

@@ -107,6 +107,16 @@ def test_two_prompts_stand_one_after_the_other():
     assert torch.equal(model(**batch).logits, single(**batch).logits)
 
 
+def test_a_row_gets_all_the_prompts_of_its_tuning():
+    model, _ = prompted("llama", 3, "before")
+    petune.attach(model, ["prompt-tuning", "p-tuning"], name="two", **{"prompt-tuning": {"length": 3}})
+    batch = {k: v for k, v in tiny_batch("llama", padding=0).items() if k != "labels"}
+    with petune.route(model, ["two", None]):
+        both = model(**batch).logits
+    petune.tunings(model)["before"].disable()
+    torch.testing.assert_close(both[:1], model(**batch).logits[:1], rtol=1e-4, atol=1e-5)
+
+
 def test_processors_and_limits_see_the_users_tokens_only():
     model, _ = prompted("llama")
     ids = tiny_batch("llama", padding=0)["input_ids"]

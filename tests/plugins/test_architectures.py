@@ -4,6 +4,7 @@ projections.
 
 import pytest
 import torch
+import transformers
 
 import petune
 from petune_bench.coverage import checks, tiny
@@ -69,3 +70,28 @@ def test_parts_of_a_fused_projection(kind):
     checks.output(model, inputs)
     moved = (seen[0] - before).transpose(1, 2)[0, 0]  # (kv_heads, value_dim)
     torch.testing.assert_close(moved.flatten(), shift, rtol=1e-4, atol=1e-4)
+
+
+def test_half_of_a_fused_projection():
+    model = built("phi3")
+    inputs = tiny.batch(model)
+    for half, role in enumerate(("gate", "up")):
+        tuning = petune.attach(model, "lora", where=role)
+        site = tuning.links[0].site
+        with torch.no_grad():
+            for p in tuning.parameters():
+                p.add_(torch.randn_like(p) * 0.1)
+        x = torch.randn(2, 3, site.in_features)
+        added = site.module(x) - torch.nn.functional.linear(x, site.module.weight)
+        assert [bool(rows.abs().max() > 1e-3) for rows in added.chunk(2, -1)] == [half == 0, half == 1]
+        checks.output(model, inputs)
+        tuning.detach()
+
+
+def test_a_pair_has_the_parts_of_its_halves():
+    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 4, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2}
+    decoder = transformers.GPT2Config(**sizes)
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(tiny.config("bert"), decoder)
+    sites = petune.sites(transformers.EncoderDecoderModel(config))
+    assert [list(s.parts) for s in sites if s.name.endswith("c_attn")] == [["q", "k", "v"], ["k", "v"]]
+    assert not any(s.parts for s in sites if s.name.startswith("encoder."))

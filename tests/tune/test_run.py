@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import petune
 from petune import PetuneError, UnmergeableError, UnsupportedError
-from petune.merge import is_quantized
 from petune.tune import evaluate, export_run, load_run, merge_run, predict, train
+from petune.weights import is_quantized
 
 
 def test_a_run_scores_what_training_reported(recipe: dict[str, Any]) -> None:

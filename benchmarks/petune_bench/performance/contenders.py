@@ -31,7 +31,7 @@ Batch = dict[str, Tensor]
 def base(precision: str) -> Any:
     """The loaded base model, at "nf4" or "nf4 in bf16", as which it computes; contenders share its weights."""
     precision, _, computes = precision.partition(" in ")
-    dtype = {"dtype": DTYPES[computes]} if computes else {}
+    dtype: dict[str, Any] = {"dtype": DTYPES[computes]} if computes else {}
     return petune.from_pretrained(MODEL, precision=precision, head="causal-lm", **dtype)
 
 
