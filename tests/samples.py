@@ -52,6 +52,11 @@ def save_encoder(folder: Path) -> Path:
     return folder
 
 
+def rows(run: str) -> list[dict[str, Any]]:
+    """What a run has logged."""
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
 def opinions(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Texts whose label can be read off one word."""
     pick = random.Random(seed)

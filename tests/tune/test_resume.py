@@ -1,6 +1,5 @@
 """A run that was stopped goes on as if it had not been."""
 
-import json
 import os
 import signal
 from pathlib import Path
@@ -8,16 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from samples import changed, same_weights, weights
+from samples import changed, rows, same_weights, weights
 
 from petune import PetuneError
 from petune.tune import evaluate, train
 from petune.tune.loop import Interrupted
 from petune.tune.trainer import Recorder
-
-
-def rows(run: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
 
 
 class Crash(Exception):

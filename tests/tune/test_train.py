@@ -6,14 +6,10 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from samples import changed, jsonl, opinions, same_weights, weights
+from samples import changed, jsonl, opinions, rows, same_weights, weights
 
 from petune import PetuneError
 from petune.tune import Recipe, Result, evaluate, load_recipe, packing, train
-
-
-def rows(run: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_run_and_its_folder(recipe: dict[str, Any]) -> None:
