@@ -87,6 +87,7 @@ class Frozen:
     base: Attention
     module: nn.Module
     keys: int
+    """How many keys the model's own are."""
     mask: Tensor | None
     options: dict[str, Any]
 

@@ -76,10 +76,12 @@ def walk(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
 
 
 def linears(module: nn.Module, name: str) -> Named:
+    """The linear layers of a module that goes by `name`, itself included."""
     return [(n, m) for n, m in walk(module, name) if features(m)]
 
 
 def is_norm(module: Any) -> bool:
+    """What scales by a vector, with nothing inside."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, torch.Tensor) and weight.dim() == 1 and not list(children(module))
 
@@ -89,7 +91,7 @@ def _width(norm: Any) -> int:
 
 
 def blocks(model: nn.Module, name: str = "") -> Iterator[tuple[str, int, nn.Module]]:
-    """(name, index, block) of the outermost module lists whose items hold linear layers."""
+    """(name, index, block) of the outermost module lists, items with less than two linear layers left out."""
     for child_name, child in children(model):
         path = f"{name}.{child_name}" if name else child_name
         items = enumerate(_items(child, path)) if isinstance(child, nn.ModuleList) else ()

@@ -172,11 +172,11 @@ def _copy_of(links: list[Link]) -> nn.Module | None:
 
 def _check(tuning: Tuning, module: Any, links: list[Link], quantize: bool) -> None:
     own = _copy_of(links)
-    if isinstance(module, nn.Embedding) and own is None:
+    if own is None and isinstance(module, nn.Embedding):
         rows = torch.arange(min(4, module.num_embeddings), device=module.weight.device)
         if not torch.equal(base_forward(module)(rows), module.weight[rows]):
             raise UnmergeableError(f"{tuning.method!r} can't be merged here: {links[0].site.name} changes its rows.")
-    if own is None and not isinstance(module, nn.Embedding):
+    elif own is None:
         _check_order(tuning, module, links)
     values: tuple[Tensor, ...]
     if _rewritten(module, links, quantize):

@@ -51,7 +51,7 @@ def parts(
     Raises:
         PetuneError: an unknown method or argument, one of the wrong type, or a method listed twice.
     """
-    if isinstance(method, str | type) or not isinstance(method, Sequence):
+    if isinstance(method, str) or not isinstance(method, Sequence):
         if isinstance(where, Mapping):
             raise PetuneError(f"where={where!r}: a string, as there is one method.")
         name, cls = resolve(method)

@@ -55,10 +55,6 @@ def _places(model: Any, **changed: Any) -> set[str]:
 
 def forget_quantization(model: Any) -> None:
     """Nothing quantized is left: transformers saves and moves the model as any other."""
-    for owner, key in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method")):
-        if hasattr(owner, key):
-            delattr(owner, key)
-    model.is_quantized = False
-    for key in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
-        if hasattr(model, key):
-            setattr(model, key, False)
+    vars(model.config).pop("quantization_config", None)
+    for key in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        vars(model).pop(key, None)

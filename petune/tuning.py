@@ -1,4 +1,4 @@
-"""A tuning: one method's adapters on one model, under one name."""
+"""A tuning: the adapters of a method, or of several, on one model under one name."""
 
 from __future__ import annotations
 
