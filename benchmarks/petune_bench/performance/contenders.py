@@ -67,6 +67,10 @@ class Contender:
         self.stack = ExitStack()
         if isinstance(trainer, AdapterTrainer):
             self.stack.enter_context(trainer.lean())
+        if trainer.args.activation_checkpointing:  # as Trainer does when it begins to train
+            told: Any = trainer.args.activation_checkpointing_kwargs
+            every, rest = told["every_n_layers"], {k: v for k, v in told.items() if k != "every_n_layers"}
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=rest, every_n_layers=every)
         trainer.current_gradient_accumulation_steps = 1
         model.config.use_cache = False
         model.train()
