@@ -45,6 +45,14 @@ class _Current:
     rows: Rows | None = None
 
 
+def is_padded(batch: Mapping[str, Tensor]) -> bool:
+    """The batch has padding, labels, and nothing but tensors with an entry for each token."""
+    mask = batch.get("attention_mask")
+    if mask is None or "labels" not in batch or any(t.shape != mask.shape for t in batch.values()):
+        return False
+    return not bool(mask.all())
+
+
 def flatten(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Rows]:
     """A padded batch of a causal language model as one row, (1, tokens), whose positions say where rows begin."""
     mask = batch["attention_mask"].bool()

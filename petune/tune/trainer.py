@@ -32,7 +32,7 @@ from petune.files import read_json, write_text
 from petune.tune.batches import EpochSampler
 from petune.tune.lean import plain_input, recomputed
 from petune.tune.logits import labelled_logits
-from petune.tune.packing import flatten, packed, refusal
+from petune.tune.packing import flatten, is_padded, packed, refusal
 from petune.tune.recipe import Recipe, Training
 from petune.tune.regions import compiled
 from petune.tune.result import finite, write_json
@@ -222,7 +222,7 @@ class AdapterTrainer(Trainer):
         gradient checkpointing runs attention in both.
         """
         batch = self._prepare_inputs(batch)
-        if not self.packs or bool(batch["attention_mask"].all()):
+        if not self.packs or not is_padded(batch):
             yield batch
             return
         batch, rows = flatten(batch)

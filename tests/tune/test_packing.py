@@ -6,7 +6,7 @@ import transformers
 
 import petune
 from petune.testing import tiny_batch, tiny_model
-from petune.tune.packing import flatten, packed, refusal
+from petune.tune.packing import flatten, is_padded, packed, refusal
 
 SIZES = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 8,
          "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "sliding_window": 4}  # fmt: skip
@@ -53,6 +53,14 @@ def test_equal_to_the_padded_batch(name, method):
         torch.testing.assert_close(loss, plain)
         for one, other in zip(found, gradients, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_which_batches_are_worth_it():
+    batch = uneven()
+    assert is_padded(batch)
+    assert not is_padded(tiny_batch("llama", rows=2, padding=0))
+    assert not is_padded({**batch, "weights": torch.ones(4)}), "a row's own values have no place among tokens"
+    assert not is_padded({key: value for key, value in batch.items() if key != "labels"})
 
 
 def test_who_can_not_be_packed():
