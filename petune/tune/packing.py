@@ -118,8 +118,9 @@ def _attend(
     if rows is None or mask is None:  # one row alone, or flash attention, which reads the positions
         return base(module, query, key, value, mask, **options)
     batch, length = rows.real.shape
+    column = rows.column.flatten()
     padded = [
-        _Place.apply(t[0].transpose(0, 1), rows.place, batch * length).unflatten(0, (batch, length)).transpose(1, 2)  # type: ignore[no-untyped-call]
+        _Place.apply(t[0].transpose(0, 1), column, rows.place).unflatten(0, (batch, length)).transpose(1, 2)  # type: ignore[no-untyped-call]
         for t in (query, key, value)
     ]  # (batch, heads, length, head_dim)
     out, _ = base(module, *padded, _mask_of(mask[0, 0], rows), **options)
@@ -137,12 +138,14 @@ def _mask_of(mask: Tensor, rows: Rows) -> Tensor:
 
 
 class _Place(torch.autograd.Function):
-    """Rows of x at `place` among `size` rows, zero elsewhere; no two go to one place, so the gradient is picked."""
+    """The tokens x in their places in the batch, flat; where there is none stands another, which nothing reads, so
+    that no gradient comes from there.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, place: Tensor, size: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, column: Tensor, place: Tensor) -> Tensor:
         ctx.save_for_backward(place)
-        return x.new_zeros(size, *x.shape[1:]).index_copy(0, place, x)
+        return x.index_select(0, column)
 
     @staticmethod
     @once_differentiable
@@ -163,4 +166,4 @@ class _Pick(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (place,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.size, *grad.shape[1:]).index_copy(0, place, grad), None
+        return grad.new_zeros(ctx.size, *grad.shape[1:]).index_copy_(0, place, grad), None
