@@ -40,7 +40,7 @@ base, with the share of PEFT's in brackets.
 """
 SETTINGS = """## Settings
 
-Keys of a recipe's `training`, none of which changes the result beyond rounding:
+Keys of a recipe's `training`, none of which changes the result beyond rounding (8-bit optimizers round their states):
 
 | key | what it does |
 | --- | --- |

@@ -103,5 +103,5 @@ def route(rows: int = 8, length: int = 128) -> dict[str, list[float]]:
             "one, PEFT": lambda: run(theirs),
             "routed, PEFT": lambda: run(theirs, adapter_names=names),
         },
-        5,
+        15,
     )
