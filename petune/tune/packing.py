@@ -104,7 +104,7 @@ def _is_same(model: Any) -> bool:
             padded = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
             with packed(rows):
                 found = model(**flat, use_cache=False).logits[0]
-        except (RuntimeError, TypeError, ValueError):  # it wants something else, or more
+        except Exception:  # whatever a stranger's model says: it is left as it is
             return False
     rounding = torch.finfo(padded.dtype).eps ** 0.5
     return float((found - padded).abs().max()) <= rounding * float(padded.abs().max())

@@ -71,6 +71,18 @@ def test_who_can_not_be_packed():
         assert "end to end" in refusal(model, petune.attach(model, "lora"))
 
 
+def test_a_model_that_wants_more_than_ids_is_left_alone(monkeypatch):
+    model = tiny_model("llama")
+    tuning = petune.attach(model, "lora")
+    assert not refusal(model, tuning)
+
+    def forward(input_ids=None, attention_mask=None, position_ids=None, **kwargs):
+        return kwargs["pixels"]
+
+    monkeypatch.setattr(model, "forward", forward)
+    assert "end to end" in refusal(model, tuning)
+
+
 def test_a_block_that_mixes_tokens_beside_its_attention_is_found_out_by_a_trial():
     """Falcon-H1's blocks hold a state-space mixer beside an attention that asks the interface."""
     sizes = SIZES | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
