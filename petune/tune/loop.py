@@ -88,10 +88,10 @@ class _Session:
         self.load_seconds = time.perf_counter() - began
 
     def run(self, final_eval: bool) -> Result:
-        folder.write_recipe(self.path, self.recipe)
-        write_json(self.path / folder.TASK, self.task.state())
         caching = getattr(self.model.config, "use_cache", True)
         loop = self._loop()
+        folder.write_recipe(self.path, self.recipe)
+        write_json(self.path / folder.TASK, self.task.state())
         steps, tokens = self._train(loop)
         self.tuning.save(self.path / folder.ADAPTER)
         began = time.perf_counter()

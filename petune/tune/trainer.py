@@ -166,11 +166,10 @@ class AdapterTrainer(Trainer):
     """Saves and reads back only what trains; evaluates by the task's own score; takes a recipe's settings."""
 
     def __init__(self, model: nn.Module, tuning: Adapted, task: Task, recorder: Recorder, **kwargs: Any) -> None:
-        self.settings = task.recipe.training
-        super().__init__(model=model, callbacks=[recorder], data_collator=task.collate, **kwargs)
-        self.acting, self.task, self.recorder = model, task, recorder
+        self.settings, self.acting, self.task, self.recorder = task.recipe.training, model, task, recorder
         self.tuning: Any = tuning
-        self.packs = self._packs()
+        self.packs = self._packs()  # Trainer makes its folder; what can't be is said before
+        super().__init__(model=model, callbacks=[recorder], data_collator=task.collate, **kwargs)
         self.model_accepts_loss_kwargs = task.token_loss  # else a mean over the batch, which is divided as it is
         self.scheduled = isinstance(tuning, Tuning)  # a peer's adapter has no schedule and no learning rates
         if isinstance(tuning, Tuning):

@@ -193,6 +193,7 @@ def test_what_the_settings_exclude(recipe: dict[str, Any]) -> None:
         load_recipe(changed(recipe, compile="regions", gradient_checkpointing=True))
     with pytest.raises(PetuneError, match=r"training\.packing"):
         train(changed(recipe, packing=True), quiet=True)
+    assert not Path(recipe["output"]).exists(), "nothing is left of what could not begin"
 
 
 @pytest.mark.parametrize("method", ["prompt-tuning", "prefix-tuning", "houlsby", "bitfit", "full", "last-layers"])
