@@ -111,7 +111,8 @@ def _items(modules: nn.ModuleList, name: str) -> Iterator[tuple[str, nn.Module]]
 @cache
 def calls_attention_interface(cls: Any) -> bool:
     """The class asks transformers for its attention function, so that it can be wrapped there."""
-    return {"ALL_ATTENTION_FUNCTIONS", "get_interface"} <= set(inspect.unwrap(cls.forward).__code__.co_names)
+    code = getattr(inspect.unwrap(getattr(cls, "forward", None)), "__code__", None)  # a scripted module has none
+    return code is not None and {"ALL_ATTENTION_FUNCTIONS", "get_interface"} <= set(code.co_names)
 
 
 @cache

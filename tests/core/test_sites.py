@@ -112,3 +112,10 @@ def test_towers_have_the_geometry_of_their_own():
     assert {s.name.split(".")[1] for s in cores} == {"vision_tower", "language_model"}
     assert {(s.heads, s.kv_heads) for s in cores if "vision" in s.name} == {(4, 4)}
     assert {(s.heads, s.kv_heads) for s in cores if "language" in s.name} == {(4, 2)}
+
+
+def test_a_module_without_python_code_is_none_of_the_attentions():
+    model = tiny_model("llama")
+    plain = [(s.name, s.role) for s in petune.sites(model)]
+    model.model.layers[0].gate = torch.jit.trace(torch.nn.Tanh(), torch.zeros(1))
+    assert [(s.name, s.role) for s in petune.sites(model)] == plain
