@@ -1,4 +1,4 @@
-"""A module that computes something else for a while."""
+"""A module that computes something else for a while, or in another mode."""
 
 from __future__ import annotations
 
@@ -20,3 +20,15 @@ def forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]
         del module.forward
         if before is not None:
             module.forward = before
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Within the context the module is not in training, so that it draws nothing at random."""
+    modes = {inner: inner.training for inner in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for inner, mode in modes.items():
+            inner.training = mode

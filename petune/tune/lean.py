@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from petune.discovery import blocks, children, features, find_sites, is_norm, walk
 from petune.ops import recompute
+from petune.tune.forward import evaluating
 from petune.weights import base_forward, compute_dtype
 
 ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
@@ -53,18 +54,6 @@ def plain_input(model: Any) -> Iterator[None]:
         yield
     finally:
         del model.enable_input_require_grads
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Within the context the module is not in training, so that it draws nothing at random."""
-    modes = {inner: inner.training for inner in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for inner, mode in modes.items():
-            inner.training = mode
 
 
 def _gated_forward(gate: nn.Module, up: nn.Module, down: nn.Module, act: nn.Module, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from petune.attention import Attention
 from petune.discovery import base_class, blocks, calls_attention_interface, walk
-from petune.tune.lean import evaluating
+from petune.tune.forward import evaluating
 from petune.tune.logits import SKIP, applies
 
 
