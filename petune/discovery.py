@@ -111,7 +111,8 @@ def _items(modules: nn.ModuleList, name: str) -> Iterator[tuple[str, nn.Module]]
 @cache
 def calls_attention_interface(cls: Any) -> bool:
     """The class asks transformers for its attention function, so that it can be wrapped there."""
-    code = getattr(inspect.unwrap(getattr(cls, "forward", None)), "__code__", None)  # a scripted module has none
+    forward: Any = getattr(cls, "forward", None)  # a scripted module has none
+    code = getattr(inspect.unwrap(forward), "__code__", None)
     return code is not None and {"ALL_ATTENTION_FUNCTIONS", "get_interface"} <= set(code.co_names)
 
 
