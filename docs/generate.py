@@ -6,8 +6,8 @@ import inspect
 from pathlib import Path
 
 import petune
-from petune.adapter import arguments, type_name
-from petune.plugins import registry
+from petune.core.method.arguments import arguments, type_name
+from petune.core.registry.plugins import registry
 
 PAGE = Path(__file__).parent / "methods.md"
 HEAD = """# Methods
@@ -33,14 +33,23 @@ def page() -> str:
     """The page as it should be."""
     parts = [HEAD]
     for name, cls in sorted(petune.methods().items()):
-        if ":" in name or registry().plugins[registry().owner("petune_methods", name)].package != "petune":
+        if (
+            ":" in name
+            or registry().plugins[registry().owner("petune_methods", name)].package != "petune"
+        ):
             continue
         known = [
-            f"`{key}: {type_name(p.annotation)}" + ("" if p.default is p.empty else f" = {p.default!r}") + "`"
+            f"`{key}: {type_name(p.annotation)}"
+            + ("" if p.default is p.empty else f" = {p.default!r}")
+            + "`"
             for key, p in arguments(cls).items()
         ]
         lines = len(Path(inspect.getsourcefile(cls) or "").read_text().splitlines())
-        facts = [f"acts on `{cls.where}`", "mergeable" if cls.mergeable else "not mergeable", f"{lines} lines"]
+        facts = [
+            f"acts on `{cls.where}`",
+            "mergeable" if cls.mergeable else "not mergeable",
+            f"{lines} lines",
+        ]
         parts.append(
             f"## {name}\n\n{inspect.getdoc(cls)}\n\n{'; '.join(facts)}. Arguments: {', '.join(known) or 'none'}.\n"
         )

@@ -8,24 +8,28 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from petune.core.registry.hookspecs import hookimpl
 from petune.errors import PetuneError, UnmergeableError, UnsupportedError
-from petune.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from petune import testing
-    from petune.adapter import Adapter, Inner, Positive, Unfreeze
-    from petune.attention import attend
-    from petune.batch import Batch
-    from petune.discovery import discover
-    from petune.discovery import find_sites as sites
-    from petune.formats.twin import PeftTwin
+    from petune.core.attached.attach import attach, tunings
+    from petune.core.attached.folder import Format
+    from petune.core.attached.load import load
+    from petune.core.attached.route import route
+    from petune.core.attached.tuning import Tuning
+    from petune.core.frozen.discovery import discover
+    from petune.core.frozen.site import ALL_LINEAR, Site
+    from petune.core.graft.attend import attend
+    from petune.core.method.adapter import Adapter, Inner, Positive, Unfreeze
+    from petune.core.method.batch import Batch
+    from petune.core.method.twin import PeftTwin
+    from petune.core.ops import lowrank_update, recompute
+    from petune.core.registry.methods import methods
+    from petune.core.registry.quantizer import Quantizer
+    from petune.core.registry.sites import find_sites as sites
     from petune.loading.fetch import Package, Source
-    from petune.loading.models import Quantizer, from_pretrained, load_tokenizer
-    from petune.ops import lowrank_update, recompute
-    from petune.routing import route
-    from petune.site import ALL_LINEAR, Site
-    from petune.storage import Format, load
-    from petune.tuning import Tuning, attach, methods, tunings
+    from petune.loading.models import from_pretrained, load_tokenizer
 
 __version__ = "0.1.0"
 
@@ -63,25 +67,29 @@ __all__ = [
 ]
 
 _HOMES = {
-    "petune.adapter": ("Adapter", "Inner", "Positive", "Unfreeze"),
-    "petune.attention": ("attend",),
-    "petune.batch": ("Batch",),
-    "petune.discovery": ("discover",),
-    "petune.formats.twin": ("PeftTwin",),
+    "petune.core.attached.attach": ("attach", "tunings"),
+    "petune.core.attached.folder": ("Format",),
+    "petune.core.attached.load": ("load",),
+    "petune.core.attached.route": ("route",),
+    "petune.core.attached.tuning": ("Tuning",),
+    "petune.core.frozen.discovery": ("discover",),
+    "petune.core.frozen.site": ("ALL_LINEAR", "Site"),
+    "petune.core.graft.attend": ("attend",),
+    "petune.core.method.adapter": ("Adapter", "Inner", "Positive", "Unfreeze"),
+    "petune.core.method.batch": ("Batch",),
+    "petune.core.method.twin": ("PeftTwin",),
+    "petune.core.ops": ("lowrank_update", "recompute"),
+    "petune.core.registry.methods": ("methods",),
+    "petune.core.registry.quantizer": ("Quantizer",),
     "petune.loading.fetch": ("Package", "Source"),
-    "petune.loading.models": ("Quantizer", "from_pretrained", "load_tokenizer"),
-    "petune.ops": ("lowrank_update", "recompute"),
-    "petune.routing": ("route",),
-    "petune.site": ("ALL_LINEAR", "Site"),
-    "petune.storage": ("Format", "load"),
-    "petune.tuning": ("Tuning", "attach", "methods", "tunings"),
+    "petune.loading.models": ("from_pretrained", "load_tokenizer"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
     if name == "sites":
-        found = importlib.import_module("petune.discovery").find_sites
+        found = importlib.import_module("petune.core.registry.sites").find_sites
     elif name == "testing":
         found = importlib.import_module("petune.testing")
     elif name in _HOME:

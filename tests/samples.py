@@ -13,20 +13,33 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
-from petune.plugins import registry
+from petune.core.registry.plugins import registry
 
 TEXT = "good bad fine awful movie film plot actor the a is was very not so happy sad day night one two three"
 WORDS = TEXT.split()
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 SMALL = SIZES | {"vocab_size": 96}
 IDS = torch.arange(10)[None]  # (batch, length)
 
 
 def save_tokenizer(folder: Path, **more: Any) -> int:
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "</s>", *WORDS]
-    plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
+    plain = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]")
+    )
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=plain, unk_token="[UNK]", pad_token="[PAD]", eos_token="</s>", **more
@@ -39,7 +52,12 @@ def save_decoder(folder: Path) -> Path:
     size = save_tokenizer(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=size, num_key_value_heads=2, max_position_embeddings=128, eos_token_id=4, bos_token_id=None, **SIZES
+        vocab_size=size,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        eos_token_id=4,
+        bos_token_id=None,
+        **SIZES,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
@@ -48,7 +66,9 @@ def save_decoder(folder: Path) -> Path:
 def save_encoder(folder: Path) -> Path:
     size = save_tokenizer(folder, cls_token="[CLS]", sep_token="[SEP]")
     torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=size, max_position_embeddings=128, **SIZES)).save_pretrained(folder)
+    BertModel(BertConfig(vocab_size=size, max_position_embeddings=128, **SIZES)).save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -72,7 +92,10 @@ def opinions(count: int, seed: int = 0) -> list[dict[str, Any]]:
 def questions(count: int, seed: int = 0) -> list[dict[str, Any]]:
     pick = random.Random(seed)
     return [
-        {"ask": " ".join(pick.choices(WORDS[4:], k=pick.randint(2, 8))) + f" {word}", "reply": f"the {word}"}
+        {
+            "ask": " ".join(pick.choices(WORDS[4:], k=pick.randint(2, 8))) + f" {word}",
+            "reply": f"the {word}",
+        }
         for word in pick.choices(["one", "two", "three"], k=count)
     ]
 
@@ -153,7 +176,11 @@ def suite(tmp_path: Path, defaults: dict[str, Any]) -> Callable[..., str]:
 
     def write(*cells: dict[str, Any], **more: Any) -> str:
         path = tmp_path / "tiny.yaml"
-        path.write_text(yaml.safe_dump({"title": "A tiny suite", "defaults": defaults, "cells": list(cells), **more}))
+        path.write_text(
+            yaml.safe_dump(
+                {"title": "A tiny suite", "defaults": defaults, "cells": list(cells), **more}
+            )
+        )
         return str(path)
 
     return write
@@ -164,7 +191,9 @@ def weights(run: str) -> dict[str, torch.Tensor]:
 
 
 def same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.allclose(a[key], b[key], atol=1e-6, rtol=0) for key in a)
+    return a.keys() == b.keys() and all(
+        torch.allclose(a[key], b[key], atol=1e-6, rtol=0) for key in a
+    )
 
 
 def changed(recipe: dict[str, Any], **training: Any) -> dict[str, Any]:

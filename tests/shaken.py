@@ -34,5 +34,8 @@ def cache_of(tuning: petune.Tuning, rows: int) -> DynamicCache:
     cache = DynamicCache()
     for link in tuning.links:
         adapter: Any = link.adapter
-        cache.update(*(t.expand(rows, -1, -1, -1).clone() for t in (adapter.keys, adapter.values)), link.site.layer)
+        cache.update(
+            *(t.expand(rows, -1, -1, -1).clone() for t in (adapter.keys, adapter.values)),
+            link.site.layer,
+        )
     return cache

@@ -38,7 +38,12 @@ def test_the_readme_has_two_bash_blocks():
 
 
 def test_the_readme_shows_the_quickstarts_results():
-    table = (ROOT / "README.md").read_text().partition("<!-- quickstart -->\n")[2].partition("<!-- end -->")[0]
+    table = (
+        (ROOT / "README.md")
+        .read_text()
+        .partition("<!-- quickstart -->\n")[2]
+        .partition("<!-- end -->")[0]
+    )
     assert table.count("\n") > 5
     assert table in (ROOT / "docs/quickstart.md").read_text()
 
@@ -46,11 +51,13 @@ def test_the_readme_shows_the_quickstarts_results():
 def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+?)\)", page.read_text()):
-            assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
+            assert target.startswith("https://") or (page.parent / target).exists(), (
+                f"{page.name}: {target}"
+            )
 
 
 def test_recipes_are_valid():
-    from petune.tune import load_recipe
+    from petune.training import load_recipe
 
     found = sorted((ROOT / "docs/recipes").glob("*.yaml"))
     assert found
@@ -79,10 +86,14 @@ def test_commands_exist():
 @pytest.mark.usefixtures("single_files")
 def test_the_readme_trains_its_plugin(tmp_path, monkeypatch):
     """Its recipe with the overrides of its command, up to where a model would be loaded."""
-    from petune.plugins import registry
-    from petune.tune import load_recipe
+    from petune.core.registry.plugins import registry
+    from petune.training import load_recipe
 
-    line = next(t for t in (ROOT / "README.md").read_text().splitlines() if t.startswith("petune train") and "ssf" in t)
+    line = next(
+        t
+        for t in (ROOT / "README.md").read_text().splitlines()
+        if t.startswith("petune train") and "ssf" in t
+    )
     (recipe,) = blocks(ROOT / "README.md", "yaml")
     (tmp_path / "my-data.jsonl").touch()
     monkeypatch.chdir(tmp_path)
@@ -99,12 +110,25 @@ def test_the_plugin_of_the_readme_is_compared_at_nf4(tmp_path, suite, defaults):
     defaults["precision"] = "nf4"
     assert (
         main(
-            ["bench", suite({"method": "lora"}), "--out", str(out), "--plugin", str(file), "--method", "ssf", "--json"]
+            [
+                "bench",
+                suite({"method": "lora"}),
+                "--out",
+                str(out),
+                "--plugin",
+                str(file),
+                "--method",
+                "ssf",
+                "--json",
+            ]
         )
         == 0
     )
     rows = [yaml.safe_load(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    assert {(r["method"], r["precision"], r["status"]) for r in rows} == {("lora", "nf4", "ok"), ("ssf", "nf4", "ok")}
+    assert {(r["method"], r["precision"], r["status"]) for r in rows} == {
+        ("lora", "nf4", "ok"),
+        ("ssf", "nf4", "ok"),
+    }
     assert all(r["score"] is not None and r["trainable_params"] > 0 for r in rows)
     assert "ssf" in (out / "report.html").read_text()
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from petune.errors import PetuneError, UnsupportedError
-from petune.tune.loop import Adapt
-from petune.tune.recipe import Recipe
+from petune.training.loop import Adapt
+from petune.training.recipe import Recipe
 
 SCHEMA_VERSION = 1
 MEASURED = (
@@ -65,7 +65,9 @@ class Cell:
         return {key: known.get(key) for key in KEYS}
 
 
-def configuration(recipe: Recipe, implementation: str, versions: Mapping[str, str], source: str) -> str:
+def configuration(
+    recipe: Recipe, implementation: str, versions: Mapping[str, str], source: str
+) -> str:
     """The hash of a cell; `source` is the method's code, so that a method under development is measured anew."""
     values = recipe.resolved().model_dump(exclude={"output"})
     del values["training"]["seed"]
@@ -86,8 +88,8 @@ def measure(cell: Cell) -> Row:
 
 
 def _measure(cell: Cell) -> Row:
-    from petune.plugins import registry
-    from petune.tune import train
+    from petune.core.registry.plugins import registry
+    from petune.training import train
     from petune_bench.environment import machine
 
     for file in cell.plugins:
@@ -96,7 +98,11 @@ def _measure(cell: Cell) -> Row:
     measured: dict[str, Any] = {key: getattr(result, key) for key in MEASURED}
     environment = {**cell.environment, **machine(), "test_rows": _test_rows(cell.recipe)}
     if result.score is None or not math.isfinite(result.train_loss):
-        return cell.row("failed", f"training diverged: the loss is {result.train_loss}.", environment=environment)
+        return cell.row(
+            "failed",
+            f"training diverged: the loss is {result.train_loss}.",
+            environment=environment,
+        )
     return cell.row("ok", **measured, steps=result.steps, environment=environment)
 
 
@@ -110,8 +116,8 @@ def _adapt(implementation: str) -> Adapt | None:
 
 def _test_rows(recipe: Recipe) -> int:
     """How many rows the score is a mean over: its standard error follows from it."""
-    from petune.plugins import registry
-    from petune.tune.setup import make_splits
+    from petune.core.registry.plugins import registry
+    from petune.training.setup import make_splits
 
     most = recipe.training.eval_rows or registry().get("petune_tasks", recipe.task).eval_rows
     count = len(make_splits(recipe)["test"])
@@ -122,7 +128,11 @@ def _status(error: Exception) -> str:
     import torch
 
     text = str(error).lower()
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text or "out of memory" in text:
+    if (
+        isinstance(error, MemoryError | torch.OutOfMemoryError)
+        or "allocate memory" in text
+        or "out of memory" in text
+    ):
         return "oom"
     if isinstance(error, UnsupportedError):
         return "unsupported"

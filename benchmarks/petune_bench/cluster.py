@@ -12,7 +12,9 @@ from petune.errors import PetuneError
 from petune_bench.cell import Cell, Row, measure
 
 
-def run(cells: Iterable[Cell], started: Callable[[Cell], None], step: Callable[[int], None]) -> Iterator[Row]:
+def run(
+    cells: Iterable[Cell], started: Callable[[Cell], None], step: Callable[[int], None]
+) -> Iterator[Row]:
     """The rows, in the order in which they are done.
 
     Raises:
@@ -54,5 +56,8 @@ def _share(ray: Any) -> dict[str, float]:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = [node for node in nodes if node.get("GPU")]
     if gpus:
-        return {"num_gpus": 1, "num_cpus": min(max(1, int(node.get("CPU", 1) // node["GPU"])) for node in gpus)}
+        return {
+            "num_gpus": 1,
+            "num_cpus": min(max(1, int(node.get("CPU", 1) // node["GPU"])) for node in gpus),
+        }
     return {"num_cpus": min(int(node["CPU"]) for node in nodes if node.get("CPU"))}

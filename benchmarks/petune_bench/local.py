@@ -25,7 +25,11 @@ def context() -> BaseContext:
     An import may already touch a GPU's driver, and a fork of that cannot use it.
     """
     gpu = any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd"))
-    if gpu or "forkserver" not in multiprocessing.get_all_start_methods() or sys.platform == "darwin":
+    if (
+        gpu
+        or "forkserver" not in multiprocessing.get_all_start_methods()
+        or sys.platform == "darwin"
+    ):
         return multiprocessing.get_context("spawn")
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(["petune_bench.preload"])
@@ -40,7 +44,9 @@ def warm_up() -> None:
         ensure_running()
 
 
-def run(cells: Iterable[Cell], started: Callable[[Cell], None], step: Callable[[int], None]) -> Iterator[Row]:
+def run(
+    cells: Iterable[Cell], started: Callable[[Cell], None], step: Callable[[int], None]
+) -> Iterator[Row]:
     """The rows, each as soon as its cell is done. `step` is told how many steps the present cell has trained."""
     for cell in cells:
         started(cell)

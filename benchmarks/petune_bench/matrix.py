@@ -32,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     import petune
 
     options = _parser().parse_args(argv)
-    known = options.methods.split() or [n for n in sorted(petune.methods()) if options.all or ":" not in n]
+    known = options.methods.split() or [
+        n for n in sorted(petune.methods()) if options.all or ":" not in n
+    ]
     cells = list(product(known, options.families.split(), options.precisions.split()))
     results = Path(options.results)
     results.parent.mkdir(parents=True, exist_ok=True)
@@ -42,17 +44,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     ran_on = {**versions(), "source": source()}
     missing = [cell for cell in cells if cell not in done]
     for number, (cell, rows, seconds) in enumerate(run(missing, options.jobs, options.device), 1):
-        line = {"cell": cell, "rows": [vars(row) for row in rows], "seconds": round(seconds, 2), "ran_on": ran_on}
+        line = {
+            "cell": cell,
+            "rows": [vars(row) for row in rows],
+            "seconds": round(seconds, 2),
+            "ran_on": ran_on,
+        }
         with results.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        failed, refused = sum(bool(row.error) for row in rows), sum(bool(row.refused) for row in rows)
+        failed, refused = (
+            sum(bool(row.error) for row in rows),
+            sum(bool(row.refused) for row in rows),
+        )
         said = f"{failed} FAIL" if failed else "refused" if refused == len(rows) else "holds"
         print(f"{number}/{len(missing)}  {' '.join(cell)}  {said}  {seconds:.1f} s", flush=True)
     done = read(results)
     found = {cell: done[cell] for cell in cells}
     if options.out:
         Path(options.out).write_text(page(found))
-    alike = [(f"{cell[0]} {cell[2]}: {why}", rows) for cell in cells for why, rows in reasons(found[cell]).items()]
+    alike = [
+        (f"{cell[0]} {cell[2]}: {why}", rows)
+        for cell in cells
+        for why, rows in reasons(found[cell]).items()
+    ]
     failures = [line for line, rows in alike if rows[0].error]
     print("\n".join([*failures, f"{len(found)} cells, {len(failures)} failures"]))
     return 1 if failures else 0
@@ -62,12 +76,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m petune_bench.matrix", description=__doc__)
     parser.add_argument("--out", help="the page to write, such as docs/matrix.md")
     parser.add_argument(
-        "--results", default="bench/matrix.jsonl", help="one row a cell; what is there is not run again"
+        "--results",
+        default="bench/matrix.jsonl",
+        help="one row a cell; what is there is not run again",
     )
     parser.add_argument("--fresh", action="store_true", help="run everything anew")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--methods", default="", help="all that are registered by default")
-    parser.add_argument("--all", action="store_true", help="also methods of other packages behind a prefix (peft:…)")
+    parser.add_argument(
+        "--all", action="store_true", help="also methods of other packages behind a prefix (peft:…)"
+    )
     parser.add_argument("--families", default=FAMILIES)
     parser.add_argument("--precisions", default=PRECISIONS)
     parser.add_argument("--device", default="cpu")
@@ -80,7 +98,9 @@ def run(cells: Sequence[Cell], jobs: int, device: str) -> Iterator[tuple[Cell, l
         for cell in cells:
             yield check(cell, device)
         return
-    os.environ["OMP_NUM_THREADS"] = "1"  # threads that wait for each other take most of the time of a tiny model
+    os.environ["OMP_NUM_THREADS"] = (
+        "1"  # threads that wait for each other take most of the time of a tiny model
+    )
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         for future in as_completed([pool.submit(check, cell, device) for cell in cells]):
             yield future.result()
@@ -90,7 +110,7 @@ def check(cell: Cell, device: str = "cpu") -> tuple[Cell, list[Row], float]:
     """The kit on one method, family and precision."""
     import petune
     from petune.testing import run_checks
-    from petune.tune.setup import quietly
+    from petune.training.setup import quietly
 
     method, family, precision = cell
     began = time.perf_counter()
@@ -128,22 +148,36 @@ def source() -> str:
 
 def page(found: dict[Cell, list[Row]]) -> str:
     """The results as Markdown: a row a method, a column a precision, the families folded."""
-    methods, families, precisions = (list(dict.fromkeys(cell[i] for cell in found)) for i in range(3))
+    methods, families, precisions = (
+        list(dict.fromkeys(cell[i] for cell in found)) for i in range(3)
+    )
     notes: dict[str, int] = {}
     lines = [f"| method | {' | '.join(precisions)} |", f"| --- |{' :-: |' * len(precisions)}"]
     for method in methods:
         cells = []
         for precision in precisions:
-            rows = [row for family in families for row in found.get((method, family, precision), [])]
+            rows = [
+                row for family in families for row in found.get((method, family, precision), [])
+            ]
             why = [notes.setdefault(f"{method}, {each}", len(notes) + 1) for each in reasons(rows)]
-            mark = "✗" if any(row.error for row in rows) else "–" if all(row.refused for row in rows) else "✓"
+            mark = (
+                "✗"
+                if any(row.error for row in rows)
+                else "–"
+                if all(row.refused for row in rows)
+                else "✓"
+            )
             cells.append(mark + (f" <sup>{' '.join(map(str, why))}</sup>" if why else ""))
         lines.append(f"| {method} | {' | '.join(cells)} |")
     rows = [row for each in found.values() for row in each]
     behaviours = list(dict.fromkeys(row.behaviour for row in rows))
     ran = {"families": (families, FAMILIES), "precisions": (precisions, PRECISIONS)}
     return HEAD.format(
-        options="".join(f' --{key} "{" ".join(own)}"' for key, (own, all_) in ran.items() if " ".join(own) != all_),
+        options="".join(
+            f' --{key} "{" ".join(own)}"'
+            for key, (own, all_) in ran.items()
+            if " ".join(own) != all_
+        ),
         count=len(methods),
         date=time.strftime("%Y-%m-%d"),
         versions=", ".join(f"{name} {number}" for name, number in versions().items()),

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import petune
+from petune.core.method.twin import PeftTwin
 from petune.files import write_text
 from petune.formats.peft import PREFIX
-from petune.formats.twin import PeftTwin
 from petune.testing.models import tiny_batch, tiny_model
 from petune_bench.peers import configure
 
@@ -84,7 +84,11 @@ class Cell:
 def twins() -> dict[str, PeftTwin]:
     """The methods whose folders load from PEFT."""
     found = {name: vars(cls).get("peft") for name, cls in petune.methods().items()}
-    return {name: twin for name, twin in sorted(found.items()) if isinstance(twin, PeftTwin) and twin.tensors}
+    return {
+        name: twin
+        for name, twin in sorted(found.items())
+        if isinstance(twin, PeftTwin) and twin.tensors
+    }
 
 
 def compare(method: str, family: str) -> Cell:
@@ -110,8 +114,17 @@ def compare(method: str, family: str) -> Cell:
         return Cell(method, family, refused=f"{who}: {' '.join(str(refusal).split())}")
     batch = tiny_batch(family)
     one, other = (_outputs(model, batch) for model in (ours, theirs))
-    grads = _gradients(twin, tuning, theirs) if not twin.whole and {*twin.layouts.values()} <= FLAT else []
-    heads = sum(p.numel() for link in tuning.links if link.site.kind == "module" for p in link.adapter.parameters())
+    grads = (
+        _gradients(twin, tuning, theirs)
+        if not twin.whole and {*twin.layouts.values()} <= FLAT
+        else []
+    )
+    heads = sum(
+        p.numel()
+        for link in tuning.links
+        if link.site.kind == "module"
+        for p in link.adapter.parameters()
+    )
     return Cell(
         method,
         family,
@@ -128,12 +141,22 @@ def _outputs(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     out.loss.backward()
     found: Tensor = out.logits.detach()
     mask = batch["attention_mask"].bool()
-    return found[:, -mask.shape[1] :][mask] if found.dim() == 3 and not model.config.is_encoder_decoder else found
+    return (
+        found[:, -mask.shape[1] :][mask]
+        if found.dim() == 3 and not model.config.is_encoder_decoder
+        else found
+    )
 
 
-def _gradients(twin: PeftTwin, tuning: petune.Tuning, theirs: nn.Module) -> list[tuple[Tensor, Tensor]]:
+def _gradients(
+    twin: PeftTwin, tuning: petune.Tuning, theirs: nn.Module
+) -> list[tuple[Tensor, Tensor]]:
     """Ours beside PEFT's, of the tensors of one name."""
-    named = {n.replace(".default", ""): p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+    named = {
+        n.replace(".default", ""): p.grad
+        for n, p in theirs.named_parameters()
+        if p.grad is not None
+    }
     names = twin.tensors or {}
     found = []
     for link in tuning.links:
@@ -180,7 +203,9 @@ def row(method: str, cells: list[Cell]) -> str:
     gradients = [cell.gradients for cell in held if cell.gradients is not None]
     first = held[0] if held else cells[0]
     own, shared, peft = lines(method)
-    figures = ["–" if cell.refused else f"{cell.logits:.0e}" if cell.logits else "0" for cell in cells]
+    figures = [
+        "–" if cell.refused else f"{cell.logits:.0e}" if cell.logits else "0" for cell in cells
+    ]
     figures += [
         f"{max(gradients):.0e}" if any(gradients) else "0" if gradients else "–",
         f"{first.ours:,}",
@@ -194,7 +219,9 @@ def page(methods: list[str]) -> str:
     import peft
 
     head = HEAD.format(
-        version=peft.__version__, families=" | ".join(FAMILIES), rule=" | ".join("---" for _ in FAMILIES)
+        version=peft.__version__,
+        families=" | ".join(FAMILIES),
+        rule=" | ".join("---" for _ in FAMILIES),
     )
     table, reasons = [], []
     for method in methods:
@@ -210,7 +237,9 @@ def main() -> None:
     """Print the page, or write it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="the page to write; printed by default")
-    parser.add_argument("--method", action="append", help="one method; all that both have by default")
+    parser.add_argument(
+        "--method", action="append", help="one method; all that both have by default"
+    )
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     text = page(given.method or list(twins()))

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from petune.adapter import arguments
-from petune.discovery import find_sites
+from petune.core.frozen.where import select
+from petune.core.method.arguments import arguments
+from petune.core.registry.plugins import registry
+from petune.core.registry.sites import find_sites
 from petune.errors import UnsupportedError
-from petune.plugins import registry
-from petune.site import select
-from petune.tune.recipe import Recipe
+from petune.training.recipe import Recipe
 
 TASK_TYPES = {
     "classification": "SEQ_CLS",
@@ -52,7 +52,9 @@ def adapt(model: Any, recipe: Recipe) -> PeftTuning:
         raise UnsupportedError(f"PEFT has no several methods in one: {', '.join(recipe.method)}.")
     config = configure(model, recipe.method, recipe.where, recipe.method_args)
     if getattr(config, "total_step", None):
-        raise UnsupportedError(f"PEFT leaves the schedule of {recipe.method!r} to a training loop that knows it.")
+        raise UnsupportedError(
+            f"PEFT leaves the schedule of {recipe.method!r} to a training loop that knows it."
+        )
     config.task_type = TASK_TYPES.get(recipe.task)
     if not config.is_prompt_learning:
         config.modules_to_save = list(getattr(model, "petune_fresh", ())) or None
@@ -78,7 +80,9 @@ def configure(model: Any, method: str, where: str | None, given: Mapping[str, An
     options = {key: allowed[0] for key, allowed in twin.neutral.items()} | dict(twin.training)
     options |= {theirs: ours[name] for theirs, name in twin.arguments.items()}
     sites = select(find_sites(model), where or cls.where, strict=False)
-    if all(site.kind in ("linear", "block") for site in sites):  # embeddings and prompts it finds itself
+    if all(
+        site.kind in ("linear", "block") for site in sites
+    ):  # embeddings and prompts it finds itself
         options["target_modules"] = [site.name for site in sites]
     for theirs, name in twin.roles.items():
         options[theirs] = [site.name for site in sites if site.role in ours[name].split()]

@@ -26,7 +26,9 @@ RC: Any = {
     "svg.hashsalt": "petune",
     "font.family": "sans-serif",
     "font.size": 11,
-    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(
+        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
+    ),
 }
 
 
@@ -35,7 +37,9 @@ def draw(cells: Sequence[Summary], title: str = "") -> Figure | None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    points = [cell for cell in cells if cell.score is not None and "peak_memory_bytes" in cell.figures]
+    points = [
+        cell for cell in cells if cell.score is not None and "peak_memory_bytes" in cell.figures
+    ]
     if not points:
         return None
     with mpl.rc_context(RC):
@@ -44,7 +48,9 @@ def draw(cells: Sequence[Summary], title: str = "") -> Figure | None:
         for group, (legend, marker, color) in GROUPS.items():
             chosen = [cell for cell in points if cell.group == group]
             if chosen:
-                doubts = [cell.error_bar or 0.0 if cell.spread is None else cell.spread for cell in chosen]
+                doubts = [
+                    cell.error_bar or 0.0 if cell.spread is None else cell.spread for cell in chosen
+                ]
                 axes.errorbar(
                     [_mib(cell) for cell in chosen], [cell.score for cell in chosen], doubts,
                     fmt=marker, color=color, markersize=8, elinewidth=1, alpha=0.95, label=legend,
@@ -83,7 +89,9 @@ def inline(figure: Figure) -> str:
     body = body[: body.index("<metadata>")] + body[body.index("</metadata>") + len("</metadata>") :]
     size = element[0].partition("viewBox=")[2].split('"')[1]
     # inside HTML an svg needs no namespace declared, save for the links to its own markers
-    return f'<svg viewBox="{size}" role="img" aria-labelledby="plot-text">{body}'.replace("xlink:href", "href")
+    return f'<svg viewBox="{size}" role="img" aria-labelledby="plot-text">{body}'.replace(
+        "xlink:href", "href"
+    )
 
 
 def _mib(cell: Summary) -> float:
@@ -110,10 +118,15 @@ def _label(axes: Axes, points: Sequence[Summary]) -> None:
                 ha=ha,
                 va=va,
                 fontsize=10,
-                arrowprops={"arrowstyle": "-", "color": INK, "alpha": 0.4, "linewidth": 0.7} if cost >= _NEAR else None,
+                arrowprops={"arrowstyle": "-", "color": INK, "alpha": 0.4, "linewidth": 0.7}
+                if cost >= _NEAR
+                else None,
             )
             box = text.get_window_extent(renderer).padded(2)
-            covered = sum(box.overlaps(other) for other in taken) * 10 + sum(box.contains(*mark) for mark in marks) * 6
+            covered = (
+                sum(box.overlaps(other) for other in taken) * 10
+                + sum(box.contains(*mark) for mark in marks) * 6
+            )
             covered += 0 if _inside(axes.bbox, box) else 8
             total = covered + cost * 0.2
             if best is None or total < best[0]:
@@ -127,7 +140,12 @@ def _label(axes: Axes, points: Sequence[Summary]) -> None:
 
 
 def _inside(outer: Bbox, inner: Bbox) -> bool:
-    return bool(outer.x0 <= inner.x0 and inner.x1 <= outer.x1 and outer.y0 <= inner.y0 and inner.y1 <= outer.y1)
+    return bool(
+        outer.x0 <= inner.x0
+        and inner.x1 <= outer.x1
+        and outer.y0 <= inner.y0
+        and inner.y1 <= outer.y1
+    )
 
 
 _PLACES = [

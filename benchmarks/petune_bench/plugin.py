@@ -27,20 +27,39 @@ def petune_commands() -> Mapping[str, Callable[..., Any]]:
 
 
 def bench(
-    suite: Annotated[str, typer.Argument(metavar="SUITE", help="A suite's name (quickstart) or a YAML file.")],
-    out: Annotated[Path | None, typer.Option(help="Where results and report go; bench/SUITE by default.")] = None,
+    suite: Annotated[
+        str, typer.Argument(metavar="SUITE", help="A suite's name (quickstart) or a YAML file.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Where results and report go; bench/SUITE by default.")
+    ] = None,
     method: Methods = None,
-    cells: Annotated[str, typer.Option(metavar="PATTERN", help="Run only the cells so named, such as 'lora*'.")] = "*",
-    seeds: Annotated[int | None, typer.Option(min=1, help="Run each cell with so many seeds.")] = None,
-    executor: Annotated[str, typer.Option(help="local: one cell at a time; ray: on a cluster.")] = "local",
-    fresh: Annotated[bool, typer.Option("--fresh", help="Run all cells anew, also those that are done.")] = False,
+    cells: Annotated[
+        str, typer.Option(metavar="PATTERN", help="Run only the cells so named, such as 'lora*'.")
+    ] = "*",
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Run each cell with so many seeds.")
+    ] = None,
+    executor: Annotated[
+        str, typer.Option(help="local: one cell at a time; ray: on a cluster.")
+    ] = "local",
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Run all cells anew, also those that are done.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
 ) -> None:
     """Compare methods on memory, speed and score. A run that was interrupted goes on where it was."""
     from petune_bench.runner import run
 
     rows = run(
-        suite, out=out, methods=method or (), cells=cells, seeds=seeds, executor=executor, fresh=fresh, json=json
+        suite,
+        out=out,
+        methods=method or (),
+        cells=cells,
+        seeds=seeds,
+        executor=executor,
+        fresh=fresh,
+        json=json,
     )
     if any(row["status"] in ("failed", "oom") for row in rows):
         raise typer.Exit(1)

@@ -1,6 +1,6 @@
 """Imported once by the fork server, so that a cell starts in a moment: imports only, nothing that starts a thread."""
 
-from petune.plugins import registry
+from petune.core.registry.plugins import registry
 
 registry()  # plugins quieten the libraries that they need, before these are imported
 

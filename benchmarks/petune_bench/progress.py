@@ -8,7 +8,13 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bars
 
 from petune_bench.cell import Cell, Row
@@ -42,12 +48,17 @@ class Progress:
 
     def __enter__(self) -> Self:
         if self.done:
-            self._say(f"{self.done} of {self.total} cells are done already; --fresh runs them anew.")
+            self._say(
+                f"{self.done} of {self.total} cells are done already; --fresh runs them anew."
+            )
         self.bars.start()
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.bars.stop()
         if kind is KeyboardInterrupt:
@@ -70,9 +81,15 @@ class Progress:
         """A cell is done, one way or another."""
         self.done += 1
         self.bars.advance(self.all)
-        what = f"{row['metric']} {row['score']:.3f}" if row["status"] == "ok" else f"{row['status']}: {row['error']}"
+        what = (
+            f"{row['metric']} {row['score']:.3f}"
+            if row["status"] == "ok"
+            else f"{row['status']}: {row['error']}"
+        )
         seed = f" (seed {row['seed']})" if row["seed"] else ""
-        self._say(f"[{self.done}/{self.total}] {row['cell']}{seed}: {what}, {time.monotonic() - self.began:.0f} s")
+        self._say(
+            f"[{self.done}/{self.total}] {row['cell']}{seed}: {what}, {time.monotonic() - self.began:.0f} s"
+        )
 
     def _say(self, line: str) -> None:
         self.bars.console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -16,7 +16,13 @@ from petune_bench.table import COLUMNS, figures
 
 
 def write_report(
-    cells: Sequence[Summary], rows: Sequence[Row], out: Path, *, title: str, about: str, command: str
+    cells: Sequence[Summary],
+    rows: Sequence[Row],
+    out: Path,
+    *,
+    title: str,
+    about: str,
+    command: str,
 ) -> Path:
     """Write report.html, and its plot alone as report.svg and report.png."""
     from jinja2 import Environment, StrictUndefined
@@ -26,7 +32,9 @@ def write_report(
         save(figure, out)
         figure.axes[0].set_title("", loc="left")
     template = files("petune_bench").joinpath("report.html").read_text(encoding="utf-8")
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     text = page.from_string(template).render(
         title=title,
         about=about,
@@ -36,7 +44,10 @@ def write_report(
         facts=_facts(rows),
         metric=next((cell.metric for cell in cells if cell.metric), "score"),
         columns=list(COLUMNS),
-        cells=[(cell, figures(cell), [cell.figures.get(key) for key, _ in COLUMNS.values()]) for cell in cells],
+        cells=[
+            (cell, figures(cell), [cell.figures.get(key) for key, _ in COLUMNS.values()])
+            for cell in cells
+        ],
         several_seeds=any(cell.spread is not None for cell in cells),
         error_bar=max((cell.error_bar or 0.0 for cell in cells), default=0.0),
         test_rows=max((row["environment"].get("test_rows") or 0 for row in rows), default=0),

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from petune.errors import PetuneError
-from petune.tune.result import finite
+from petune.training.result import finite
 from petune_bench.cell import Row
 
 FILE = "results.jsonl"
@@ -31,7 +31,9 @@ def read(out: Path) -> list[Row]:
             if number == len(lines):
                 break
             where = f"{path} line {number}"
-            raise PetuneError(f"{where}: not a row of petune's; mend it, or start anew with --fresh.") from None
+            raise PetuneError(
+                f"{where}: not a row of petune's; mend it, or start anew with --fresh."
+            ) from None
         rows.append(row)
     return rows
 
@@ -51,7 +53,9 @@ def append(out: Path, row: Row) -> None:
 
 def current(rows: Sequence[Row], configurations: Mapping[str, str]) -> list[Row]:
     """The last row of each cell and seed, of the cell's configuration: the one given, else its latest."""
-    latest = {row["cell"]: row["environment"].get("configuration") for row in rows} | dict(configurations)
+    latest = {row["cell"]: row["environment"].get("configuration") for row in rows} | dict(
+        configurations
+    )
     chosen = {
         (row["cell"], row["seed"]): row
         for row in rows

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from petune.core.registry.plugins import registry
 from petune.errors import PetuneError, unknown
-from petune.plugins import registry
 from petune_bench import cluster, local, results
 from petune_bench.cell import Cell, Row, configuration, folder_of
 from petune_bench.environment import machine, versions
@@ -68,7 +68,9 @@ def run(
     return [row for row in rows if row["cell"] in order]
 
 
-def plan(suite: Suite, specs: Sequence[CellSpec], name: str, source: str, out: Path, seeds: int | None) -> list[Cell]:
+def plan(
+    suite: Suite, specs: Sequence[CellSpec], name: str, source: str, out: Path, seeds: int | None
+) -> list[Cell]:
     """Every cell and seed, checked before anything is loaded or downloaded.
 
     Raises:
@@ -83,13 +85,18 @@ def plan(suite: Suite, specs: Sequence[CellSpec], name: str, source: str, out: P
             training = recipe.training.model_dump(exclude={"seed"}, exclude_none=True)
             key = configuration(recipe, spec.implementation, versions(), _code(spec.method))
             environment = {**versions(), **machine(), "configuration": key, "training": training}
-            cells.append(Cell(name, spec.label, spec.implementation, recipe, files, key, environment))
+            cells.append(
+                Cell(name, spec.label, spec.implementation, recipe, files, key, environment)
+            )
     return cells
 
 
 def _specs(suite: Suite, source: str, methods: Sequence[str], pattern: str) -> list[CellSpec]:
     present = {cell.label for cell in suite.cells}
-    specs = [*suite.cells, *(cell for cell in map(extra_cell, methods) if cell.label not in present)]
+    specs = [
+        *suite.cells,
+        *(cell for cell in map(extra_cell, methods) if cell.label not in present),
+    ]
     check_names(specs, source)
     chosen = [cell for cell in specs if fnmatchcase(cell.label, pattern)]
     if not chosen:
@@ -116,7 +123,9 @@ def _prefetch(cells: Sequence[Cell]) -> None:
     for name in dict.fromkeys(cell.recipe.model for cell in cells):
         if name in models:
             fetch(models[name])
-    for data in dict.fromkeys(cell.recipe.data for cell in cells if isinstance(cell.recipe.data, str)):
+    for data in dict.fromkeys(
+        cell.recipe.data for cell in cells if isinstance(cell.recipe.data, str)
+    ):
         if data in sets:
             fetch(sets[data].source)
 
@@ -128,7 +137,9 @@ def _show(rows: Sequence[Row], suite: Suite, name: str, out: Path, json: bool) -
 
     cells = summarize(rows)
     command = shlex.join(["petune", *sys.argv[1:]])
-    report = write_report(cells, rows, out, title=suite.title or name, about=suite.about, command=command)
+    report = write_report(
+        cells, rows, out, title=suite.title or name, about=suite.about, command=command
+    )
     if json:
         as_json(rows)
     else:

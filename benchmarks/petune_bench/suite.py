@@ -23,7 +23,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from petune.errors import PetuneError, unknown
-from petune.tune.recipe import Recipe, Training, parse
+from petune.training.recipe import Recipe, Training, parse
 
 SHARED = [key for key in Recipe.model_fields if key != "output"]
 
@@ -36,7 +36,9 @@ class CellSpec(_Strict):
     """One method to compare, and where its recipe departs from the defaults."""
 
     method: str | list[str] = Field(description="or several, which act as one tuning")
-    name: str = Field("", description="what the report calls it; the method's own name unless given")
+    name: str = Field(
+        "", description="what the report calls it; the method's own name unless given"
+    )
     implementation: Literal["petune", "peft"] = "petune"
     method_args: dict[str, Any] = {}
     model: str | None = None
@@ -48,7 +50,9 @@ class CellSpec(_Strict):
     def label(self) -> str:
         """The cell's name."""
         methods = self.method if isinstance(self.method, str) else "+".join(self.method)
-        return self.name or methods + (f" ({self.implementation})" if self.implementation != "petune" else "")
+        return self.name or methods + (
+            f" ({self.implementation})" if self.implementation != "petune" else ""
+        )
 
 
 class Suite(_Strict):
@@ -65,7 +69,9 @@ class Suite(_Strict):
     def _known(cls, defaults: dict[str, Any]) -> dict[str, Any]:
         for key in defaults:
             if key not in SHARED:
-                raise PetuneError(unknown("key", f"defaults.{key}", [f"defaults.{known}" for known in SHARED]))
+                raise PetuneError(
+                    unknown("key", f"defaults.{key}", [f"defaults.{known}" for known in SHARED])
+                )
         return defaults
 
     def recipe(self, cell: CellSpec, seed: int, output: Path, source: str) -> Recipe:
@@ -76,7 +82,10 @@ class Suite(_Strict):
         """
         own = cell.model_dump(exclude={"name", "implementation", "training"}, exclude_unset=True)
         training = {**self.defaults.get("training", {}), **cell.training, "seed": seed}
-        return parse({**self.defaults, **own, "training": training, "output": str(output)}, f"{source}: {cell.label}")
+        return parse(
+            {**self.defaults, **own, "training": training, "output": str(output)},
+            f"{source}: {cell.label}",
+        )
 
 
 def load_suite(name: str) -> tuple[Suite, str, str]:
@@ -91,7 +100,11 @@ def load_suite(name: str) -> tuple[Suite, str, str]:
         known = {Path(file.name).stem: file for file in found if file.name.endswith(".yaml")}
         if name not in known:
             raise PetuneError(unknown("suite", name, known) + " Or name a .yaml file.")
-        return _parse(known[name].read_text(encoding="utf-8"), f"suite {name}"), name, f"suite {name}"
+        return (
+            _parse(known[name].read_text(encoding="utf-8"), f"suite {name}"),
+            name,
+            f"suite {name}",
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -107,7 +120,9 @@ def extra_cell(words: str) -> CellSpec:
         key, equals, value = pair.partition("=")
         if not equals:
             raise PetuneError(f"--method {words!r}: {pair!r} is no key=value.")
-        given["training" if key in Training.model_fields else "method_args"][key] = yaml.safe_load(value)
+        given["training" if key in Training.model_fields else "method_args"][key] = yaml.safe_load(
+            value
+        )
     return CellSpec(method=method, name=words if pairs else "", **given)  # type: ignore[arg-type]
 
 
@@ -120,7 +135,9 @@ def check_names(cells: Iterable[CellSpec], source: str) -> None:
     seen: set[str] = set()
     for cell in cells:
         if cell.label in seen:
-            raise PetuneError(f"{source}: two cells are called {cell.label!r}; give one another `name`.")
+            raise PetuneError(
+                f"{source}: two cells are called {cell.label!r}; give one another `name`."
+            )
         seen.add(cell.label)
 
 
@@ -130,7 +147,9 @@ def _parse(text: str, source: str) -> Suite:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        raise PetuneError(f"{source}{line}: {getattr(error, 'problem', None) or 'not YAML'}.") from None
+        raise PetuneError(
+            f"{source}{line}: {getattr(error, 'problem', None) or 'not YAML'}."
+        ) from None
     if not isinstance(values, Mapping):
         raise PetuneError(f"{source}: a suite is a mapping of keys to values (defaults, cells, …).")
     try:

@@ -59,7 +59,9 @@ def summarize(rows: Sequence[Row]) -> list[Summary]:
     grouped: dict[str, list[Row]] = {}
     for row in rows:
         grouped.setdefault(row["cell"], []).append(row)
-    return sorted(map(_summary, grouped.values()), key=lambda cell: (cell.score is None, -(cell.score or 0.0)))
+    return sorted(
+        map(_summary, grouped.values()), key=lambda cell: (cell.score is None, -(cell.score or 0.0))
+    )
 
 
 def _summary(rows: list[Row]) -> Summary:
@@ -82,7 +84,9 @@ def _summary(rows: list[Row]) -> Summary:
         error_bar=_binomial(first, score),
         learning_rate=first["environment"]["training"]["learning_rate"],
         method_args=first["method_args"],
-        figures={key: statistics.mean(row[key] for row in good) for key in AVERAGED} if good else {},
+        figures={key: statistics.mean(row[key] for row in good) for key in AVERAGED}
+        if good
+        else {},
     )
 
 

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 
-from petune.tune.result import finite
+from petune.training.result import finite
 from petune_bench.cell import Row
 from petune_bench.summary import Summary
 
@@ -28,7 +28,9 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
 
 def figures(cell: Summary) -> list[str]:
     """The cell's figures as text; empty where it has none."""
-    return [write(cell.figures[key]) if key in cell.figures else "" for key, write in COLUMNS.values()]
+    return [
+        write(cell.figures[key]) if key in cell.figures else "" for key, write in COLUMNS.values()
+    ]
 
 
 def show(cells: Sequence[Summary]) -> None:
@@ -40,7 +42,10 @@ def show(cells: Sequence[Summary]) -> None:
 
     metric = next((cell.metric for cell in cells if cell.metric), "score")
     drawn = Table(
-        padding=(0, 1, 0, 0), box=SIMPLE_HEAD if sys.stdout.isatty() else None, pad_edge=False, header_style="bold"
+        padding=(0, 1, 0, 0),
+        box=SIMPLE_HEAD if sys.stdout.isatty() else None,
+        pad_edge=False,
+        header_style="bold",
     )
     drawn.add_column("method", no_wrap=True)
     drawn.add_column("precision")
@@ -48,8 +53,14 @@ def show(cells: Sequence[Summary]) -> None:
     for heading in COLUMNS:
         drawn.add_column(heading, justify="right")
     for cell in cells:
-        drawn.add_row(Text(cell.name), cell.precision, cell.score_text or cell.status, *figures(cell))
-    console = Console(highlight=False) if sys.stdout.isatty() else Console(width=10_000, highlight=False, no_color=True)
+        drawn.add_row(
+            Text(cell.name), cell.precision, cell.score_text or cell.status, *figures(cell)
+        )
+    console = (
+        Console(highlight=False)
+        if sys.stdout.isatty()
+        else Console(width=10_000, highlight=False, no_color=True)
+    )
     console.print(drawn)
     for cell in cells:
         if cell.status != "ok":

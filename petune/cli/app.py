@@ -14,8 +14,8 @@ import typer.main
 
 from petune.cli import environment, inspect, runs
 from petune.cli.output import Stopped, complain
+from petune.core.registry.plugins import registry
 from petune.errors import PetuneError, unknown
-from petune.plugins import registry
 
 COMMANDS = {
     "methods": inspect.methods,
@@ -54,7 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(error, "format_message"):
             message, code, cause = _usage(error), 2, error
         else:
-            message, code, cause = f"{type(error).__name__}: {error} (--debug shows where.)", 1, error
+            message, code, cause = (
+                f"{type(error).__name__}: {error} (--debug shows where.)",
+                1,
+                error,
+            )
     if debug:
         traceback.print_exception(cause)
     complain(message)
@@ -63,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build() -> Any:
     """The program, the plugins' commands included."""
-    app = typer.Typer(name="petune", no_args_is_help=False, add_completion=False, pretty_exceptions_enable=False)
+    app = typer.Typer(
+        name="petune", no_args_is_help=False, add_completion=False, pretty_exceptions_enable=False
+    )
     app.callback(invoke_without_command=True)(_top)
     note = "Also: --plugin FILE.py loads a single-file plugin, --debug shows the traceback of an error."
     brought = registry().all("petune_commands")
@@ -76,7 +82,9 @@ def build() -> Any:
 def _top(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    plugin: Annotated[list[str] | None, typer.Option(metavar="FILE.py", help="Load a single-file plugin.")] = None,
+    plugin: Annotated[
+        list[str] | None, typer.Option(metavar="FILE.py", help="Load a single-file plugin.")
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Parameter-efficient tuning of transformers. `petune COMMAND --help` says more about a command."""
@@ -129,7 +137,12 @@ def _usage(error: Any) -> str:
     context = getattr(error, "ctx", None)
     option = getattr(error, "option_name", None)
     if option and context is not None and message.startswith("No such option"):
-        known = [name for parameter in context.command.params for name in parameter.opts if name.startswith("-")]
+        known = [
+            name
+            for parameter in context.command.params
+            for name in parameter.opts
+            if name.startswith("-")
+        ]
         message = unknown("option", option, [*known, "--plugin", "--debug", "--help"])
     where = f"{context.command_path}: " if context is not None else ""
     return f"{where}{message}"

@@ -11,7 +11,9 @@ import typer
 
 from petune.errors import PetuneError
 
-Packages = Annotated[list[str], typer.Argument(metavar="PKG...", help="Packages, and options of pip's.")]
+Packages = Annotated[
+    list[str], typer.Argument(metavar="PKG...", help="Packages, and options of pip's.")
+]
 
 
 def install(packages: Packages) -> None:
@@ -27,7 +29,11 @@ def uninstall(packages: Packages) -> None:
 def _pip(action: str, *words: str) -> None:
     if find_spec("pip") is None:
         wanted = " ".join(word for word in words if not word.startswith("-"))
-        raise PetuneError(f"this environment has no pip: run `uv pip {action} --python {sys.executable} {wanted}`.")
-    code = subprocess.run([sys.executable, "-m", "pip", action, *words]).returncode  # its own words reach the user
+        raise PetuneError(
+            f"this environment has no pip: run `uv pip {action} --python {sys.executable} {wanted}`."
+        )
+    code = subprocess.run(
+        [sys.executable, "-m", "pip", action, *words]
+    ).returncode  # its own words reach the user
     if code:
         raise PetuneError(f"pip {action} failed (exit code {code}); its reason stands above.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from petune.cli.output import as_json, table, warn_of_failures
-from petune.plugins import registry
+from petune.core.registry.plugins import registry
 
 if TYPE_CHECKING:
     from petune.testing import Row
@@ -20,18 +20,29 @@ ARGUMENT = "An argument of the method, such as rank=4; of one of several: 'lora=
 
 def methods(
     json: AsJson = False,
-    everything: Annotated[bool, typer.Option("--all", help="List names with a prefix too, one by one.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="List names with a prefix too, one by one.")
+    ] = False,
 ) -> None:
     """List the installed tuning methods with their arguments."""
     known = registry().all("petune_methods")
-    more = [] if json or everything else sorted(name for name in known if ":" in name)  # some take seconds to import
+    more = (
+        [] if json or everything else sorted(name for name in known if ":" in name)
+    )  # some take seconds to import
     found = [_method(name, cls) for name, cls in sorted(known.items()) if name not in more]
     warn_of_failures()
     if json:
         as_json(found)
         return
     rows = [
-        (m["name"], m["plugin"], m["where"], "yes" if m["mergeable"] else "no", _call(m["arguments"])) for m in found
+        (
+            m["name"],
+            m["plugin"],
+            m["where"],
+            "yes" if m["mergeable"] else "no",
+            _call(m["arguments"]),
+        )
+        for m in found
     ]
     table(("method", "plugin", "hook points", "mergeable", "arguments"), rows)
     if more:
@@ -41,10 +52,12 @@ def methods(
 
 def plugins(
     json: AsJson = False,
-    requirements: Annotated[bool, typer.Option("--requirements", help="Print them as pip requirements.")] = False,
+    requirements: Annotated[
+        bool, typer.Option("--requirements", help="Print them as pip requirements.")
+    ] = False,
 ) -> None:
     """List the installed plugins, and why one could not be loaded."""
-    from petune import hookspecs
+    from petune.core.registry import hookspecs
 
     hooks = [name for name in vars(hookspecs) if name.startswith("petune_")]
     brought: dict[str, list[str]] = {}
@@ -56,18 +69,29 @@ def plugins(
         for line in sorted({f"{p.package}=={p.version}" for p in found if p.version != "file"}):
             print(line)
     elif json:
-        as_json([{**vars(plugin), "brings": sorted(brought.get(plugin.name, []))} for plugin in found])
+        as_json(
+            [{**vars(plugin), "brings": sorted(brought.get(plugin.name, []))} for plugin in found]
+        )
     else:
         rows = [
-            (p.name, p.package, p.version, f"not loaded: {p.error}" if p.error else ", ".join(brought.get(p.name, [])))
+            (
+                p.name,
+                p.package,
+                p.version,
+                f"not loaded: {p.error}" if p.error else ", ".join(brought.get(p.name, [])),
+            )
             for p in found
         ]
         table(("plugin", "package", "version", "brings"), rows)
 
 
 def sites(
-    model: Annotated[str, typer.Argument(help="An alias, a local folder, a GGUF file or a Hub id.")],
-    head: Annotated[str | None, typer.Option(help="The head to put on it; its own by default.")] = None,
+    model: Annotated[
+        str, typer.Argument(help="An alias, a local folder, a GGUF file or a Hub id.")
+    ],
+    head: Annotated[
+        str | None, typer.Option(help="The head to put on it; its own by default.")
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """Show where a model can be adapted, from its configuration alone: no weights are read."""
@@ -77,15 +101,34 @@ def sites(
 
     found = petune.sites(skeleton(model, head=head))
     if json:
-        keys = ("name", "kind", "role", "layer", "in_features", "out_features", "heads", "kv_heads", "head_dim")
-        as_json([{key: getattr(site, key) for key in keys} | {"parts": sorted(site.parts)} for site in found])
+        keys = (
+            "name",
+            "kind",
+            "role",
+            "layer",
+            "in_features",
+            "out_features",
+            "heads",
+            "kv_heads",
+            "head_dim",
+        )
+        as_json(
+            [
+                {key: getattr(site, key) for key in keys} | {"parts": sorted(site.parts)}
+                for site in found
+            ]
+        )
         return
     print_tree(model, found)
 
 
 def check(
-    method: Annotated[str, typer.Argument(help="A method's name, or several as one tuning: lora+ia3.")],
-    families: Annotated[str, typer.Option(help="The families of models to run on.")] = "llama gpt2 bert t5",
+    method: Annotated[
+        str, typer.Argument(help="A method's name, or several as one tuning: lora+ia3.")
+    ],
+    families: Annotated[
+        str, typer.Option(help="The families of models to run on.")
+    ] = "llama gpt2 bert t5",
     precisions: Annotated[str, typer.Option(help="The precisions to run at.")] = "fp32 nf4",
     argument: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help=ARGUMENT)] = None,
     device: Annotated[str, typer.Option(help="Where to run: cpu or cuda.")] = "cpu",
@@ -96,12 +139,16 @@ def check(
     from rich.console import Console
 
     from petune.testing import run_checks
-    from petune.tune.setup import quietly
+    from petune.training.setup import quietly
 
     several = method.split("+")
     pairs = [pair.partition("=") for pair in argument or []]
     arguments = {key: yaml.safe_load(value) for key, _, value in pairs}
-    where: dict[str, Any] = {"families": families.split(), "precisions": precisions.split(), "device": device}
+    where: dict[str, Any] = {
+        "families": families.split(),
+        "precisions": precisions.split(),
+        "device": device,
+    }
     rows = []
     with quietly(), Console(stderr=True).status("") as status:  # nothing where there is no terminal
         for row in run_checks(several if len(several) > 1 else method, **where, **arguments):
@@ -129,7 +176,7 @@ def _print_checks(rows: list[Row]) -> None:
 
 
 def _method(name: str, cls: type) -> dict[str, Any]:
-    from petune.adapter import arguments, type_name
+    from petune.core.method.arguments import arguments, type_name
 
     known: Any = cls
     return {
@@ -138,7 +185,8 @@ def _method(name: str, cls: type) -> dict[str, Any]:
         "where": known.where,
         "mergeable": known.mergeable,
         "arguments": {
-            key: {"type": type_name(p.annotation)} | ({} if p.default is p.empty else {"default": p.default})
+            key: {"type": type_name(p.annotation)}
+            | ({} if p.default is p.empty else {"default": p.default})
             for key, p in arguments(cls).items()
         },
         "about": (inspect.getdoc(cls) or "").partition("\n")[0],
@@ -148,5 +196,6 @@ def _method(name: str, cls: type) -> dict[str, Any]:
 def _call(arguments: dict[str, dict[str, Any]]) -> str:
     """`rank: int = 8, ids: list[int]`"""
     return ", ".join(
-        f"{key}: {a['type']}" + (f" = {a['default']!r}" if "default" in a else "") for key, a in arguments.items()
+        f"{key}: {a['type']}" + (f" = {a['default']!r}" if "default" in a else "")
+        for key, a in arguments.items()
     )

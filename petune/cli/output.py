@@ -30,12 +30,14 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     everything = [[column.upper() for column in columns], *cells]
     widths = [max(len(row[i]) for row in everything) for i in range(len(columns))]
     for row in everything:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        )
 
 
 def as_json(value: Any) -> None:
     """The value as one JSON document."""
-    from petune.tune.result import finite
+    from petune.training.result import finite
 
     print(json.dumps(finite(value), indent=2, ensure_ascii=False, default=str))
 
@@ -47,13 +49,21 @@ def complain(message: str) -> None:
 
 def warn_of_failures() -> None:
     """Name the plugins that could not be loaded, a line each."""
-    from petune.plugins import registry
+    from petune.core.registry.plugins import registry
 
     for plugin in registry().plugins.values():
         if plugin.error:
-            complain(f"warning: plugin {plugin.name} ({plugin.package}) is not loaded: {plugin.error}")
+            complain(
+                f"warning: plugin {plugin.name} ({plugin.package}) is not loaded: {plugin.error}"
+            )
 
 
 def number(value: Any) -> str:
     """A figure as people read it."""
-    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    return (
+        f"{value:.4g}"
+        if isinstance(value, float)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else str(value)
+    )

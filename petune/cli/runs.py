@@ -12,23 +12,30 @@ import typer
 from petune.cli.inspect import AsJson
 from petune.cli.output import Stopped, as_json, number, table, warn_of_failures
 
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as `petune train` leaves it.")]
+RunFolder = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run's folder, as `petune train` leaves it.")
+]
 
 
 def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value ...]", help="Such as training.steps=10.")
+        list[str] | None,
+        typer.Argument(metavar="[key=value ...]", help="Such as training.steps=10."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away the run that is there.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Throw away the run that is there.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
     json: AsJson = False,
 ) -> None:
     """Fine-tune a model as a recipe says."""
-    from petune.tune.loop import Interrupted
-    from petune.tune.loop import train as run
-    from petune.tune.recipe import load_recipe
+    from petune.training.loop import Interrupted
+    from petune.training.loop import train as run
+    from petune.training.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
     loaded.check(source=str(recipe))
@@ -42,36 +49,46 @@ def train(
     if json:
         as_json({**metrics, **values, "run": str(loaded.output)})
         return
-    shown = {**metrics, **{key: value for key, value in values.items() if key not in ("score", "metric")}}
+    shown = {
+        **metrics,
+        **{key: value for key, value in values.items() if key not in ("score", "metric")},
+    }
     table(("figure", "value"), [(key, number(value)) for key, value in shown.items()])
     print(f"The run is in {loaded.output}.")
 
 
 def evaluate(
     run: RunFolder,
-    data: Annotated[Path | None, typer.Option(help="Rows to score; the run's test split by default.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Rows to score; the run's test split by default.")
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """Score a run."""
-    from petune.tune.run import evaluate as score
+    from petune.training.run import evaluate as score
 
     metrics = score(run, data, quiet=False)
     if json:
         as_json(metrics)
     else:
-        table(("figure", "value"), [(k, number(v)) for k, v in metrics.items() if k not in ("score", "metric")])
+        table(
+            ("figure", "value"),
+            [(k, number(v)) for k, v in metrics.items() if k not in ("score", "metric")],
+        )
 
 
 def predict(
     run: RunFolder,
     data: Annotated[Path, typer.Option(help="The rows to answer.")],
-    out: Annotated[Path | None, typer.Option(help="Write the rows there, one JSON object a line.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the rows there, one JSON object a line.")
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """Answer the rows of a file, in their order."""
     from petune.files import write_text
-    from petune.tune.result import finite
-    from petune.tune.run import predict as ask
+    from petune.training.result import finite
+    from petune.training.run import predict as ask
 
     rows = ask(run, data, quiet=False)
     lines = [jsonlib.dumps(finite(row), ensure_ascii=False, default=str) for row in rows]
@@ -86,10 +103,12 @@ def predict(
 def merge(
     run: RunFolder,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
-    quantized: Annotated[bool, typer.Option("--quantized", help="Keep the run's precision; dense otherwise.")] = False,
+    quantized: Annotated[
+        bool, typer.Option("--quantized", help="Keep the run's precision; dense otherwise.")
+    ] = False,
 ) -> None:
     """Fold a run's adapter into its model: a transformers folder that needs no petune."""
-    from petune.tune.run import merge_run
+    from petune.training.run import merge_run
 
     merged = merge_run(run, out, quantized=quantized)
     print(out)
@@ -109,7 +128,7 @@ def export(
     ] = "peft",
 ) -> None:
     """Hand a run's result to other programs."""
-    from petune.tune.run import export_run
+    from petune.training.run import export_run
 
     export_run(run, out, format)
     print(out)

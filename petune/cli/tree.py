@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
-from petune.site import Site
+from petune.core.frozen.site import Site
 
 Row = tuple[str, str, str]  # where in its layer, the role, the sizes
 
@@ -36,7 +36,9 @@ def print_tree(title: str, sites: Sequence[Site]) -> None:
 
 def _line(row: Row) -> Text:
     path, role, sizes = row
-    return Text.assemble("" if path in ("", role) else f"{path} ", (role, "bold cyan"), "  ", (sizes, "dim"))
+    return Text.assemble(
+        "" if path in ("", role) else f"{path} ", (role, "bold cyan"), "  ", (sizes, "dim")
+    )
 
 
 def _branches(sites: Sequence[Site]) -> Iterator[tuple[str, list[Row]]]:
@@ -46,11 +48,19 @@ def _branches(sites: Sequence[Site]) -> Iterator[tuple[str, list[Row]]]:
         stack = site.name if site.layer is None else _layer_name(site, sites)
         layers.setdefault(stack or "", []).append(site)
     for name, inside in layers.items():
-        yield name, [(s.name.partition("#")[0].removeprefix(name).lstrip("."), s.role, _sizes(s)) for s in inside]
+        yield (
+            name,
+            [
+                (s.name.partition("#")[0].removeprefix(name).lstrip("."), s.role, _sizes(s))
+                for s in inside
+            ],
+        )
 
 
 def _layer_name(site: Site, sites: Sequence[Site]) -> str:
-    around = (s.name for s in sites if s.role == "layer" and f"{site.name}.".startswith(f"{s.name}."))
+    around = (
+        s.name for s in sites if s.role == "layer" and f"{site.name}.".startswith(f"{s.name}.")
+    )
     return next(around, site.name)
 
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from petune.hookspecs import hookimpl
+from petune.core.registry.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from petune.storage import Format
+    from petune.core.attached.folder import Format
 
 
 @hookimpl
 def petune_formats() -> Mapping[str, Format]:
     """Both under PEFT's names, so that a folder for serving loads as PEFT's."""
+    from petune.core.attached.folder import Format
     from petune.formats import peft, serving
-    from petune.storage import Format
 
     return {
         "peft": Format(peft.export, peft.WEIGHTS, peft.CONFIG, peft.load),

@@ -12,21 +12,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from petune.adapter import arguments
-from petune.discovery import find_sites, walk
+from petune.core.attached.attach import attach
+from petune.core.attached.folder import read_tensors
+from petune.core.attached.load import fill
+from petune.core.frozen.modules import walk
+from petune.core.frozen.site import Site
+from petune.core.frozen.where import select
+from petune.core.method.arguments import arguments
+from petune.core.method.twin import PeftTwin
+from petune.core.registry.methods import methods, resolve
+from petune.core.registry.sites import find_sites
 from petune.errors import PetuneError, UnsupportedError
 from petune.files import read_json
 from petune.formats.layouts import SHAPES, WHOLES, Place, Plain
-from petune.formats.twin import PeftTwin
-from petune.site import Site, select
-from petune.storage import fill, read_tensors
-from petune.tuning import attach, methods, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from petune.graft import Link
-    from petune.tuning import Tuning
+    from petune.core.attached.tuning import Tuning
+    from petune.core.forward.link import Link
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -50,29 +54,52 @@ def export(tuning: Tuning, *, parts: bool = False) -> tuple[dict[str, Tensor], d
         UnsupportedError: PEFT has no such method, or no such place to put it.
     """
     if not parts and tuning.weight != 1:
-        raise UnsupportedError(f"PEFT's format has no place for a weight of {tuning.weight}; save without format=.")
+        raise UnsupportedError(
+            f"PEFT's format has no place for a weight of {tuning.weight}; save without format=."
+        )
     twin = _twin(tuning)
     own = [link for link in tuning.links if link.site.kind != "module"]
     if not parts and any(link.site.part is not None for link in own):
         what = f"{tuning.method!r} acts on parts of a fused projection here, which PEFT can't"
         raise UnsupportedError(f'{what}; format="serving" can write some for the whole.')
     plain = {link.site.name: dict(link.adapter.plain()) for link in own}
-    config: dict[str, Any] = {"peft_type": twin.kind, "task_type": _task(tuning.model), "inference_mode": True}
+    config: dict[str, Any] = {
+        "peft_type": twin.kind,
+        "task_type": _task(tuning.model),
+        "inference_mode": True,
+    }
     config["base_model_name_or_path"] = getattr(tuning.model.config, "name_or_path", None)
     config |= {key: allowed[0] for key, allowed in twin.neutral.items()} | dict(twin.training)
     config |= _arguments(tuning, twin)
     for theirs, name in twin.arguments.items() if twin.same else []:
-        odd = next((k for k in own if name in twin.same and getattr(k.adapter, name) != config[theirs]), None)
+        odd = next(
+            (k for k in own if name in twin.same and getattr(k.adapter, name) != config[theirs]),
+            None,
+        )
         if odd is not None:
-            what = f"{odd.site.name} has {name}={getattr(odd.adapter, name)!r}, not {config[theirs]!r}"
-            raise UnsupportedError(f"{what}, and PEFT has one for all; attach with a {name} that fits all.")
+            what = (
+                f"{odd.site.name} has {name}={getattr(odd.adapter, name)!r}, not {config[theirs]!r}"
+            )
+            raise UnsupportedError(
+                f"{what}, and PEFT has one for all; attach with a {name} that fits all."
+            )
     config |= _scales(tuning, own, plain, twin, config)
     config["modules_to_save"] = list(tuning.heads) or None
     prefix = PREFIX.removesuffix("model.") if twin.whole else PREFIX
-    heads = {link.site.name: link.adapter.state_dict() for link in tuning.links if link.site.kind == "module"}
-    tensors = {f"{prefix}{n}.{k.removeprefix('module.')}": t for n, state in heads.items() for k, t in state.items()}
+    heads = {
+        link.site.name: link.adapter.state_dict()
+        for link in tuning.links
+        if link.site.kind == "module"
+    }
+    tensors = {
+        f"{prefix}{n}.{k.removeprefix('module.')}": t
+        for n, state in heads.items()
+        for k, t in state.items()
+    }
     if twin.whole:
-        tensors["prompt_embeddings"] = WHOLES[twin.whole].write(tuning.model, plain, [link.site for link in own])
+        tensors["prompt_embeddings"] = WHOLES[twin.whole].write(
+            tuning.model, plain, [link.site for link in own]
+        )
     else:
         listed = {link.site.name for link in own if link.site.role in _roles(tuning, twin)}
         config |= dict.fromkeys(twin.roles, short_names(tuning.model, listed))
@@ -117,13 +144,24 @@ def load(model: PreTrainedModel, folder: Path, name: str) -> Tuning:
     names = dict.fromkeys(module for module, _ in modules.values())
     if strange := sorted(names.keys() - site.keys()):
         raise UnsupportedError(f"{folder}: it adapts {strange[0]}, where petune has no hook point.")
-    given = {our: config[theirs] for theirs, our in twin.arguments.items() if config.get(theirs) is not None}
+    given = {
+        our: config[theirs]
+        for theirs, our in twin.arguments.items()
+        if config.get(theirs) is not None
+    }
     for theirs, our in twin.roles.items():
-        given[our] = " ".join(sorted({site[n].role for n in names if _listed(n, config.get(theirs) or ())}))
+        given[our] = " ".join(
+            sorted({site[n].role for n in names if _listed(n, config.get(theirs) or ())})
+        )
     if twin.ranked:
         patterns = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
-        given |= {f"{twin.arguments[k]}_pattern": _by_site(config.get(p), names) for k, p in patterns.items()}
-    tuning = attach(model, method, name=name, where=_where(model, site, list(names)), train=heads, **given)
+        given |= {
+            f"{twin.arguments[k]}_pattern": _by_site(config.get(p), names)
+            for k, p in patterns.items()
+        }
+    tuning = attach(
+        model, method, name=name, where=_where(model, site, list(names)), train=heads, **given
+    )
     try:
         sites = [link.site for link in tuning.links if link.site.kind != "module"]
         _check_drawn(tuning, drawn, folder)
@@ -141,14 +179,21 @@ def load(model: PreTrainedModel, folder: Path, name: str) -> Tuning:
     except PetuneError:
         tuning.detach()
         raise
-    except (LookupError, RuntimeError, ValueError) as bad:  # tensors of another shape than their layout's
+    except (
+        LookupError,
+        RuntimeError,
+        ValueError,
+    ) as bad:  # tensors of another shape than their layout's
         tuning.detach()
         raise PetuneError(f"{folder} does not fit this model: {bad}.") from bad
     return tuning
 
 
 def _read(
-    tuning: Tuning, saved: Mapping[str, Tensor], modules: Mapping[str, tuple[str, str]], twin: PeftTwin
+    tuning: Tuning,
+    saved: Mapping[str, Tensor],
+    modules: Mapping[str, tuple[str, str]],
+    twin: PeftTwin,
 ) -> dict[str, Tensor]:
     """The tensors by our names."""
     order, listed = list(twin.tensors or ()), _roles(tuning, twin)
@@ -158,10 +203,14 @@ def _read(
         module, ours = modules[key]
         here, layout = found.setdefault(module, {}), twin.layouts.get(ours)
         if layout and module in sites:
-            here[ours] = SHAPES[layout].read(saved[key], Place(sites[module], sites[module].role in listed, here))
+            here[ours] = SHAPES[layout].read(
+                saved[key], Place(sites[module], sites[module].role in listed, here)
+            )
         else:
             here[ours] = saved[key]
-    saved_as = {id(tensor): key for key, tensor in tuning.state()}  # PEFT names what modules share after each of them
+    saved_as = {
+        id(tensor): key for key, tensor in tuning.state()
+    }  # PEFT names what modules share after each of them
     own = {
         f"{link.site.name}.{name}": saved_as[id(tensor)]
         for link in tuning.links
@@ -189,7 +238,10 @@ def _modules(
 ) -> dict[str, tuple[str, str]]:
     """(module, our tensor) of each key that is the method's."""
     found: dict[str, tuple[str, str]] = {}
-    table, embed = _input_embedding(model), [s.name for s in sites.values() if s.kind == "embedding"]
+    table, embed = (
+        _input_embedding(model),
+        [s.name for s in sites.values() if s.kind == "embedding"],
+    )
     linear = [name for name, site in sites.items() if site.kind == "linear"]
     for key in saved:
         for ours, theirs in (twin.tensors or {}).items():
@@ -226,7 +278,9 @@ def _plain_key(key: str) -> str:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.allclose(one.cpu().float(), other.cpu().float(), rtol=1e-5, atol=1e-6)
+    return one.shape == other.shape and torch.allclose(
+        one.cpu().float(), other.cpu().float(), rtol=1e-5, atol=1e-6
+    )
 
 
 def _is_base(model: PreTrainedModel, key: str, tensor: Tensor) -> bool:
@@ -239,11 +293,19 @@ def _check_drawn(tuning: Tuning, drawn: Mapping[str, Tensor | None], folder: Pat
     for ours, theirs in drawn.items():
         for link in tuning.links if theirs is not None else []:
             mine = getattr(link.adapter, ours, None)  # a head has none
-            if mine is not None and theirs is not None and not _same(theirs[: len(mine), : mine.shape[1]], mine):
-                raise UnsupportedError(f"{folder}: its {ours} is not the one that its seed draws here.")
+            if (
+                mine is not None
+                and theirs is not None
+                and not _same(theirs[: len(mine), : mine.shape[1]], mine)
+            ):
+                raise UnsupportedError(
+                    f"{folder}: its {ours} is not the one that its seed draws here."
+                )
 
 
-def _scales(tuning: Tuning, own: list[Link], plain: Plain, twin: PeftTwin, config: Mapping[str, Any]) -> dict[str, Any]:
+def _scales(
+    tuning: Tuning, own: list[Link], plain: Plain, twin: PeftTwin, config: Mapping[str, Any]
+) -> dict[str, Any]:
     """PEFT's rank and alpha, and the exceptions by module, of a method whose sites may differ in them."""
     if not twin.ranked:
         return {}
@@ -253,27 +315,44 @@ def _scales(tuning: Tuning, own: list[Link], plain: Plain, twin: PeftTwin, confi
     exact = {name: round(scale[name] * root(r), 6) for name, r in rank.items()}
     alpha = {name: int(value) if value.is_integer() else value for name, value in exact.items()}
     found: dict[str, Any] = {}
-    for key, pattern, values in (("r", "rank_pattern", rank), ("lora_alpha", "alpha_pattern", alpha)):
+    for key, pattern, values in (
+        ("r", "rank_pattern", rank),
+        ("lora_alpha", "alpha_pattern", alpha),
+    ):
         most = Counter(values.values()).most_common(1)[0][0]
-        found |= {key: most, pattern: {name: value for name, value in values.items() if value != most}}
+        found |= {
+            key: most,
+            pattern: {name: value for name, value in values.items() if value != most},
+        }
     return found
 
 
 def _listed(name: str, ends: str | Sequence[str]) -> bool:
     """PEFT lists modules by the ends of their names, or by one regular expression."""
-    return bool(re.fullmatch(ends, name)) if isinstance(ends, str) else f".{name}".endswith(tuple(ends))
+    return (
+        bool(re.fullmatch(ends, name))
+        if isinstance(ends, str)
+        else f".{name}".endswith(tuple(ends))
+    )
 
 
 def _by_site(pattern: Mapping[str, Any] | None, names: Iterable[str]) -> dict[str, Any] | None:
     """PEFT's exceptions, which are ends of names or regular expressions, by the names that they mean."""
-    hits = {n: next((v for k, v in (pattern or {}).items() if re.match(rf"(.*\.)?({k})$", n)), None) for n in names}
+    hits = {
+        n: next((v for k, v in (pattern or {}).items() if re.match(rf"(.*\.)?({k})$", n)), None)
+        for n in names
+    }
     return {name: value for name, value in hits.items() if value is not None} or None
 
 
 def _roles(tuning: Tuning, twin: PeftTwin) -> set[str]:
     """The roles that the arguments in `twin.roles` list."""
     known = arguments(resolve(tuning.method)[1])
-    return {r for our in twin.roles.values() for r in tuning.arguments.get(our, known[our].default).split()}
+    return {
+        r
+        for our in twin.roles.values()
+        for r in tuning.arguments.get(our, known[our].default).split()
+    }
 
 
 def _arguments(tuning: Tuning, twin: PeftTwin) -> dict[str, Any]:
@@ -283,33 +362,53 @@ def _arguments(tuning: Tuning, twin: PeftTwin) -> dict[str, Any]:
         said |= {f"{twin.arguments[key]}_pattern" for key in ("r", "lora_alpha")}
     for key, value in tuning.arguments.items():
         if key not in said and value != defaults[key]:
-            raise UnsupportedError(f"{tuning.method!r} with {key}={value!r} has no place in PEFT's format; merge it.")
-    found = {theirs: tuning.arguments.get(ours, defaults[ours]) for theirs, ours in twin.arguments.items()}
+            raise UnsupportedError(
+                f"{tuning.method!r} with {key}={value!r} has no place in PEFT's format; merge it."
+            )
+    found = {
+        theirs: tuning.arguments.get(ours, defaults[ours])
+        for theirs, ours in twin.arguments.items()
+    }
     for theirs, value in found.items():
         if value not in twin.neutral.get(theirs, (value,)):
             what = f"{tuning.method!r} with {twin.arguments[theirs]}={value!r}"
-            raise UnsupportedError(f"{what} is another method in PEFT; save in petune's own, or merge it.")
+            raise UnsupportedError(
+                f"{what} is another method in PEFT; save in petune's own, or merge it."
+            )
     return found
 
 
 def _twin(tuning: Tuning) -> PeftTwin:
     if len(tuning.parts) > 1:
-        raise UnsupportedError("PEFT's format has no place for a tuning of several methods; save without format=.")
+        raise UnsupportedError(
+            "PEFT's format has no place for a tuning of several methods; save without format=."
+        )
     twin = vars(resolve(tuning.method)[1]).get("peft")  # its own: a subclass is another method
     if not isinstance(twin, PeftTwin):
-        raise UnsupportedError(f"PEFT's format has no {tuning.method!r}; save in petune's own, or merge it.")
+        raise UnsupportedError(
+            f"PEFT's format has no {tuning.method!r}; save in petune's own, or merge it."
+        )
     return twin
 
 
 def _method(config: Mapping[str, Any], folder: Path) -> tuple[str, PeftTwin]:
     kind = config.get("peft_type")
     found = {name: vars(cls).get("peft") for name, cls in methods().items()}
-    known = {name: twin for name, twin in found.items() if isinstance(twin, PeftTwin) and twin.tensors != {}}
+    known = {
+        name: twin
+        for name, twin in found.items()
+        if isinstance(twin, PeftTwin) and twin.tensors != {}
+    }
     twins = {name: twin for name, twin in known.items() if kind in (twin.kind, *twin.also)}
     renamed = {name: twin for name, twin in twins.items() if twin.tensors is not None}
     refused = ""
-    for name, twin in (renamed or twins).items():  # our own method of that kind, if there is one, or PEFT's in ours
-        other = next((k for k, allowed in twin.neutral.items() if config.get(k, allowed[0]) not in allowed), None)
+    for name, twin in (
+        renamed or twins
+    ).items():  # our own method of that kind, if there is one, or PEFT's in ours
+        other = next(
+            (k for k, allowed in twin.neutral.items() if config.get(k, allowed[0]) not in allowed),
+            None,
+        )
         if other is None:
             return name, twin
         refused = refused or f" with {other}={config[other]!r}"

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from petune.discovery import features
+from petune.core.frozen.modules import features
 from petune.errors import UnsupportedError
 from petune.formats import peft
 
 if TYPE_CHECKING:
-    from petune.tuning import Tuning
+    from petune.core.attached.tuning import Tuning
 
 A, B = "lora_A.weight", "lora_B.weight"
 
@@ -31,7 +31,11 @@ def export(tuning: Tuning) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for key, tensor in tensors.items():
         end = next((end for end in (A, B) if key.endswith("." + end)), None)
         if end is None:
-            what = "a head that was trained along" if tuning.heads else f"{key.removeprefix(peft.PREFIX)!r}"
+            what = (
+                "a head that was trained along"
+                if tuning.heads
+                else f"{key.removeprefix(peft.PREFIX)!r}"
+            )
             raise UnsupportedError(
                 f"serving engines read low-rank updates alone, not {what} of {tuning.method!r}; merge it instead."
             )
@@ -41,16 +45,30 @@ def export(tuning: Tuning) -> tuple[dict[str, Tensor], dict[str, Any]]:
         site = name.removeprefix(peft.PREFIX)
         up = pair[B] * _scale(config, site, len(pair[A])) * tuning.weight
         baked.setdefault(name.partition("[")[0], []).append((pair[A], _whole(tuning, site, up)))
-    joined = {name: (torch.cat([a for a, _ in p]), torch.cat([b for _, b in p], 1)) for name, p in baked.items()}
+    joined = {
+        name: (torch.cat([a for a, _ in p]), torch.cat([b for _, b in p], 1))
+        for name, p in baked.items()
+    }
     rank = max(len(a) for a, _ in joined.values())
     out = {}
     for name, (a, b) in joined.items():
         more = rank - len(a)
         out[f"{name}.{A}"] = torch.nn.functional.pad(a, (0, 0, 0, more)).contiguous()
         out[f"{name}.{B}"] = torch.nn.functional.pad(b, (0, more)).contiguous()
-    plain = {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    plain = {
+        "r": rank,
+        "lora_alpha": rank,
+        "use_rslora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
     names = {name.removeprefix(peft.PREFIX) for name in joined}
-    return out, {**config, **plain, "lora_dropout": 0.0, "target_modules": peft.short_names(tuning.model, names)}
+    return out, {
+        **config,
+        **plain,
+        "lora_dropout": 0.0,
+        "target_modules": peft.short_names(tuning.model, names),
+    }
 
 
 def _scale(config: Mapping[str, Any], site: str, rank: int) -> float:

@@ -13,12 +13,18 @@ import huggingface_hub
 import torch
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GgufConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GgufConfig,
+)
 from transformers.utils import logging as chatter
 
+from petune.core.registry.plugins import registry
 from petune.errors import PetuneError, unknown
 from petune.loading.fetch import cache_folder, fetch, once
-from petune.plugins import registry
 
 
 def resolve(name: str | Path, options: dict[str, Any], *, weights: bool = True) -> str:
@@ -40,7 +46,9 @@ def resolve(name: str | Path, options: dict[str, Any], *, weights: bool = True) 
             return str(found.parent)
         return str(_unpacked(found) if found.suffix == ".gguf" else found)
     if path.exists() or path.suffix == ".gguf" or str(name).startswith(("/", ".", "~")):
-        raise PetuneError(f"{name}: {'no .gguf file, and no config.json in it' if path.exists() else 'no such file'}.")
+        raise PetuneError(
+            f"{name}: {'no .gguf file, and no config.json in it' if path.exists() else 'no such file'}."
+        )
     if not options.get("local_files_only") and (trouble := _hub_trouble(str(name), options)):
         options["local_files_only"] = True
         where = {key: options.get(key) for key in ("revision", "cache_dir")}
@@ -54,7 +62,9 @@ def resolve(name: str | Path, options: dict[str, Any], *, weights: bool = True) 
 def _hub_trouble(name: str, options: Mapping[str, Any]) -> str | None:
     """One question to the Hub: transformers asks a dead line for most of a minute, file by file."""
     try:
-        huggingface_hub.HfApi(token=options.get("token")).model_info(name, revision=options.get("revision"), timeout=10)
+        huggingface_hub.HfApi(token=options.get("token")).model_info(
+            name, revision=options.get("revision"), timeout=10
+        )
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         return " ".join(str(error).split())
     except HfHubHTTPError:
@@ -87,14 +97,18 @@ def _unpacked(file: Path) -> Path:
 @contextmanager
 def plainly(name: str | Path) -> Iterator[None]:
     """Without transformers' table of missing weights and bar of a second; what a user can cause, in one line."""
-    hook = chatter.set_tqdm_hook(lambda bar, args, options: bar(*args, **{**options, "disable": True}))
+    hook = chatter.set_tqdm_hook(
+        lambda bar, args, options: bar(*args, **{**options, "disable": True})
+    )
     level = chatter.get_verbosity()
     chatter.set_verbosity(logging.ERROR)
     try:
         yield
     except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as error:
         said = " ".join(str(error).split())
-        if isinstance(error, PetuneError) or (isinstance(error, RuntimeError) and "ignore_mismatched" not in said):
+        if isinstance(error, PetuneError) or (
+            isinstance(error, RuntimeError) and "ignore_mismatched" not in said
+        ):
             raise
         if isinstance(error, RuntimeError):
             said = "its head has another size; give its num_labels, or ignore_mismatched_sizes=True for a new one."

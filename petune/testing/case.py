@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 import petune
-from petune.adapter import Unfreeze
-from petune.parts import Method, parts
+from petune.core.attached.parts import parts
+from petune.core.attached.tuning import Tuning
+from petune.core.method.adapter import Unfreeze
+from petune.core.registry.methods import Method
 from petune.testing.models import DTYPES, FAMILIES, tiny_batch, tiny_model
-from petune.tuning import Tuning
 
 # how far apart, of the largest value, two ways to compute the same may be
 ROUNDING = {"fp32": 1e-5, "bf16": 5e-2, "fp16": 1e-2}
@@ -62,7 +63,9 @@ class Case:
 
     def base(self, **options: Any) -> Any:
         """A model of its own, of two blocks: what a behaviour does to one of several shows."""
-        return tiny_model(self.family, self.precision, device=self.device, **{"layers": 2, **options})
+        return tiny_model(
+            self.family, self.precision, device=self.device, **{"layers": 2, **options}
+        )
 
     def attach(self, model: Any, name: str = "default", *, change: bool = True) -> Tuning:
         """The method on a model, its parameters moved off their start, so that it acts."""
@@ -71,7 +74,11 @@ class Case:
             tuning = petune.attach(model, self.method, name=name, **self.arguments)
             with torch.no_grad():
                 for p in tuning.parameters() if change else []:
-                    p.add_(torch.randn_like(p) * 0.1 * (1 if p.dim() < 2 else p.std(correction=0).clamp(min=0.2)))
+                    p.add_(
+                        torch.randn_like(p)
+                        * 0.1
+                        * (1 if p.dim() < 2 else p.std(correction=0).clamp(min=0.2))
+                    )
         return tuning
 
     def tuned(self, **options: Any) -> tuple[Any, Tuning]:
@@ -80,7 +87,11 @@ class Case:
 
     def close(self, one: Tensor, other: Tensor, what: str, factor: float = 1.0) -> None:
         worst = float((one.float() - other.float()).abs().max())
-        limit = ROUNDING.get(self.precision, ROUNDING["fp32"]) * factor * max(1.0, float(other.float().abs().max()))
+        limit = (
+            ROUNDING.get(self.precision, ROUNDING["fp32"])
+            * factor
+            * max(1.0, float(other.float().abs().max()))
+        )
         assert worst <= limit, f"{what}: {worst:.1e} apart, at most {limit:.1e} allowed"
 
 

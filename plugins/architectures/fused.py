@@ -46,7 +46,9 @@ def falcon(core: petune.Site) -> Parts:
     """By group of heads; one key and value for all heads in the first models."""
     attention: Any = core.module
     one = attention.multi_query and not attention.new_decoder_architecture
-    return by_head(core, 1 if one else attention.num_kv_heads if attention.new_decoder_architecture else None)
+    return by_head(
+        core, 1 if one else attention.num_kv_heads if attention.new_decoder_architecture else None
+    )
 
 
 def within(core: petune.Site) -> Parts:
@@ -57,7 +59,11 @@ def within(core: petune.Site) -> Parts:
 
 LAYOUTS = {"falcon": falcon}
 LAYOUTS |= dict.fromkeys(["bloom", "gpt_neox", "gpt_neox_japanese", "persimmon"], by_head)
-LAYOUTS |= dict.fromkeys(["dbrx", "glm", "glm4", "modernbert", "modernbert-decoder", "mpt", "phi3"], runs)
+LAYOUTS |= dict.fromkeys(
+    ["dbrx", "glm", "glm4", "modernbert", "modernbert-decoder", "mpt", "phi3"], runs
+)
 LAYOUTS |= dict.fromkeys(["decision_transformer", "gpt2", "imagegpt", "openai-gpt"], runs)
-LAYOUTS |= dict.fromkeys(["encoder-decoder", "speech-encoder-decoder", "vision-encoder-decoder"], within)
+LAYOUTS |= dict.fromkeys(
+    ["encoder-decoder", "speech-encoder-decoder", "vision-encoder-decoder"], within
+)
 ARCHITECTURES = {kind: partial(sites, layout=layout) for kind, layout in LAYOUTS.items()}

@@ -52,15 +52,23 @@ class FourBit:
             if isinstance(module, Linear4bit):
                 module.support_avx512bf16_for_cpu = False
 
-    def requantize(self, module: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module | None:
+    def requantize(
+        self, module: Any, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> nn.Module | None:
         """The same code and blocks."""
         bnb = _layers()
         if not isinstance(module, bnb.Linear4bit):
             return None
         old: Any = module.weight
-        how = {key: getattr(old, key) for key in ("quant_type", "compress_statistics", "quant_storage")}
-        new = bnb.Linear4bit(*weight.T.shape, bias=False, compute_dtype=module.compute_dtype, device="meta", **how)
-        new.weight = bnb.Params4bit(weight.to(old.quant_state.dtype), blocksize=old.blocksize, module=new, **how)
+        how = {
+            key: getattr(old, key) for key in ("quant_type", "compress_statistics", "quant_storage")
+        }
+        new = bnb.Linear4bit(
+            *weight.T.shape, bias=False, compute_dtype=module.compute_dtype, device="meta", **how
+        )
+        new.weight = bnb.Params4bit(
+            weight.to(old.quant_state.dtype), blocksize=old.blocksize, module=new, **how
+        )
         new.support_avx512bf16_for_cpu = False
         return _dressed(new, module, bias, weight.device)
 
@@ -78,13 +86,17 @@ class EightBit:
     def prepare(self, model: nn.Module) -> None:
         """Nothing is left to be done."""
 
-    def requantize(self, module: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module | None:
+    def requantize(
+        self, module: Any, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> nn.Module | None:
         """Row by row, with the same threshold for activations."""
         bnb = _layers()
         if not isinstance(module, bnb.Linear8bitLt):
             return None
         threshold = module.state.threshold
-        new = bnb.Linear8bitLt(*weight.T.shape, bias=False, has_fp16_weights=False, threshold=threshold, device="meta")
+        new = bnb.Linear8bitLt(
+            *weight.T.shape, bias=False, has_fp16_weights=False, threshold=threshold, device="meta"
+        )
         new.weight = bnb.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
         return _dressed(new, module, bias, weight.device)
 
@@ -111,14 +123,18 @@ def _dressed(new: Any, old: Any, bias: torch.Tensor | None, device: torch.device
     from torch import nn
 
     new.bias = nn.Parameter(bias, requires_grad=False) if bias is not None else None
-    if hasattr(old, "source_cls"):  # the architecture's class, by which transformers and petune know the layout
+    if hasattr(
+        old, "source_cls"
+    ):  # the architecture's class, by which transformers and petune know the layout
         new.source_cls = old.source_cls
     return new.to(device)
 
 
 def _config(skip: Sequence[str], **options: Any) -> Mapping[str, Any]:
     if find_spec("bitsandbytes") is None:
-        raise petune.PetuneError("this precision needs bitsandbytes: pip install bitsandbytes accelerate")
+        raise petune.PetuneError(
+            "this precision needs bitsandbytes: pip install bitsandbytes accelerate"
+        )
     from transformers import BitsAndBytesConfig
 
     config: Any = BitsAndBytesConfig

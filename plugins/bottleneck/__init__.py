@@ -12,4 +12,9 @@ def petune_methods() -> Mapping[str, type]:
     from petune_plugins.bottleneck.parallel_adapter import ParallelAdapter
     from petune_plugins.bottleneck.pfeiffer import Pfeiffer
 
-    return {"compacter": Compacter, "houlsby": Houlsby, "parallel-adapter": ParallelAdapter, "pfeiffer": Pfeiffer}
+    return {
+        "compacter": Compacter,
+        "houlsby": Houlsby,
+        "parallel-adapter": ParallelAdapter,
+        "pfeiffer": Pfeiffer,
+    }

@@ -19,7 +19,9 @@ class PHM(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out))
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = torch.einsum("nab,ni,no->boai", self.rules, self.s, self.t)  # (n, out / n, n, in / n)
+        weight = torch.einsum(
+            "nab,ni,no->boai", self.rules, self.s, self.t
+        )  # (n, out / n, n, in / n)
         return F.linear(x, weight.reshape(len(self.bias), -1), self.bias)
 
 
@@ -32,7 +34,9 @@ class Compacter(petune.Adapter):
 
     where = "attn mlp"
 
-    def __init__(self, site: petune.Site, *, width: petune.Positive = 24, n: petune.Positive = 4) -> None:
+    def __init__(
+        self, site: petune.Site, *, width: petune.Positive = 24, n: petune.Positive = 4
+    ) -> None:
         super().__init__()
         common = math.gcd(width, site.out_features)
         n = min((d for d in range(1, common + 1) if common % d == 0), key=lambda d: abs(d - n))

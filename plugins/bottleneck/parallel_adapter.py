@@ -14,7 +14,9 @@ class ParallelAdapter(Houlsby):
 
     where = "mlp"
 
-    def __init__(self, site: petune.Site, *, width: petune.Positive = 64, scale: float = 4.0) -> None:
+    def __init__(
+        self, site: petune.Site, *, width: petune.Positive = 64, scale: float = 4.0
+    ) -> None:
         super().__init__(site, width=width)
         self.scale = scale
 

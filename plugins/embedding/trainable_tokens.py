@@ -13,7 +13,9 @@ class TrainableTokens(petune.Adapter):
 
     where, mergeable = "embed head", True
     ids: Tensor
-    peft = petune.PeftTwin("TRAINABLE_TOKENS", {"token_indices": "ids"}, {"rows": "trainable_tokens_delta"})
+    peft = petune.PeftTwin(
+        "TRAINABLE_TOKENS", {"token_indices": "ids"}, {"rows": "trainable_tokens_delta"}
+    )
 
     def __init__(self, site: petune.Site, *, ids: list[int]) -> None:
         super().__init__()
@@ -22,15 +24,23 @@ class TrainableTokens(petune.Adapter):
         weight = table.detach()
         wrong = [i for i in ids if not 0 <= i < len(weight)]
         if wrong or not ids:
-            raise petune.PetuneError(f"trainable-tokens: ids={ids}: wanted are numbers below {len(weight)}.")
+            raise petune.PetuneError(
+                f"trainable-tokens: ids={ids}: wanted are numbers below {len(weight)}."
+            )
         self.is_head = site.kind != "embedding"
-        self.register_buffer("ids", torch.tensor(list(dict.fromkeys(ids)), device=weight.device), persistent=False)
+        self.register_buffer(
+            "ids", torch.tensor(list(dict.fromkeys(ids)), device=weight.device), persistent=False
+        )
         tied = site.shared("table", lambda: table) is table
         rows = site.shared("rows", lambda: nn.Parameter(weight[self.ids].float()))
         self.rows = rows if tied else None
         probe = self.ids[:1]  # some embeddings (Gemma's) scale what they look up
         stored = float(weight[probe].norm())
-        self.scale = float(site.module(probe).detach().norm()) / stored if stored and not self.is_head else 1.0
+        self.scale = (
+            float(site.module(probe).detach().norm()) / stored
+            if stored and not self.is_head
+            else 1.0
+        )
 
     def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
         y = inner(x)

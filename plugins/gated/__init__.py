@@ -9,4 +9,8 @@ import petune
 def petune_methods() -> Mapping[str, type]:
     from petune_plugins.gated.gates import GatedLoRA, GatedPfeiffer, GatedPrefixTuning
 
-    return {"gated-lora": GatedLoRA, "gated-pfeiffer": GatedPfeiffer, "gated-prefix-tuning": GatedPrefixTuning}
+    return {
+        "gated-lora": GatedLoRA,
+        "gated-pfeiffer": GatedPfeiffer,
+        "gated-prefix-tuning": GatedPrefixTuning,
+    }

@@ -23,7 +23,9 @@ class LadderSideTuning(petune.Adapter):
         super().__init__()
         top: str = site.shared("top", lambda: site.name)
         self.rungs: list[LadderSideTuning] = site.shared("rungs", list)
-        self.tape: dict[int, Tensor] = site.shared("tape", dict)  # the results of the blocks by rung
+        self.tape: dict[int, Tensor] = site.shared(
+            "tape", dict
+        )  # the results of the blocks by rung
         self.rung = len(self.rungs)
         self.beside = _stack(site.name) == _stack(top)
         if self.beside:

@@ -14,4 +14,11 @@ def petune_methods() -> Mapping[str, type]:
     from petune_plugins.lowrank.lora import LoRA
     from petune_plugins.lowrank.vera import VeRA
 
-    return {"adalora": AdaLoRA, "lora": LoRA, "dora": DoRA, "vera": VeRA, "loha": LoHa, "lokr": LoKr}
+    return {
+        "adalora": AdaLoRA,
+        "lora": LoRA,
+        "dora": DoRA,
+        "vera": VeRA,
+        "loha": LoHa,
+        "lokr": LoKr,
+    }

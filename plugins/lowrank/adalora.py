@@ -37,7 +37,9 @@ class AdaLoRA(petune.Adapter):
     ) -> None:
         super().__init__()
         if warmup + cooldown >= 1:
-            raise petune.PetuneError(f"adalora: warmup={warmup} and cooldown={cooldown} leave no steps to cut in.")
+            raise petune.PetuneError(
+                f"adalora: warmup={warmup} and cooldown={cooldown} leave no steps to cut in."
+            )
         self.Q = nn.Parameter(torch.randn(rank, site.in_features) * 0.02)
         self.e = nn.Parameter(torch.zeros(rank))
         self.P = nn.Parameter(torch.randn(site.out_features, rank) * 0.02)
@@ -45,7 +47,12 @@ class AdaLoRA(petune.Adapter):
         for name, p in list(self.named_parameters()):
             for what in ("mean", "spread"):
                 self.register_buffer(f"{what}_{name}", torch.zeros_like(p), persistent=False)
-        self.scale, self.target, self.betas, self.orthogonality = alpha / rank, min(target, rank), betas, orthogonality
+        self.scale, self.target, self.betas, self.orthogonality = (
+            alpha / rank,
+            min(target, rank),
+            betas,
+            orthogonality,
+        )
         self.phases, self.every = (warmup, 1 - cooldown), every
 
     def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:

@@ -30,7 +30,9 @@ class DoRA(LoRA):
 
     def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
         a, b = self.factors()
-        y = petune.lowrank_update(inner(x), x, a, b, self.scale, dropout=self.dropout * self.training)
+        y = petune.lowrank_update(
+            inner(x), x, a, b, self.scale, dropout=self.dropout * self.training
+        )
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             bias = inner(x.new_zeros(1, x.shape[-1]))
             wa = (inner(a.to(x.dtype)) - bias).to(b.dtype).T  # (out, rank)

@@ -15,11 +15,19 @@ class LoHa(petune.Adapter):
 
     where, mergeable, peft = petune.ALL_LINEAR, True, LOHA
 
-    def __init__(self, site: petune.Site, *, rank: petune.Positive = 8, alpha: float = 16.0) -> None:
+    def __init__(
+        self, site: petune.Site, *, rank: petune.Positive = 8, alpha: float = 16.0
+    ) -> None:
         super().__init__()
         into, out = site.in_features, site.out_features
-        self.A1, self.A2 = nn.Parameter(torch.randn(rank, into)), nn.Parameter(torch.randn(rank, into))
-        self.B1, self.B2 = nn.Parameter(torch.randn(out, rank) * 0.1), nn.Parameter(torch.zeros(out, rank))
+        self.A1, self.A2 = (
+            nn.Parameter(torch.randn(rank, into)),
+            nn.Parameter(torch.randn(rank, into)),
+        )
+        self.B1, self.B2 = (
+            nn.Parameter(torch.randn(out, rank) * 0.1),
+            nn.Parameter(torch.zeros(out, rank)),
+        )
         self.scale = alpha / rank
 
     def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:

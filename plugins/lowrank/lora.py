@@ -36,7 +36,11 @@ class LoRA(petune.Adapter):
         lr_ratio: float = 1.0,
     ) -> None:
         super().__init__()
-        rank, alpha, self.lr_ratio = at(site, rank_pattern, rank), at(site, alpha_pattern, alpha), lr_ratio
+        rank, alpha, self.lr_ratio = (
+            at(site, rank_pattern, rank),
+            at(site, alpha_pattern, alpha),
+            lr_ratio,
+        )
         self.scale, self.dropout = alpha / (rank**0.5 if rslora else rank), dropout
         a, b = start(init, site, rank, self.scale)
         self.A, self.B = nn.Parameter(a), nn.Parameter(b)
@@ -56,4 +60,6 @@ class LoRA(petune.Adapter):
         return dict(zip("AB", self.factors(), strict=True))
 
     def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
-        return petune.lowrank_update(inner(x), x, *self.factors(), self.scale, dropout=self.dropout * self.training)
+        return petune.lowrank_update(
+            inner(x), x, *self.factors(), self.scale, dropout=self.dropout * self.training
+        )

@@ -27,13 +27,17 @@ def _meant(key: str, site: petune.Site) -> bool:
     return key in (site.role, site.name) or fnmatchcase(site.name, key)
 
 
-def check_patterns(cls: type, sites: Sequence[petune.Site], arguments: dict[str, Any]) -> dict[str, Any]:
+def check_patterns(
+    cls: type, sites: Sequence[petune.Site], arguments: dict[str, Any]
+) -> dict[str, Any]:
     """The arguments, of which each key of a pattern means a site."""
     for argument in ("rank_pattern", "alpha_pattern"):
         for key in arguments.get(argument) or {}:
             if not any(_meant(key, site) for site in sites):
                 some = f"a role (such as {sites[0].role}) or a name ({sites[0].name})"
-                raise petune.PetuneError(f"{argument}: {key!r} matches none of the sites adapted; it takes {some}.")
+                raise petune.PetuneError(
+                    f"{argument}: {key!r} matches none of the sites adapted; it takes {some}."
+                )
     return arguments
 
 

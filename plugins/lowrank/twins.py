@@ -6,12 +6,22 @@ import petune
 
 LORA = petune.PeftTwin(
     "LORA",
-    arguments={"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora"},
+    arguments={
+        "r": "rank",
+        "lora_alpha": "alpha",
+        "lora_dropout": "dropout",
+        "use_rslora": "rslora",
+    },
     tensors={"A": "lora_A.weight", "B": "lora_B.weight"},
     neutral={
         "use_dora": (False,),
         "bias": ("none",),
-        "init_lora_weights": (True, False, "gaussian", "orthogonal"),  # others change the base's weights
+        "init_lora_weights": (
+            True,
+            False,
+            "gaussian",
+            "orthogonal",
+        ),  # others change the base's weights
         "lora_bias": (False,),
         "layer_replication": (None,),
         "target_parameters": (None, []),

@@ -20,16 +20,27 @@ class VeRA(petune.Adapter):
     B: Tensor
 
     def __init__(
-        self, site: petune.Site, *, rank: petune.Positive = 256, seed: int = 0, d_initial: float = 0.1
+        self,
+        site: petune.Site,
+        *,
+        rank: petune.Positive = 256,
+        seed: int = 0,
+        d_initial: float = 0.1,
     ) -> None:
         super().__init__()
         device = next(site.module.parameters()).device
-        sizes = (rank, max(s.in_features for s in site.peers)), (max(s.out_features for s in site.peers), rank)
+        sizes = (
+            (rank, max(s.in_features for s in site.peers)),
+            (max(s.out_features for s in site.peers), rank),
+        )
 
         def draw() -> list[Tensor]:  # Kaiming-uniform, drawn on the CPU: the same on every device
             generator = torch.Generator().manual_seed(seed)
             bounds = [(6 / size[1]) ** 0.5 for size in sizes]
-            drawn = [torch.empty(n).uniform_(-x, x, generator=generator) for n, x in zip(sizes, bounds, strict=True)]
+            drawn = [
+                torch.empty(n).uniform_(-x, x, generator=generator)
+                for n, x in zip(sizes, bounds, strict=True)
+            ]
             return [matrix.to(device) for matrix in drawn]
 
         a, b = site.shared(("A and B", device), draw)

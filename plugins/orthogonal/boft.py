@@ -17,13 +17,17 @@ class BOFT(petune.Adapter):
 
     where, mergeable, peft = petune.ALL_LINEAR, True, twins.BOFT
 
-    def __init__(self, site: petune.Site, *, block: petune.Positive = 8, factors: petune.Positive = 2) -> None:
+    def __init__(
+        self, site: petune.Site, *, block: petune.Positive = 8, factors: petune.Positive = 2
+    ) -> None:
         super().__init__()
         width = site.in_features
         parts, left = divmod(width, 2 ** (factors - 1))
         size = None if left else nearest(range(2, parts + 1, 2), parts, block)
         if size is None:
-            raise petune.UnsupportedError(f"boft: {site.name}: {width} inputs have no butterfly of {factors} factors.")
+            raise petune.UnsupportedError(
+                f"boft: {site.name}: {width} inputs have no butterfly of {factors} factors."
+            )
         self.block = size
         self.free = nn.Parameter(torch.zeros(factors, width // size, size * (size - 1) // 2))
         self.scale = nn.Parameter(torch.ones(site.out_features))
@@ -32,7 +36,9 @@ class BOFT(petune.Adapter):
         for i, free in reversed(list(enumerate(self.free))):
             halves = x.reshape(*x.shape[:-1], -1, 2, 2**i, self.block // 2)
             pairs = halves.transpose(-3, -2)  # (…, groups, 2^i, 2, block / 2)
-            turned = rotate(pairs.flatten(-2).flatten(-3, -2), free, self.block)  # (…, blocks, block)
+            turned = rotate(
+                pairs.flatten(-2).flatten(-3, -2), free, self.block
+            )  # (…, blocks, block)
             x = turned.reshape(pairs.shape).transpose(-3, -2).flatten(-4)
         y = inner(x)
         with torch.no_grad():

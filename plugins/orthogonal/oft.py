@@ -19,13 +19,24 @@ class OFT(petune.Adapter):
     where, mergeable, peft = petune.ALL_LINEAR, True, twins.OFT
 
     def __init__(
-        self, site: petune.Site, *, block: petune.Positive = 32, neumann: bool = False, terms: petune.Positive = 5
+        self,
+        site: petune.Site,
+        *,
+        block: petune.Positive = 32,
+        neumann: bool = False,
+        terms: petune.Positive = 5,
     ) -> None:
         super().__init__()
         width = site.in_features
         self.block = nearest(range(2, width + 1), width, block) or width
         self.terms = terms if neumann else None
-        self.free = nn.Parameter(torch.zeros(width // self.block, self.block * (self.block - 1) // 2))
+        self.free = nn.Parameter(
+            torch.zeros(width // self.block, self.block * (self.block - 1) // 2)
+        )
 
     def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
-        return inner(rotate(x.reshape(*x.shape[:-1], -1, self.block), self.free, self.block, self.terms).flatten(-2))
+        return inner(
+            rotate(
+                x.reshape(*x.shape[:-1], -1, self.block), self.free, self.block, self.terms
+            ).flatten(-2)
+        )

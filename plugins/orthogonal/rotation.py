@@ -28,4 +28,6 @@ def rotate(x: Tensor, free: Tensor, block: int, terms: int | None = None) -> Ten
 
 def nearest(divisors: range, width: int, block: int) -> int | None:
     """The one of `divisors` that divides `width` and is nearest to `block`, of two the larger, if there is one."""
-    return min((d for d in divisors if width % d == 0), key=lambda d: (abs(d - block), -d), default=None)
+    return min(
+        (d for d in divisors if width % d == 0), key=lambda d: (abs(d - block), -d), default=None
+    )

@@ -39,10 +39,15 @@ def inject(
         raise petune.UnsupportedError(f"{name} acts on the whole model, which only PEFT's own can.")
     if other := next((site.name for site in sites if site.kind != "linear"), None):
         raise petune.UnsupportedError(f"{name} acts on linear layers, which {other} is not.")
-    box, paths = nn.Module(), {site.name: site.name.replace("[", ".").rstrip("]").replace("#", ".") for site in sites}
+    box, paths = (
+        nn.Module(),
+        {site.name: site.name.replace("[", ".").rstrip("]").replace("#", ".") for site in sites},
+    )
     stubs = {site.name: Stub(site) for site in sites}
     device = stubs[sites[0].name].weight.device
-    box.register_parameter("device", nn.Parameter(torch.zeros(0, device=device), requires_grad=False))  # PEFT asks
+    box.register_parameter(
+        "device", nn.Parameter(torch.zeros(0, device=device), requires_grad=False)
+    )  # PEFT asks
     for site in sites:
         _put(box, paths[site.name], stubs[site.name])
     try:
@@ -50,13 +55,19 @@ def inject(
         config.target_modules = list(paths.values())
         made = make(box, config, "default")
     except AttributeError as missing:
-        raise petune.UnsupportedError(f"{name} asks for more of the model than its layers ({missing}).") from missing
+        raise petune.UnsupportedError(
+            f"{name} asks for more of the model than its layers ({missing})."
+        ) from missing
     except Exception as refusal:
         raise _refused(name, refusal) from refusal
     layers = {at: box.get_submodule(path) for at, path in paths.items()}
     for at, layer in layers.items():
-        if not isinstance(layer, BaseTunerLayer) or not any(p.requires_grad for p in layer.parameters()):
-            raise petune.UnsupportedError(f"{name}: PEFT has nothing to train at a linear layer such as {at}.")
+        if not isinstance(layer, BaseTunerLayer) or not any(
+            p.requires_grad for p in layer.parameters()
+        ):
+            raise petune.UnsupportedError(
+                f"{name}: PEFT has nothing to train at a linear layer such as {at}."
+            )
     _try(name, layers[sites[0].name], stubs[sites[0].name])
     for stub in stubs.values():
         stub.last = None
@@ -81,11 +92,15 @@ def _try(name: str, layer: Any, stub: Stub) -> None:
     except Exception as refusal:
         raise _refused(name, refusal) from refusal
     if mixes:
-        raise petune.UnsupportedError(f"{name} mixes the rows of a batch, which may belong to several tunings.")
+        raise petune.UnsupportedError(
+            f"{name} mixes the rows of a batch, which may belong to several tunings."
+        )
 
 
 def _refused(name: str, reason: Exception) -> petune.UnsupportedError:
-    return petune.UnsupportedError(f"{name}: PEFT: {' '.join(str(reason).split()) or type(reason).__name__}")
+    return petune.UnsupportedError(
+        f"{name}: PEFT: {' '.join(str(reason).split()) or type(reason).__name__}"
+    )
 
 
 def sample(kind: str) -> tuple[Any, Stub] | None:

@@ -19,7 +19,13 @@ from .inject import inject, sample, tuner
 from .stub import close, is_affine
 
 # `where` and `train` say these
-PLACES = {"target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern"}
+PLACES = {
+    "target_modules",
+    "exclude_modules",
+    "target_parameters",
+    "layers_to_transform",
+    "layers_pattern",
+}
 PLACES |= {"modules_to_save", "bias", "fan_in_fan_out", "trainable_token_indices"}
 
 
@@ -31,14 +37,22 @@ class Lazy:
 
     def __get__(self, instance: Any, owner: type) -> Any:
         made = self.make(owner)
-        return MethodType(made, instance) if instance is not None and inspect.isfunction(made) else made
+        return (
+            MethodType(made, instance)
+            if instance is not None and inspect.isfunction(made)
+            else made
+        )
 
 
 class Affine(Lazy):
     """Of an adapter it is its own layer that says, since options may matter."""
 
     def __get__(self, instance: Any, owner: type) -> bool:
-        return self.make(owner) if instance is None else is_affine(instance.layer, instance.layer.base_layer)
+        return (
+            self.make(owner)
+            if instance is None
+            else is_affine(instance.layer, instance.layer.base_layer)
+        )
 
 
 class PeftMethod(petune.Adapter):
@@ -59,7 +73,10 @@ class PeftMethod(petune.Adapter):
             raise petune.UnsupportedError(
                 f"peft:{self.kind.lower()} shares tensors between layers; save in petune's own format."
             )
-        return {key.replace(".default", ""): t for key, t in self.layer.state_dict(keep_vars=True).items()}
+        return {
+            key.replace(".default", ""): t
+            for key, t in self.layer.state_dict(keep_vars=True).items()
+        }
 
     def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
         stub = self.layer.base_layer
@@ -90,8 +107,16 @@ class Options(Mapping[str, str]):
 def method(kind: str) -> type[PeftMethod]:
     """The class of a type of PEFT's."""
     about = f"PEFT's {kind}: its layers around petune's sites. Its options are those of PEFT's configuration."
-    lazy = {"__init__": Lazy(signature), "mergeable": Affine(mergeable), "starts_at_base": Lazy(starts_at_base)}
-    made: Any = type(f"Peft_{kind}", (PeftMethod,), {"kind": kind, "__doc__": about, "__module__": __name__, **lazy})
+    lazy = {
+        "__init__": Lazy(signature),
+        "mergeable": Affine(mergeable),
+        "starts_at_base": Lazy(starts_at_base),
+    }
+    made: Any = type(
+        f"Peft_{kind}",
+        (PeftMethod,),
+        {"kind": kind, "__doc__": about, "__module__": __name__, **lazy},
+    )
     made.peft = petune.PeftTwin(kind, arguments=Options(made), tensors=None)
     cls: type[PeftMethod] = made
     return cls
@@ -113,10 +138,15 @@ def signature(cls: type[PeftMethod]) -> Callable[..., None]:
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         # PEFT annotates what may be missing as if it may not
         hint = hints[f.name] | None if default is None else hints[f.name]
-        return inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+        return inspect.Parameter(
+            f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint
+        )
 
     found = [parameter(f) for f in own]
-    first = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", "site")]
+    first = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        for name in ("self", "site")
+    ]
     __init__.__signature__ = inspect.Signature([*first, *found])  # type: ignore[attr-defined]
     __init__.__annotations__ = {p.name: p.annotation for p in found}
     return __init__

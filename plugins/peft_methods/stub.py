@@ -24,7 +24,9 @@ class Stub(nn.Linear):
         self.in_features, self.out_features = site.in_features, site.out_features
         self.site = site
         self.inner: petune.Inner | None = None
-        self.last: dict[Stub, Tensor] | None = site.shared("last weight", dict)  # while PEFT makes its layers
+        self.last: dict[Stub, Tensor] | None = site.shared(
+            "last weight", dict
+        )  # while PEFT makes its layers
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -52,7 +54,9 @@ class Stub(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.inner is not None
-        return self.inner(x).clone()  # some add to it in place, and it may be a view, or another row's too
+        return self.inner(
+            x
+        ).clone()  # some add to it in place, and it may be a view, or another row's too
 
 
 @contextmanager

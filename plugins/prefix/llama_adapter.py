@@ -23,10 +23,14 @@ class LlamaAdapter(petune.Adapter):
         told = getattr(site.module, "scaling", None)  # T5 does not scale
         self.scale = told if isinstance(told, float) else site.head_dim**-0.5
 
-    def forward(self, inner: petune.Inner, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, inner: petune.Inner, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+    ) -> Tensor:
         batch = (q.shape[0], -1, -1, -1)
         # (batch, heads, length, head_dim)
         keys = self.keys.repeat_interleave(self.groups, 0).to(q.dtype).expand(*batch)
         values = self.values.repeat_interleave(self.groups, 0).to(q.dtype).expand(*batch)
-        second = F.scaled_dot_product_attention(q, keys, values, scale=self.scale)  # (batch, heads, queries, head_dim)
+        second = F.scaled_dot_product_attention(
+            q, keys, values, scale=self.scale
+        )  # (batch, heads, queries, head_dim)
         return inner(q, k, v, mask) + (self.gate.tanh() * second.transpose(1, 2)).to(q.dtype)

@@ -29,7 +29,11 @@ class PrefixTuning(petune.Adapter):
     where, starts_at_base, peft = "attention cross-attention", False, PREFIX_TUNING
 
     def __init__(
-        self, site: petune.Site, *, length: petune.Positive = 20, hidden: petune.Positive | None = None
+        self,
+        site: petune.Site,
+        *,
+        length: petune.Positive = 20,
+        hidden: petune.Positive | None = None,
     ) -> None:
         super().__init__()
         self.shape, self.widths = (length, site.kv_heads, -1), [site.head_dim, site.value_dim]
@@ -44,15 +48,21 @@ class PrefixTuning(petune.Adapter):
         """Keys and values, (kv_heads, length, head_dim) and (kv_heads, length, value_dim)."""
         if self.trunk is None:
             return self.keys, self.values
-        keys, values = self.last(self.trunk()).view(self.shape).transpose(0, 1).split(self.widths, -1)
+        keys, values = (
+            self.last(self.trunk()).view(self.shape).transpose(0, 1).split(self.widths, -1)
+        )
         return keys, values
 
     def plain(self) -> dict[str, Tensor]:
         return dict(zip(("keys", "values"), self.prefix(), strict=True))
 
-    def forward(self, inner: petune.Inner, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, inner: petune.Inner, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+    ) -> Tensor:
         keys, values = self.prefix()
         batch = (k.shape[0], -1, -1, -1)
-        k = torch.cat([keys.to(k.dtype).expand(*batch), k], 2)  # (batch, kv_heads, length + keys, head_dim)
+        k = torch.cat(
+            [keys.to(k.dtype).expand(*batch), k], 2
+        )  # (batch, kv_heads, length + keys, head_dim)
         v = torch.cat([values.to(v.dtype).expand(*batch), v], 2)
         return inner(q, k, v, mask)

@@ -32,10 +32,14 @@ class PTuning(petune.Adapter):
         self.table = nn.Parameter(torch.randn(length, width))
         into = [width, 2 * hidden] if encoder == "lstm" else []
         # cells, since torch.compile does not trace nn.LSTM
-        self.ahead, self.back = (nn.ModuleList(nn.LSTMCell(n, hidden) for n in into) for _ in range(2))
+        self.ahead, self.back = (
+            nn.ModuleList(nn.LSTMCell(n, hidden) for n in into) for _ in range(2)
+        )
         read, inside = (2 * hidden, 2 * hidden) if into else (width, hidden)
         last = [] if into else [nn.Linear(inside, inside), nn.ReLU()]
-        self.mlp = nn.Sequential(nn.Linear(read, inside), nn.ReLU(), *last, nn.Linear(inside, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(read, inside), nn.ReLU(), *last, nn.Linear(inside, width)
+        )
 
     def plain(self) -> dict[str, Tensor]:
         return {"rows": self()}
@@ -43,7 +47,9 @@ class PTuning(petune.Adapter):
     def forward(self) -> Tensor:
         rows: Tensor = self.table
         for ahead, back in zip(self.ahead, self.back, strict=True):
-            rows = torch.cat([_run(ahead, rows), _run(back, rows.flip(0)).flip(0)], -1)  # (length, 2 hidden)
+            rows = torch.cat(
+                [_run(ahead, rows), _run(back, rows.flip(0)).flip(0)], -1
+            )  # (length, 2 hidden)
         return self.mlp(rows)
 
 

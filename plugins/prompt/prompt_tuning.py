@@ -30,9 +30,15 @@ class PromptTuning(petune.Adapter):
         table = site.weight()
         wrong = [i for i in init or [] if not 0 <= i < len(table)]
         if wrong:
-            raise petune.PetuneError(f"prompt-tuning: init={init}: {wrong[0]} is no token of {len(table)}.")
+            raise petune.PetuneError(
+                f"prompt-tuning: init={init}: {wrong[0]} is no token of {len(table)}."
+            )
         self.length = length
-        ids = torch.randint(len(table), (length,)) if not init else torch.tensor(init)[torch.arange(length) % len(init)]
+        ids = (
+            torch.randint(len(table), (length,))
+            if not init
+            else torch.tensor(init)[torch.arange(length) % len(init)]
+        )
         self.rows = nn.Parameter(table[ids.to(table.device)].clone())
 
     @classmethod
@@ -43,8 +49,14 @@ class PromptTuning(petune.Adapter):
         model: Any = sites[0].module
         name = model.config.name_or_path
         if not name or arguments.get("init"):
-            why = "the model does not say where its tokenizer is" if not name else "init is given as well"
-            raise petune.PetuneError(f"prompt-tuning: text={text!r}: {why}; give the tokens' ids, init=[…], alone.")
+            why = (
+                "the model does not say where its tokenizer is"
+                if not name
+                else "init is given as well"
+            )
+            raise petune.PetuneError(
+                f"prompt-tuning: text={text!r}: {why}; give the tokens' ids, init=[…], alone."
+            )
         init = petune.load_tokenizer(name)(text, add_special_tokens=False)["input_ids"]
         if not init:
             raise petune.PetuneError(f"prompt-tuning: text={text!r} has no tokens.")

@@ -40,7 +40,13 @@ class LoReFT(petune.Adapter):
     where = "layer"
 
     def __init__(
-        self, site: petune.Site, *, rank: petune.Positive = 4, first: Count = 7, last: Count = 7, tied: bool = False
+        self,
+        site: petune.Site,
+        *,
+        rank: petune.Positive = 4,
+        first: Count = 7,
+        last: Count = 7,
+        tied: bool = False,
     ) -> None:
         super().__init__()
         if not first and not last:

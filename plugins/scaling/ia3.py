@@ -23,7 +23,9 @@ class IA3(petune.Adapter):
     def __init__(self, site: petune.Site, *, before: str = "down") -> None:
         super().__init__()
         self.before = site.role in before.split()
-        self.scale = nn.Parameter(torch.ones(site.in_features if self.before else site.out_features))
+        self.scale = nn.Parameter(
+            torch.ones(site.in_features if self.before else site.out_features)
+        )
 
     def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
         return inner(x * self.scale) if self.before else inner(x) * self.scale

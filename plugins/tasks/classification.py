@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from petune import PetuneError
-from petune.tune import Task
+from petune.training import Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -54,7 +54,10 @@ class Classification(Task):
         return {**self._ask(row), "labels": self._index(row["label"])}
 
     def predict(self, model: nn.Module, rows: Dataset) -> list[Any]:
-        return [self.labels[max(range(len(row)), key=row.__getitem__)] for row in self._logits(model, rows)]
+        return [
+            self.labels[max(range(len(row)), key=row.__getitem__)]
+            for row in self._logits(model, rows)
+        ]
 
     def score(self, model: nn.Module, rows: Dataset) -> dict[str, float]:
         import torch
@@ -63,7 +66,9 @@ class Classification(Task):
         truth = torch.tensor([self._index(label) for label in rows["label"]])
         if bool((truth == UNSEEN).all()):
             known = ", ".join(map(str, self.labels[:10]))
-            raise PetuneError(f"label {rows['label'][0]!r}: no label here occurs in the training rows ({known}).")
+            raise PetuneError(
+                f"label {rows['label'][0]!r}: no label here occurs in the training rows ({known})."
+            )
         logits = torch.tensor(self._logits(model, rows))  # (rows, labels)
         found = logits.argmax(-1)
         return {
@@ -74,7 +79,9 @@ class Classification(Task):
 
     def _ask(self, row: Mapping[str, Any]) -> dict[str, Any]:
         length = self.recipe.training.max_length
-        encoded = dict(self.tokenizer(row["text"], row.get("text_pair"), truncation=True, max_length=length))
+        encoded = dict(
+            self.tokenizer(row["text"], row.get("text_pair"), truncation=True, max_length=length)
+        )
         if not encoded["input_ids"]:  # a text without a token, to a tokenizer that adds none
             encoded |= {"input_ids": [self.pad_id], "attention_mask": [1]}
         return encoded

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from petune.tune import Task
+from petune.training import Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,7 +37,11 @@ class Generation(Task):
         completion = self._ids(answer)[: self.recipe.training.max_length // 2]
         prompt = self._prompt(row["prompt"], self.recipe.training.max_length - len(completion))
         ids = prompt + completion
-        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [SKIP] * len(prompt) + completion}
+        return {
+            "input_ids": ids,
+            "attention_mask": [1] * len(ids),
+            "labels": [SKIP] * len(prompt) + completion,
+        }
 
     def predict(self, model: Any, rows: Dataset) -> list[str]:
         import transformers
@@ -56,7 +60,9 @@ class Generation(Task):
 
         def answer(batch: dict[str, Tensor]) -> Sequence[str]:
             out = model.generate(**batch, generation_config=greedy)  # (batch, prompt + answer)
-            texts = self.tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+            texts = self.tokenizer.batch_decode(
+                out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
+            )
             return [text.strip() for text in texts]
 
         prompts = [self._prompt(row["prompt"], self.recipe.training.max_length) for row in rows]
@@ -72,14 +78,17 @@ class Generation(Task):
         pairs = list(zip(found, wanted, strict=True))
         loss = self._loss(model, rows)
         return {
-            "chrf": sum(chrf.sentence_score(text, right).score for text, right in pairs) / 100 / len(pairs),
-            "exact_match": sum(_plain(text) in map(_plain, right) for text, right in pairs) / len(pairs),
+            "chrf": sum(chrf.sentence_score(text, right).score for text, right in pairs)
+            / 100
+            / len(pairs),
+            "exact_match": sum(_plain(text) in map(_plain, right) for text, right in pairs)
+            / len(pairs),
             "loss": loss,
             "perplexity": math.exp(min(loss, 700)),  # beyond that a float ends
         }
 
     def _loss(self, model: nn.Module, rows: Dataset) -> float:
-        from petune.tune import labelled_logits
+        from petune.training import labelled_logits
 
         def answer(batch: dict[str, Tensor]) -> Sequence[tuple[float, int]]:
             counts = (batch["labels"][:, 1:] != SKIP).sum(1).tolist()
@@ -87,14 +96,22 @@ class Generation(Task):
                 loss = float(model(**batch).loss)  # the mean over all of the batch's
             return [(loss * count if count else 0.0, count) for count in counts]
 
-        found: list[tuple[float, int]] = self.answers(model, [self.encode(row) for row in rows], answer)
+        found: list[tuple[float, int]] = self.answers(
+            model, [self.encode(row) for row in rows], answer
+        )
         return sum(loss for loss, _ in found) / max(1, sum(count for _, count in found))
 
     def _prompt(self, text: str, most: int) -> list[int]:
         """The prompt's ids; of one that is too long the middle is left out, so that both its ends stay."""
         if self.tokenizer.chat_template:
             turn = [{"role": "user", "content": text}]
-            ids = self._ids(str(self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)))
+            ids = self._ids(
+                str(
+                    self.tokenizer.apply_chat_template(
+                        turn, add_generation_prompt=True, tokenize=False
+                    )
+                )
+            )
         else:
             ids = list(self.tokenizer(text)["input_ids"])
         return ids if len(ids) <= most else ids[: most // 2] + ids[len(ids) - (most - most // 2) :]

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 # on import it names each kernel that it could not load, and torch its deprecated calls
 logging.getLogger("torchao").setLevel(logging.ERROR)
-logging.getLogger("torch.utils._pytree").addFilter(lambda record: "Enum subclass" not in record.getMessage())
+logging.getLogger("torch.utils._pytree").addFilter(
+    lambda record: "Enum subclass" not in record.getMessage()
+)
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,13 @@ class WeightOnly:
         from transformers import TorchAoConfig
 
         kind: Any = Int8WeightOnlyConfig
-        place = {"device_map": {"": torch.cuda.current_device()}} if torch.cuda.is_available() else {}
-        return {"quantization_config": TorchAoConfig(kind(), modules_to_not_convert=list(skip)), **place}
+        place = (
+            {"device_map": {"": torch.cuda.current_device()}} if torch.cuda.is_available() else {}
+        )
+        return {
+            "quantization_config": TorchAoConfig(kind(), modules_to_not_convert=list(skip)),
+            **place,
+        }
 
     def prepare(self, model: Any) -> None:
         """Give the layers a forward that keeps codes alone for backward."""
@@ -52,7 +59,9 @@ class WeightOnly:
             if not any(name == kept or name.startswith(f"{kept}.") for kept in skip):
                 adopt(module)
 
-    def requantize(self, module: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module | None:
+    def requantize(
+        self, module: Any, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> nn.Module | None:
         """The same, with scales of its own."""
         if find_spec("torchao") is None:
             return None

@@ -46,7 +46,9 @@ def adopt(module: nn.Module) -> None:
     """Make a layer that transformers has quantized, or has no way to, one of these."""
     if type(module) is nn.Linear and isinstance(module.weight, Int8Tensor):
         module.__class__ = QuantizedLinear
-        vars(module).pop("extra_repr", None)  # torchao's is bound to the module: a copy would show the original's
+        vars(module).pop(
+            "extra_repr", None
+        )  # torchao's is bound to the module: a copy would show the original's
     elif type(module) is Conv1D:
         if not isinstance(module.weight, Int8Tensor):
             module.weight = _codes(module.weight, 1)
@@ -70,4 +72,6 @@ def remade(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module 
 
 def _codes(weight: Tensor, axis: int) -> nn.Parameter:
     """int8 codes and a scale for each index of `axis`."""
-    return nn.Parameter(Int8Tensor.from_hp(weight.detach(), granularity=PerAxis(axis)), requires_grad=False)
+    return nn.Parameter(
+        Int8Tensor.from_hp(weight.detach(), granularity=PerAxis(axis)), requires_grad=False
+    )

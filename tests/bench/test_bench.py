@@ -68,10 +68,18 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_several_methods_in_a_cell(tmp_path: Path, suite: Any) -> None:
-    cell = {"method": ["prefix-tuning", "ia3"], "method_args": {"prefix-tuning": {"length": 3}}, "where": {"ia3": "k"}}
+    cell = {
+        "method": ["prefix-tuning", "ia3"],
+        "method_args": {"prefix-tuning": {"length": 3}},
+        "where": {"ia3": "k"},
+    }
     assert main(["bench", suite(cell), "--out", str(tmp_path / "out")]) == 0
     row = json.loads((tmp_path / "out" / "results.jsonl").read_text())
-    assert (row["cell"], row["method"], row["status"]) == ("prefix-tuning+ia3", "prefix-tuning+ia3", "ok")
+    assert (row["cell"], row["method"], row["status"]) == (
+        "prefix-tuning+ia3",
+        "prefix-tuning+ia3",
+        "ok",
+    )
     assert row["method_args"] == {"prefix-tuning": {"length": 3}}
     bad = suite({**cell, "method_args": {"prefix-tunign": {}}})
     assert main(["bench", bad, "--out", str(tmp_path / "bad")]) == 2
@@ -108,8 +116,22 @@ def test_each_cell_has_its_row_and_its_place_in_the_report(suite, plugin, tmp_pa
         row = rows[name]
         assert 0 <= row["score"] <= 1
         assert row["steps"] == 3
-        assert min(row[key] for key in ("adapter_bytes", "peak_memory_bytes", "saved_activation_bytes")) > 0
-        known = {"python", "torch", "transformers", "peft", "bitsandbytes", "petune", "cpu", "cores"}
+        assert (
+            min(
+                row[key] for key in ("adapter_bytes", "peak_memory_bytes", "saved_activation_bytes")
+            )
+            > 0
+        )
+        known = {
+            "python",
+            "torch",
+            "transformers",
+            "peft",
+            "bitsandbytes",
+            "petune",
+            "cpu",
+            "cores",
+        }
         assert known <= row["environment"].keys()
 
     page = (out / "report.html").read_text()
@@ -126,7 +148,14 @@ def test_each_cell_has_its_row_and_its_place_in_the_report(suite, plugin, tmp_pa
 
 def test_a_second_run_does_only_what_is_missing(suite, plugin, tmp_path, capsys):
     out = tmp_path / "out"
-    command = ["bench", suite({"method": "ia3"}, {"method": "bitfit"}), "--out", str(out), "--plugin", plugin]
+    command = [
+        "bench",
+        suite({"method": "ia3"}, {"method": "bitfit"}),
+        "--out",
+        str(out),
+        "--plugin",
+        plugin,
+    ]
     assert main([*command, "--cells", "ia3"]) == 0
     (done,) = rows_of(out)
     capsys.readouterr()
@@ -140,7 +169,9 @@ def test_a_second_run_does_only_what_is_missing(suite, plugin, tmp_path, capsys)
     assert [json.loads(line)["cell"] for line in lines[1:]] == ["bitfit"]
 
 
-def test_another_configuration_and_another_seed_run_and_methods_can_be_added(suite, plugin, tmp_path, capsys):
+def test_another_configuration_and_another_seed_run_and_methods_can_be_added(
+    suite, plugin, tmp_path, capsys
+):
     out = tmp_path / "out"
     path = suite({"method": "ia3"})
     assert main(["bench", path, "--out", str(out), "--seeds", "2"]) == 0
@@ -151,7 +182,9 @@ def test_another_configuration_and_another_seed_run_and_methods_can_be_added(sui
     assert rows == [("ia3", 0), ("ia3", 1), ("ia3", 0), ("gate start=0.5 learning_rate=1e-2", 0)]
     assert rows_of(out)[-1]["method_args"] == {"start": 0.5}
     assert rows_of(out)[-1]["environment"]["training"]["learning_rate"] == 0.01
-    assert "seeds)" not in (out / "report.html").read_text()  # the rows of another learning rate are not averaged in
+    assert (
+        "seeds)" not in (out / "report.html").read_text()
+    )  # the rows of another learning rate are not averaged in
     capsys.readouterr()
 
 
@@ -180,12 +213,20 @@ def test_a_mistake_in_the_arguments_is_one_line(arguments, said, tmp_path, capsy
         ({"cells": [{"method": "lora"}], "sedes": [1]}, "Did you mean 'seeds'"),
         ({"cells": []}, "cells"),
         ({"cells": [{"method": "lora"}, {"method": "lora"}]}, "two cells are called 'lora'"),
-        ({"cells": [{"method": "lora", "training": {"setps": 1}}]}, "Did you mean 'training.steps'"),
+        (
+            {"cells": [{"method": "lora", "training": {"setps": 1}}]},
+            "Did you mean 'training.steps'",
+        ),
         ({"cells": [{"method": "lora", "precision": "nf5"}]}, "unknown precision 'nf5'"),
-        ({"cells": [{"method": "lora"}], "defaults": {"modle": "x"}}, "Did you mean 'defaults.model'"),
+        (
+            {"cells": [{"method": "lora"}], "defaults": {"modle": "x"}},
+            "Did you mean 'defaults.model'",
+        ),
     ],
 )
-def test_a_mistake_in_a_suite_names_file_key_and_the_nearest(values, said, defaults, tmp_path, capsys):
+def test_a_mistake_in_a_suite_names_file_key_and_the_nearest(
+    values, said, defaults, tmp_path, capsys
+):
     import yaml
 
     path = tmp_path / "mine.yaml"

@@ -10,8 +10,20 @@ from petune_bench import matrix
 
 def test_it_runs_what_is_missing_and_writes_the_page(tmp_path, capsys, monkeypatch):
     results, out = tmp_path / "m.jsonl", tmp_path / "matrix.md"
-    given = ["--families", "bert", "--precisions", "fp32 nf4", "--results", str(results), "--out", str(out)]
-    refused = [Row("a", "bert", "fp32", refused="no layer is wide enough"), Row("b", "bert", "fp32", refused="same")]
+    given = [
+        "--families",
+        "bert",
+        "--precisions",
+        "fp32 nf4",
+        "--results",
+        str(results),
+        "--out",
+        str(out),
+    ]
+    refused = [
+        Row("a", "bert", "fp32", refused="no layer is wide enough"),
+        Row("b", "bert", "fp32", refused="same"),
+    ]
     monkeypatch.setattr(matrix, "check", lambda cell, device: (cell, refused, 1.0))
     assert matrix.main(["--methods", "ia3", *given]) == 0
     assert [line.split("  ")[:3] for line in capsys.readouterr().out.splitlines()[:2]] == [
@@ -27,9 +39,22 @@ def test_it_runs_what_is_missing_and_writes_the_page(tmp_path, capsys, monkeypat
 
 
 def test_a_failure_is_shown_and_returned(tmp_path, capsys, monkeypatch):
-    rows = [Row("a", "llama", "fp32"), Row("b", "llama", "fp32", error="AssertionError: no"), Row("c", "llama", "fp32")]
+    rows = [
+        Row("a", "llama", "fp32"),
+        Row("b", "llama", "fp32", error="AssertionError: no"),
+        Row("c", "llama", "fp32"),
+    ]
     monkeypatch.setattr(matrix, "check", lambda cell, device: (cell, rows, 1.0))
-    options = ["--methods", "ia3", "--families", "llama", "--precisions", "fp32", "--results", str(tmp_path / "m")]
+    options = [
+        "--methods",
+        "ia3",
+        "--families",
+        "llama",
+        "--precisions",
+        "fp32",
+        "--results",
+        str(tmp_path / "m"),
+    ]
     assert matrix.main([*options, "--out", str(tmp_path / "m.md")]) == 1
     assert "ia3 fp32: llama: b: AssertionError: no" in capsys.readouterr().out
     text = (tmp_path / "m.md").read_text()
@@ -39,7 +64,9 @@ def test_a_failure_is_shown_and_returned(tmp_path, capsys, monkeypatch):
 
 def test_families_fold_and_reasons_are_numbered_once():
     found = {
-        (method, family, precision): [Row("routing", family, precision, refused=why if family == "t5" else None)]
+        (method, family, precision): [
+            Row("routing", family, precision, refused=why if family == "t5" else None)
+        ]
         for method, why in (("m", "why"), ("n", None))
         for family in ("llama", "t5")
         for precision in ("fp32", "nf4")
@@ -48,7 +75,9 @@ def test_families_fold_and_reasons_are_numbered_once():
     assert "| m | ✓ <sup>1</sup> | ✓ <sup>1</sup> |\n| n | ✓ | ✓ |\n" in page
     assert page.count("\n1. ") == 1
     assert "2. " not in page
-    assert '--families "llama t5" --precisions "fp32 nf4"\n' in page, "the page says what it was run on"
+    assert '--families "llama t5" --precisions "fp32 nf4"\n' in page, (
+        "the page says what it was run on"
+    )
 
 
 def test_arguments_that_are_missing(monkeypatch):
@@ -60,6 +89,17 @@ def test_arguments_that_are_missing(monkeypatch):
 @pytest.mark.slow
 def test_several_processes(tmp_path):
     results = tmp_path / "m.jsonl"
-    cells = ["--methods", "ladder-side-tuning", "--families", "bert", "--precisions", "fp32", "--jobs", "2"]
+    cells = [
+        "--methods",
+        "ladder-side-tuning",
+        "--families",
+        "bert",
+        "--precisions",
+        "fp32",
+        "--jobs",
+        "2",
+    ]
     assert matrix.main([*cells, "--results", str(results)]) == 0
-    assert len(json.loads(results.read_text())["rows"]) == len(BEHAVIOURS) - 1, "an encoder does not generate"
+    assert len(json.loads(results.read_text())["rows"]) == len(BEHAVIOURS) - 1, (
+        "an encoder does not generate"
+    )

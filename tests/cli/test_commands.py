@@ -10,7 +10,7 @@ import pytest
 from samples import jsonl, opinions
 
 from petune.cli import main
-from petune.plugins import Plugin, registry
+from petune.core.registry.plugins import Plugin, registry
 
 METHOD = '''
 import petune
@@ -128,7 +128,9 @@ def test_train_eval_predict_merge(
     rows = opinions(10, seed=3)
     data = jsonl(tmp_path / "new.jsonl", rows)
     out = tmp_path / "out" / "answers.jsonl"
-    assert main(["predict", recipe["output"], "--data", str(data), "--json", "--out", str(out)]) == 0
+    assert (
+        main(["predict", recipe["output"], "--data", str(data), "--json", "--out", str(out)]) == 0
+    )
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["id"] for row in printed] == [row["id"] for row in rows]
     assert all(row["prediction"] in ("neg", "pos") for row in printed)
@@ -140,12 +142,18 @@ def test_train_eval_predict_merge(
     assert (tmp_path / "merged" / "model.safetensors").exists()
 
 
-def test_export(generation: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from petune.tune import train
+def test_export(
+    generation: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from petune.training import train
 
     train(generation, quiet=True)
     run = generation["output"]
-    for form, file in [("peft", "adapter_config.json"), ("serving", "adapter_config.json"), ("dense", "config.json")]:
+    for form, file in [
+        ("peft", "adapter_config.json"),
+        ("serving", "adapter_config.json"),
+        ("dense", "config.json"),
+    ]:
         out = tmp_path / form
         assert main(["export", run, str(out), "--format", form]) == 0
         assert capsys.readouterr().out.strip() == str(out)
@@ -168,7 +176,8 @@ def test_merging_into_the_same_precision_says_what_it_costs(
     path, cost = capsys.readouterr().out.splitlines()
     assert path == str(tmp_path / "merged")
     assert re.fullmatch(
-        r"13 layers: relative error 0\.0\d+ \(worst 0\.\d+, bert.*\), .* of what the tuning changes", cost
+        r"13 layers: relative error 0\.0\d+ \(worst 0\.\d+, bert.*\), .* of what the tuning changes",
+        cost,
     )
 
 
@@ -193,7 +202,9 @@ def petune_methods():
 
 
 @pytest.mark.usefixtures("single_files")
-def test_check_shows_a_table_and_the_reasons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_shows_a_table_and_the_reasons(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     plugin = tmp_path / "picky_method.py"
     plugin.write_text(PICKY)
     command = ["check", "picky", "--plugin", str(plugin), "--families", "bert", "--precisions"]
@@ -201,14 +212,18 @@ def test_check_shows_a_table_and_the_reasons(tmp_path: Path, capsys: pytest.Capt
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.split() == ["BEHAVIOUR", "BERT", "FP32", "BERT", "NF4"]
     assert lines[0].split() == ["starts", "at", "the", "base", "–", "–"]
-    assert lines[-1].startswith("– bert: everything: picky: width 64 is not enough for these layers.")
+    assert lines[-1].startswith(
+        "– bert: everything: picky: width 64 is not enough for these layers."
+    )
     assert main([*command, "fp32", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert {row["error"] for row in rows} == {None}
     assert all(row["refused"] for row in rows)
 
 
-def test_check_fails_where_something_does(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_fails_where_something_does(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(case: Any) -> None:
         raise AssertionError("two words")
 
@@ -240,7 +255,9 @@ def test_a_single_file_plugin(
 ) -> None:
     assert main(["methods", "--plugin", plugin]) == 0
     assert "scale: float = 2.0" in capsys.readouterr().out
-    assert main(["train", file, "method=shift", "method_args={scale: 1}", f"--plugin={plugin}"]) == 0
+    assert (
+        main(["train", file, "method=shift", "method_args={scale: 1}", f"--plugin={plugin}"]) == 0
+    )
     assert main(["eval", recipe["output"], "--plugin", plugin]) == 0
     capsys.readouterr()
     assert main(["hello", "--name", "there", "--plugin", plugin]) == 0
@@ -250,7 +267,7 @@ def test_a_single_file_plugin(
 def test_an_interrupted_run_says_how_to_go_on(
     file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from petune.tune.trainer import Recorder
+    from petune.training.trainer import Recorder
 
     begin = Recorder.on_step_begin
 
@@ -267,7 +284,9 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert main(["train", file, "--resume"]) == 0
 
 
-def test_install_is_pips(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_install_is_pips(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from petune.cli import environment
 
     asked: list[list[str]] = []

@@ -37,7 +37,9 @@ def complaint(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["sites", "./nowhere"], ["./nowhere: no such file"]),
     ],
 )
-def test_on_the_command_line(capsys: pytest.CaptureFixture[str], argv: list[str], words: list[str]) -> None:
+def test_on_the_command_line(
+    capsys: pytest.CaptureFixture[str], argv: list[str], words: list[str]
+) -> None:
     said = complaint(capsys, *argv)
     for word in words:
         assert word in said
@@ -65,13 +67,17 @@ def test_on_the_command_line(capsys: pytest.CaptureFixture[str], argv: list[str]
         ("steps", ["write key=value"]),
     ],
 )
-def test_in_a_recipe(capsys: pytest.CaptureFixture[str], file: str, override: str, words: list[str]) -> None:
+def test_in_a_recipe(
+    capsys: pytest.CaptureFixture[str], file: str, override: str, words: list[str]
+) -> None:
     said = complaint(capsys, "train", file, override)
     for word in words:
         assert word in said
 
 
-def test_a_model_without_the_head_that_the_task_needs(capsys: pytest.CaptureFixture[str], file: str) -> None:
+def test_a_model_without_the_head_that_the_task_needs(
+    capsys: pytest.CaptureFixture[str], file: str
+) -> None:
     assert "causal" in complaint(capsys, "train", file, "head=causal").lower()
 
 
@@ -83,15 +89,23 @@ def test_rows_without_the_column(
     said = complaint(capsys, "predict", recipe["output"], "--data", str(data))
     assert "other.jsonl" in said
     assert "unknown column 'sentence'" in said
-    data = jsonl(tmp_path / "unlabelled.jsonl", [{"sentence": row["sentence"]} for row in opinions(3)])
-    assert "unknown column 'gold'" in complaint(capsys, "eval", recipe["output"], "--data", str(data))
-    assert "nowhere.jsonl: no such file" in complaint(capsys, "predict", recipe["output"], "--data", "nowhere.jsonl")
+    data = jsonl(
+        tmp_path / "unlabelled.jsonl", [{"sentence": row["sentence"]} for row in opinions(3)]
+    )
+    assert "unknown column 'gold'" in complaint(
+        capsys, "eval", recipe["output"], "--data", str(data)
+    )
+    assert "nowhere.jsonl: no such file" in complaint(
+        capsys, "predict", recipe["output"], "--data", "nowhere.jsonl"
+    )
 
 
 def test_a_broken_plugin_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "rotten.py"
     path.write_text("import nothing_of_that_name")
-    assert "No module named 'nothing_of_that_name'" in complaint(capsys, "methods", "--plugin", str(path))
+    assert "No module named 'nothing_of_that_name'" in complaint(
+        capsys, "methods", "--plugin", str(path)
+    )
 
 
 def test_debug_shows_where(capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,7 +113,9 @@ def test_debug_shows_where(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_bug_of_ours_is_one_line_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_of_ours_is_one_line_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken() -> None:
         raise RuntimeError("no good")
 
@@ -112,7 +128,9 @@ def test_a_bug_of_ours_is_one_line_too(capsys: pytest.CaptureFixture[str], monke
 
 @pytest.mark.parametrize("argv", [["trian"], ["train", "nowhere.yaml"]])
 def test_as_a_process(argv: list[str]) -> None:
-    done = subprocess.run([sys.executable, "-m", "petune.cli", *argv], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "petune.cli", *argv], capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1

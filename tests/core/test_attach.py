@@ -31,7 +31,9 @@ def test_fused_projections_are_whole_or_in_parts():
     assert {link.site.role for link in whole.links} == {"qkv"}
     whole.detach()
     parts = petune.attach(model, "lora", where="q v")
-    assert [link.site.name for link in parts.links[:2]] == [f"transformer.h.0.attn.c_attn[{r}]" for r in "qv"]
+    assert [link.site.name for link in parts.links[:2]] == [
+        f"transformer.h.0.attn.c_attn[{r}]" for r in "qv"
+    ]
     assert all(link.site.out_features == 64 for link in parts.links)
 
 
@@ -46,7 +48,10 @@ def test_a_part_of_a_fused_projection_is_that_part():
     after = layer(x)
     torch.testing.assert_close(after[..., 64:], before[..., 64:], rtol=0, atol=0)
     torch.testing.assert_close(
-        after[..., :64] - before[..., :64], 2.0 * x @ adapter.A.T @ adapter.B.T, rtol=1e-4, atol=1e-4
+        after[..., :64] - before[..., :64],
+        2.0 * x @ adapter.A.T @ adapter.B.T,
+        rtol=1e-4,
+        atol=1e-4,
     )
 
 
@@ -115,7 +120,9 @@ def test_the_dtype_policy_keeps_a_16_bit_base_16_bit():
         tuning = petune.attach(model, method)
         assert {p.dtype for p in tuning.parameters()} == {torch.float32}
         seen = []
-        watch = model.model.layers[-1].self_attn.q_proj.register_forward_hook(lambda _m, x, y: seen.extend((*x, y)))  # noqa: B023
+        watch = model.model.layers[-1].self_attn.q_proj.register_forward_hook(
+            lambda _m, x, y: seen.extend((*x, y))
+        )
         assert model(**batch).logits.dtype == torch.bfloat16
         assert {t.dtype for t in seen} == {torch.bfloat16}, method
         watch.remove()

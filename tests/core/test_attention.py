@@ -44,7 +44,9 @@ def test_a_prefix_is_what_a_cache_of_its_keys_and_values_is(family):
     cache = cache_of(petune.tunings(model)["default"], rows)
     positions = torch.arange(10)[None].expand(rows, -1)
     with torch.no_grad():
-        want = base(input_ids=batch["input_ids"], past_key_values=cache, position_ids=positions).logits
+        want = base(
+            input_ids=batch["input_ids"], past_key_values=cache, position_ids=positions
+        ).logits
         got = model(input_ids=batch["input_ids"]).logits
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
@@ -54,7 +56,9 @@ def test_static_cache_and_no_cache():
     ids = tiny_batch("llama", padding=0)["input_ids"]
     kwargs = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     want = model.generate(ids, use_cache=False, **kwargs)
-    assert torch.equal(model.generate(ids, cache_implementation="static", disable_compile=True, **kwargs), want)
+    assert torch.equal(
+        model.generate(ids, cache_implementation="static", disable_compile=True, **kwargs), want
+    )
     assert torch.equal(model.generate(ids, **kwargs), want)
 
 

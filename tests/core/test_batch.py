@@ -44,7 +44,11 @@ RIGHT, LEFT = torch.tensor([[1, 1, 1, 0, 0], [1] * 5]), torch.tensor([[0, 0, 1, 
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_padding_on_both_sides(family):
     model, seen = watched(family)
-    for mask, row in ((RIGHT, [0, 1, 2, -1, -1]), (LEFT, [-1, -1, 0, 1, 2]), (None, [0, 1, 2, 3, 4])):
+    for mask, row in (
+        (RIGHT, [0, 1, 2, -1, -1]),
+        (LEFT, [-1, -1, 0, 1, 2]),
+        (None, [0, 1, 2, 3, 4]),
+    ):
         model(input_ids=IDS, attention_mask=mask)
         assert places(seen[-1]) == [row, [0, 1, 2, 3, 4]]
         assert seen[-1].size.tolist() == [[1 + max(row)] * 5, [5] * 5]
@@ -64,7 +68,9 @@ def test_labels_end_the_prompt():
 def test_packed_sequences_each_have_a_prompt():
     model, seen = watched("llama")
     positions = torch.tensor([[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]])
-    labels = torch.tensor([[-100, -100, 1, -100, 1], [1, 1, -100, -100, 1]])  # of its own, a first label says nothing
+    labels = torch.tensor(
+        [[-100, -100, 1, -100, 1], [1, 1, -100, -100, 1]]
+    )  # of its own, a first label says nothing
     model(IDS, position_ids=positions, labels=labels)
     assert places(seen[-1]) == [[0, 1, -1, 0, 1], [0, 1, 0, 1, -1]]
     assert seen[-1].size.tolist() == [[2, 2, 2, 2, 2], [2, 2, 2, 2, 2]]
@@ -98,7 +104,9 @@ def test_virtual_tokens_are_none_of_it(family, at):
     assert places(seen[-1])[1] == row
     with petune.route(model, ["prompt", "spy"]):
         model(input_ids=IDS)
-    assert places(seen[-1]) == [[0, 1, 2, 3, 4, -1, -1]], "the rows of its own, padded to the others' length"
+    assert places(seen[-1]) == [[0, 1, 2, 3, 4, -1, -1]], (
+        "the rows of its own, padded to the others' length"
+    )
     with pytest.raises(petune.UnsupportedError, match="input ids"):
         model(inputs_embeds=torch.randn(2, 5, 64))
 
@@ -117,7 +125,9 @@ def test_generation_adds_nothing_to_the_prompt(cached):
         model.generate(IDS, attention_mask=LEFT, prefill_chunk_size=3, **options)
         assert [places(b) for b in seen[:2]] == [[[-1, -1, 0], [0, 1, 2]], [[1, 2], [3, 4]]]
         seen.clear()
-        model.generate(IDS, attention_mask=LEFT, cache_implementation="static", disable_compile=True, **options)
+        model.generate(
+            IDS, attention_mask=LEFT, cache_implementation="static", disable_compile=True, **options
+        )
         assert places(seen[0]) == [[-1, -1, 0, 1, 2], [0, 1, 2, 3, 4]]
         assert [b.decoding for b in seen] == [False, True, True, True]
     model(IDS)

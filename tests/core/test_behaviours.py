@@ -18,7 +18,9 @@ slow = pytest.mark.slow
 def check(method, family, precision="fp32", **options):
     if precision == "int8wo":
         pytest.importorskip("torchao")
-    check_method(method, families=[family], precisions=[precision], **options, **ARGUMENTS.get(method, {}))
+    check_method(
+        method, families=[family], precisions=[precision], **options, **ARGUMENTS.get(method, {})
+    )
 
 
 @pytest.mark.parametrize(
@@ -44,7 +46,11 @@ def test_every_precision(method, precision):
 @slow
 @pytest.mark.parametrize(
     ("method", "family", "precision"),
-    [(m, f, precisions[(i + j) % 6]) for i, m in enumerate(METHODS) for j, f in enumerate(["gpt2", "bert", "t5"])],
+    [
+        (m, f, precisions[(i + j) % 6])
+        for i, m in enumerate(METHODS)
+        for j, f in enumerate(["gpt2", "bert", "t5"])
+    ],
 )
 def test_every_family(method, family, precision):
     check(method, family, precision)

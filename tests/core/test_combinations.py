@@ -22,7 +22,8 @@ LATER = [(MAM, "bert"), (MAM, "t5"), (UNIPELT, "llama"), (ONE_SITE, "gpt2"), (OV
 
 
 @pytest.mark.parametrize(
-    ("methods", "family"), [(MAM, "llama"), *[pytest.param(*case, marks=pytest.mark.slow) for case in LATER]]
+    ("methods", "family"),
+    [(MAM, "llama"), *[pytest.param(*case, marks=pytest.mark.slow) for case in LATER]],
 )
 def test_a_list_of_methods_behaves_as_one(methods, family):
     check_method(methods, families=[family])
@@ -46,7 +47,9 @@ def test_one_folder(methods, tmp_path):
 def test_the_list_is_what_stacking_is():
     """One tuning of two methods computes what two tunings of one compute."""
     one, two, batch = tiny_model("llama"), tiny_model("llama"), tiny_batch("llama")
-    together = shaken(one, MAM, **{"prefix-tuning": {"length": 3}, "parallel-adapter": {"width": 5}})
+    together = shaken(
+        one, MAM, **{"prefix-tuning": {"length": 3}, "parallel-adapter": {"width": 5}}
+    )
     apart = [petune.attach(two, "prefix-tuning", name="p", length=3),
              petune.attach(two, "parallel-adapter", name="a", width=5, where="mlp")]  # fmt: skip
     own = {key.partition(":")[2]: tensor for key, tensor in together.state()}
@@ -99,7 +102,10 @@ def test_a_weighted_sum_of_loras_is_pefts(family):
     targets = ["q_proj", "down_proj"] if family == "llama" else ["c_attn", "mlp.c_proj"]
     roles = "q down" if family == "llama" else "qkv down"
     shapes, weights = {"a": (4, 8.0), "b": (6, 3.0)}, {"a": 0.7, "b": -1.5}
-    configs = {n: peft.LoraConfig(r=r, lora_alpha=alpha, target_modules=targets) for n, (r, alpha) in shapes.items()}
+    configs = {
+        n: peft.LoraConfig(r=r, lora_alpha=alpha, target_modules=targets)
+        for n, (r, alpha) in shapes.items()
+    }
     theirs = peft.get_peft_model(tiny_model(family), configs["a"], "a")
     theirs.add_adapter("b", configs["b"])
     ours, batch = tiny_model(family), tiny_batch(family)
@@ -120,7 +126,9 @@ def test_a_weighted_sum_of_loras_is_pefts(family):
     close(logits(ours, batch), want)
 
 
-@pytest.mark.parametrize("method", ["houlsby", "ia3", "prefix-tuning", "full", "trainable-tokens", "dora"])
+@pytest.mark.parametrize(
+    "method", ["houlsby", "ia3", "prefix-tuning", "full", "trainable-tokens", "dora"]
+)
 @torch.no_grad()
 def test_a_weight_is_its_formula_and_is_saved(method, tmp_path):
     """At one site: weight 0 is the base, 1 the tuning; between them y + w (f(y) - y) of what the site gives."""
@@ -138,7 +146,9 @@ def test_a_weight_is_its_formula_and_is_saved(method, tmp_path):
         tuning.weight = w
         full = logits(model, batch)
     torch.testing.assert_close(full, logits(tiny_model("llama"), batch), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(seen[0.25], 0.75 * seen[0.0] + 0.25 * seen[1.0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        seen[0.25], 0.75 * seen[0.0] + 0.25 * seen[1.0], rtol=1e-4, atol=1e-5
+    )
     assert not torch.allclose(seen[0.25], seen[0.0])
     hook.remove()
     tuning.weight = 0.25
@@ -155,7 +165,9 @@ def test_a_weight_under_compile_and_in_half_precision():
     tuning = shaken(model, "lora")
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     torch.compiler.reset()
-    compiled = torch.compile(lambda: model(**inputs, use_cache=False).logits, backend="eager", fullgraph=True)
+    compiled = torch.compile(
+        lambda: model(**inputs, use_cache=False).logits, backend="eager", fullgraph=True
+    )
     with torch.no_grad():
         for weight in (0.5, 0.0):
             tuning.weight = weight
@@ -181,7 +193,9 @@ def test_a_weighted_copy_does_not_merge():
     tuning = shaken(model, "lora", train=["classifier"])
     tuning.weight = 0.5
     before = logits(model, batch)
-    with pytest.raises(petune.UnmergeableError, match="classifier itself, which merges at weight 1"):
+    with pytest.raises(
+        petune.UnmergeableError, match="classifier itself, which merges at weight 1"
+    ):
         tuning.merge()
     assert torch.equal(logits(model, batch), before)
 

@@ -18,7 +18,9 @@ def prefixed(kind, **more):
     return model, tuning
 
 
-@pytest.mark.parametrize("kind", ["gptj", "codegen", "falcon", "gpt_neox_japanese", "openai-gpt", "xglm"])
+@pytest.mark.parametrize(
+    "kind", ["gptj", "codegen", "falcon", "gpt_neox_japanese", "openai-gpt", "xglm"]
+)
 @torch.no_grad()
 def test_a_prefix_is_what_a_cache_of_it_is(kind):
     """scale before, scale after, baddbmm, a mask by multiplication, torch's own function."""
@@ -28,7 +30,9 @@ def test_a_prefix_is_what_a_cache_of_it_is(kind):
     got = model(input_ids=ids, position_ids=positions, use_cache=False).logits
     if kind == "openai-gpt":  # it has no cache: what a value adds has to come out
         with tuning.disabled():
-            assert not torch.allclose(got, model(input_ids=ids, position_ids=positions).logits, atol=1e-3)
+            assert not torch.allclose(
+                got, model(input_ids=ids, position_ids=positions).logits, atol=1e-3
+            )
         return
     cache = cache_of(tuning, len(ids))
     with tuning.disabled():
@@ -36,7 +40,9 @@ def test_a_prefix_is_what_a_cache_of_it_is(kind):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["bloom", "mpt", "deberta", "deberta-v2", "xlnet", "gpt_neo", "lxmert", "mpnet"])
+@pytest.mark.parametrize(
+    "kind", ["bloom", "mpt", "deberta", "deberta-v2", "xlnet", "gpt_neo", "lxmert", "mpnet"]
+)
 @torch.no_grad()
 def test_scores_keep_what_the_model_adds_to_them(kind):
     """ALiBi, relative positions, buckets, windows, masks: an adapter that adds nothing gives the base."""

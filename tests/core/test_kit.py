@@ -162,7 +162,9 @@ def test_every_behaviour_has_a_fault():
     assert list(dict.fromkeys(behaviour for behaviour, _ in FAULTS)) == list(BEHAVIOURS)
 
 
-@pytest.mark.parametrize(("behaviour", "method"), FAULTS, ids=lambda value: getattr(value, "__name__", None))
+@pytest.mark.parametrize(
+    ("behaviour", "method"), FAULTS, ids=lambda value: getattr(value, "__name__", None)
+)
 def test_a_fault_is_seen(behaviour, method, monkeypatch):
     monkeypatch.setattr("petune.testing.BEHAVIOURS", {behaviour: BEHAVIOURS[behaviour]})
     (row,) = run_checks(method, families=["llama"])
@@ -189,7 +191,11 @@ def test_a_refusal_must_be_stated():
 
 
 def test_reasons_are_said_once():
-    rows = [Row("a", f, p, refused=why) for f, why in (("x", "r"), ("y", "r"), ("z", "s")) for p in ("fp32", "nf4")]
+    rows = [
+        Row("a", f, p, refused=why)
+        for f, why in (("x", "r"), ("y", "r"), ("z", "s"))
+        for p in ("fp32", "nf4")
+    ]
     rows.append(Row("b", "x", "fp32"))
     assert {what: len(found) for what, found in reasons(rows).items()} == {"x: a: r": 2, "y: everything: r": 2,
                                                                            "z: everything: s": 2}  # fmt: skip

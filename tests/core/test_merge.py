@@ -10,12 +10,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import petune
-from petune import merge as merge_module
-from petune.merge import dequantize
-from petune.plugins import registry
+from petune.core.attached import merge as merge_module
+from petune.core.attached.quantized import dequantize
+from petune.core.frozen.weights import dense, is_quantized
+from petune.core.registry.plugins import registry
 from petune.testing import tiny_batch, tiny_model
 from petune.testing.case import logits
-from petune.weights import dense, is_quantized
 
 
 def test_the_weight_is_the_formula():
@@ -34,8 +34,12 @@ def test_a_base_without_bias_gets_one_if_needed():
     model = tiny_model("llama")
     before = set(model.state_dict())
     shaken(model, "bitfit", where="q").merge()
-    added = set(model.state_dict()) - before  # all of its attention: the configuration knows no less
-    assert added == {f"model.layers.{i}.self_attn.{role}_proj.bias" for i in range(3) for role in "qkvo"}
+    added = (
+        set(model.state_dict()) - before
+    )  # all of its attention: the configuration knows no less
+    assert added == {
+        f"model.layers.{i}.self_attn.{role}_proj.bias" for i in range(3) for role in "qkvo"
+    }
     assert model.model.layers[0].self_attn.q_proj.bias.any()
     assert not model.model.layers[0].self_attn.k_proj.bias.any()
 
@@ -89,9 +93,13 @@ def test_a_quantized_model_merges_to_one_that_transformers_loads(tmp_path):
     torch.testing.assert_close(logits(again, batch), before, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("precision", "most"), [("nf4", 0.1), ("fp4", 0.13), ("int8", 0.01), ("int8wo", 0.01)])
+@pytest.mark.parametrize(
+    ("precision", "most"), [("nf4", 0.1), ("fp4", 0.13), ("int8", 0.01), ("int8wo", 0.01)]
+)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_quantized_layer_is_quantized_again_at_the_cost_that_is_said(family, precision, most, tmp_path):
+def test_a_quantized_layer_is_quantized_again_at_the_cost_that_is_said(
+    family, precision, most, tmp_path
+):
     if precision == "int8wo":
         pytest.importorskip("torchao")
     model, batch = tiny_model(family, precision), tiny_batch(family)
@@ -139,7 +147,9 @@ def test_a_layer_that_no_quantizer_knows_is_not_quantized_again(monkeypatch):
     tuning = shaken(model, "lora")
     before = logits(model, batch)
     monkeypatch.setitem(registry()._found, "petune_quantizers", {})
-    with pytest.raises(petune.UnsupportedError, match="no installed quantizer can write a Linear4bit"):
+    with pytest.raises(
+        petune.UnsupportedError, match="no installed quantizer can write a Linear4bit"
+    ):
         tuning.merge(quantize=True)
     assert torch.equal(logits(model, batch), before)
     tuning.merge()
@@ -175,12 +185,16 @@ def test_a_saved_model_keeps_the_biases_that_a_merge_adds(precision, tmp_path):
     dequantize(model)
     assert (model.config.attention_bias, model.config.mlp_bias) == (True, False)
     model.save_pretrained(tmp_path)
-    torch.testing.assert_close(logits(petune.from_pretrained(tmp_path), batch), logits(model, batch))
+    torch.testing.assert_close(
+        logits(petune.from_pretrained(tmp_path), batch), logits(model, batch)
+    )
 
 
 def test_biases_that_no_saved_model_has_a_place_for_are_said():
     model = tiny_model("t5")
-    with pytest.warns(UserWarning, match=r"a saved t5 has no place for encoder.block.0.*\.q\.bias and 8 more"):
+    with pytest.warns(
+        UserWarning, match=r"a saved t5 has no place for encoder.block.0.*\.q\.bias and 8 more"
+    ):
         shaken(model, "bitfit", where="q").merge()
 
 
@@ -197,8 +211,16 @@ def test_an_embedding_that_scales_its_rows_is_refused():
     """Gemma's: what it answers is not what it stores, so answers must not be stored."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-    sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
-    model = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
+    sizes = {
+        "vocab_size": 32,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "head_dim": 16,
+    }
+    model = Gemma3ForCausalLM(
+        Gemma3TextConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    ).eval()
     tuning = shaken(model, "trainable-tokens", ids=[5], where="embed")
     with pytest.raises(TypeError, match="embed_tokens changes its rows"):
         tuning.merge()
@@ -224,20 +246,25 @@ def test_a_norm_that_adds_one_to_its_weight():
     """Gemma's, also in bfloat16."""
     from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
-    from petune.norms import probe_norm
+    from petune.core.frozen.norms import probe_norm
 
     norm, scale = Gemma3RMSNorm(63), torch.randn(63)
     norm.weight.normal_()
     for dtype, near in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
         norm.to(dtype)
         weight, bias = probe_norm(lambda x: norm(x) * scale.to(x.dtype), norm, norm)
-        torch.testing.assert_close(weight, scale * (1 + norm.weight.float()) - 1, rtol=near, atol=near)
+        torch.testing.assert_close(
+            weight, scale * (1 + norm.weight.float()) - 1, rtol=near, atol=near
+        )
         assert float(bias.abs().max()) == 0
 
 
 def test_what_is_no_scale_and_shift_of_a_norm_is_refused():
     model = tiny_model("llama")
-    for where, message in (("norm", "does more to .* than scale and shift it"), ("mlp", "has no merged form")):
+    for where, message in (
+        ("norm", "does more to .* than scale and shift it"),
+        ("mlp", "has no merged form"),
+    ):
         tuning = shaken(model, "lora", where=where)
         with pytest.raises(TypeError, match=message):
             tuning.merge()
@@ -266,7 +293,9 @@ def test_a_tied_head_is_untied_where_only_it_changes():
     assert not model.config.tie_word_embeddings
 
 
-@pytest.mark.parametrize(("kind", "name"), [("mixtral", "MixtralForCausalLM"), ("mamba", "MambaForCausalLM")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("mixtral", "MixtralForCausalLM"), ("mamba", "MambaForCausalLM")]
+)
 def test_parameters_beside_submodules_train_save_and_merge(kind, name, tmp_path):
     """Stacked experts, a state-space mixer that reads its submodules' weights itself."""
     from petune_bench.coverage import checks, tiny

@@ -5,7 +5,7 @@ import torch
 from shaken import shaken
 from torch.utils.checkpoint import checkpoint
 
-from petune.ops import lowrank_update, recompute
+from petune.core.ops import lowrank_update, recompute
 from petune.testing import tiny_batch, tiny_model
 
 NEEDS = [(1, 0, 1, 1), (0, 1, 1, 1), (0, 0, 1, 0), (1, 1, 0, 0), (0, 1, 0, 0), (0, 0, 0, 1)]
@@ -34,7 +34,9 @@ def kept(function):
 @pytest.mark.parametrize("rows", [(6,), (2, 3)])
 def test_gradients_by_finite_differences(rows, dropout):
     given = tensors(rows=rows)
-    assert torch.autograd.gradcheck(lambda *t: seeded(lowrank_update, *t, 0.7, dropout=dropout), given)
+    assert torch.autograd.gradcheck(
+        lambda *t: seeded(lowrank_update, *t, 0.7, dropout=dropout), given
+    )
 
 
 def test_inputs_that_are_not_contiguous():
@@ -43,7 +45,9 @@ def test_inputs_that_are_not_contiguous():
     assert not any(t.is_contiguous() for t in given)
     torch.testing.assert_close(lowrank_update(*given, 0.7), given[0] + 0.7 * given[1] @ a.T @ b.T)
     assert torch.autograd.gradcheck(
-        lambda y, x, a, b: lowrank_update(y.transpose(0, 1), x.transpose(0, 1), a.T.contiguous().T, b, 0.7),
+        lambda y, x, a, b: lowrank_update(
+            y.transpose(0, 1), x.transpose(0, 1), a.T.contiguous().T, b, 0.7
+        ),
         [y, x, a, b],
     )
 
@@ -53,7 +57,9 @@ def test_only_wanted_gradients(needs):
     given = [t.requires_grad_(bool(n)) for t, n in zip(tensors(), needs, strict=True)]
     lowrank_update(*given, 0.5).sum().backward()
     got = [t.grad for t in given]
-    y, x, a, b = plain = [t.detach().clone().requires_grad_(bool(n)) for t, n in zip(given, needs, strict=True)]
+    y, x, a, b = plain = [
+        t.detach().clone().requires_grad_(bool(n)) for t, n in zip(given, needs, strict=True)
+    ]
     (y + 0.5 * x @ a.T @ b.T).sum().backward()
     for one, other in zip(got, [t.grad for t in plain], strict=True):
         assert (one is None) == (other is None)
@@ -104,7 +110,9 @@ def test_dropout_is_the_plain_form_with_what_it_drops(p):
     assert set(dropped.unique().tolist()) <= {0.0, 1 / (1 - p)}
     spread = (p * (1 - p) / x.numel()) ** 0.5
     assert abs(float((dropped == 0).double().mean()) - p) < 5 * spread
-    both = float(((dropped[:, 1:] == 0) & (dropped[:, :-1] == 0)).double().mean())  # neighbours are independent
+    both = float(
+        ((dropped[:, 1:] == 0) & (dropped[:, :-1] == 0)).double().mean()
+    )  # neighbours are independent
     assert abs(both - p * p) < 6 * (p * p / x.numel()) ** 0.5
     assert not torch.equal(dropped, lowrank_update(torch.zeros_like(x), x, eye, eye, dropout=p))
 
@@ -116,7 +124,9 @@ def test_dropout_forward_and_backward_drop_the_same():
     out = seeded(lowrank_update, y, x, a, b, 0.5, dropout=0.3)
     plain = y + 0.5 * (x * mask) @ a.T @ b.T
     torch.testing.assert_close(out, plain)
-    for one, other in zip(*(torch.autograd.grad(o.pow(2).sum(), [y, x, a, b]) for o in (out, plain)), strict=True):
+    for one, other in zip(
+        *(torch.autograd.grad(o.pow(2).sum(), [y, x, a, b]) for o in (out, plain)), strict=True
+    ):
         torch.testing.assert_close(one, other)
 
 
@@ -125,7 +135,11 @@ def test_dropout_under_gradient_checkpointing():
     plain = torch.autograd.grad(seeded(lowrank_update, *given, dropout=0.3).pow(2).sum(), given)
 
     def again():
-        return checkpoint(lambda *t: lowrank_update(*t, dropout=0.3), *given, use_reentrant=False).pow(2).sum()
+        return (
+            checkpoint(lambda *t: lowrank_update(*t, dropout=0.3), *given, use_reentrant=False)
+            .pow(2)
+            .sum()
+        )
 
     for one, other in zip(torch.autograd.grad(seeded(again), given), plain, strict=True):
         assert torch.equal(one, other)
@@ -163,10 +177,15 @@ def test_recompute_gradients_and_what_it_keeps():
 
 def test_dropout_compiled():
     given = tensors()
-    fast = torch.compile(lambda *t: lowrank_update(*t, 0.5, dropout=0.3), backend="aot_eager", fullgraph=True)
+    fast = torch.compile(
+        lambda *t: lowrank_update(*t, 0.5, dropout=0.3), backend="aot_eager", fullgraph=True
+    )
     plain, ours = (
-        seeded(f, *given, **more) for f, more in ((lowrank_update, {"scale": 0.5, "dropout": 0.3}), (fast, {}))
+        seeded(f, *given, **more)
+        for f, more in ((lowrank_update, {"scale": 0.5, "dropout": 0.3}), (fast, {}))
     )
     torch.testing.assert_close(ours, plain)
-    for one, other in zip(*(torch.autograd.grad(o.pow(2).sum(), given) for o in (ours, plain)), strict=True):
+    for one, other in zip(
+        *(torch.autograd.grad(o.pow(2).sum(), given) for o in (ours, plain)), strict=True
+    ):
         torch.testing.assert_close(one, other)

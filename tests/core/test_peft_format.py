@@ -39,11 +39,19 @@ PAIRS = {
     ),
     "dora": (at(lambda **more: peft.LoraConfig(r=4, use_dora=True, **more)), {}, TARGETS),
     "adalora": (
-        at(lambda **more: peft.AdaLoraConfig(init_r=5, target_r=3, lora_alpha=6, total_step=9, deltaT=2, **more)),
+        at(
+            lambda **more: peft.AdaLoraConfig(
+                init_r=5, target_r=3, lora_alpha=6, total_step=9, deltaT=2, **more
+            )
+        ),
         {"rank": 5, "alpha": 6.0, "betas": (0.8, 0.9)},
         TARGETS,
     ),
-    "vera": (at(lambda **more: peft.VeraConfig(r=6, projection_prng_key=3, **more)), {"rank": 6, "seed": 3}, TARGETS),
+    "vera": (
+        at(lambda **more: peft.VeraConfig(r=6, projection_prng_key=3, **more)),
+        {"rank": 6, "seed": 3},
+        TARGETS,
+    ),
     "loha": (at(lambda **more: peft.LoHaConfig(r=3, alpha=4, **more)), {"rank": 3}, LINEAR),
     "lokr": (at(lambda **more: peft.LoKrConfig(r=5, **more)), {"rank": 3, "factor": 7}, LINEAR),
     "oft": (at(lambda **more: peft.OFTConfig(oft_block_size=8, **more)), {"block": 8}, LINEAR),
@@ -54,7 +62,9 @@ PAIRS = {
     ),
     "ia3": (
         lambda family: peft.IA3Config(
-            target_modules=TARGETS[family], feedforward_modules=TARGETS[family][-1:], task_type=TASKS[family]
+            target_modules=TARGETS[family],
+            feedforward_modules=TARGETS[family][-1:],
+            task_type=TASKS[family],
         ),
         {},
         TARGETS,
@@ -98,7 +108,9 @@ def _butterflies(monkeypatch):
     from peft.tuners.boft import layer
 
     class BlockDiagonal:
-        apply = staticmethod(lambda blocks: torch.stack([torch.block_diag(*factor) for factor in blocks]))
+        apply = staticmethod(
+            lambda blocks: torch.stack([torch.block_diag(*factor) for factor in blocks])
+        )
 
     monkeypatch.setattr(layer, "_FBD_CUDA", True)
     monkeypatch.setattr(layer, "FastBlockDiag", BlockDiagonal)
@@ -128,16 +140,29 @@ def test_what_peft_wrote_loads_here(method, family, tmp_path):
 @pytest.mark.parametrize(("method", "family"), [*CELLS, ("p-tuning", "llama")])
 def test_what_petune_saved_loads_in_peft(method, family, tmp_path):
     ours = tiny_model(family)
-    arguments = PAIRS[method][1] if method != "p-tuning" else {"length": 4, "hidden": 8, "encoder": "lstm"}
-    where = WHERE[family] if method in ("lora", "dora", "adalora", "vera", "loha", "lokr", "oft", "boft") else None
+    arguments = (
+        PAIRS[method][1] if method != "p-tuning" else {"length": 4, "hidden": 8, "encoder": "lstm"}
+    )
+    where = (
+        WHERE[family]
+        if method in ("lora", "dora", "adalora", "vera", "loha", "lokr", "oft", "boft")
+        else None
+    )
     where = "q k v down" if (method, family) == ("ia3", "gpt2") else where
     heads = ["classifier"] if family == "bert" else None
     tuning = petune.attach(ours, method, where=where, train=heads, **arguments)
     shake(tuning.parameters())
     tuning.save(tmp_path, format="peft")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-    trainable = method == "adalora"  # with labels PEFT's asks for the adapter that trains, and fails where none does
-    theirs = peft.PeftModel.from_pretrained(tiny_model(family), tmp_path, is_trainable=trainable).eval()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    trainable = (
+        method == "adalora"
+    )  # with labels PEFT's asks for the adapter that trains, and fails where none does
+    theirs = peft.PeftModel.from_pretrained(
+        tiny_model(family), tmp_path, is_trainable=trainable
+    ).eval()
     close(of_peft(theirs, method, family), logits(ours, tiny_batch(family)))
 
 
@@ -175,7 +200,9 @@ def test_ranks_alphas_and_starts_of_lora(arguments, tmp_path):
     {"modules_to_save": ["embed_tokens", "norm"]},
 ])  # fmt: skip
 def test_what_else_a_folder_of_lora_may_say(more, tmp_path):
-    config = peft.LoraConfig(**{"r": 4, "target_modules": TARGETS["llama"], "task_type": "CAUSAL_LM", **more})
+    config = peft.LoraConfig(
+        **{"r": 4, "target_modules": TARGETS["llama"], "task_type": "CAUSAL_LM", **more}
+    )
     theirs = peft.get_peft_model(tiny_model("llama"), config).eval()
     shake(p for n, p in theirs.named_parameters() if p.requires_grad)
     theirs.save_pretrained(tmp_path)
@@ -212,10 +239,22 @@ def test_targets_are_short_names_where_they_can_be(tmp_path):
         ("gpt2", "lora", "q v", {}, "parts of a fused projection"),
         ("gpt2", "prefix-tuning", None, {}, "moves the tokens' positions"),
         ("t5", "prefix-tuning", None, {}, "self-attention of every layer of a decoder"),
-        ("llama", "prefix-tuning", "attention@1:", {}, "self-attention of every layer of a decoder"),
+        (
+            "llama",
+            "prefix-tuning",
+            "attention@1:",
+            {},
+            "self-attention of every layer of a decoder",
+        ),
         ("bert", "prompt-tuning", None, {}, "before the first token of an encoder"),
         ("llama", "boft", None, {"block": 4, "factors": 3}, "factors=3 is another method"),
-        ("llama", "boft", None, {"block": 6}, "q_proj has block=8, not 6, and PEFT has one for all"),
+        (
+            "llama",
+            "boft",
+            None,
+            {"block": 6},
+            "q_proj has block=8, not 6, and PEFT has one for all",
+        ),
         ("llama", "oft", None, {"neumann": True, "terms": 3}, "terms=3 is another method"),
     ],
 )
@@ -236,7 +275,11 @@ def test_what_peft_can_not_hold_is_refused_before_anything_is_written(
     [
         ("lora", {"bias": "lora_only"}, "no method here is PEFT's LORA with bias='lora_only'"),
         ("lora", {"peft_type": "NOVEL"}, "no method here is PEFT's NOVEL"),
-        ("lora", {"peft_type": "HRA"}, "lora_A.weight', which this model has no place for|it has no '.*hra_u"),
+        (
+            "lora",
+            {"peft_type": "HRA"},
+            "lora_A.weight', which this model has no place for|it has no '.*hra_u",
+        ),
         ("lora", {"init_lora_weights": "pissa"}, "with init_lora_weights='pissa'"),
         ("lora", {"r": 5}, "does not fit this model"),
         ("lokr", {"decompose_both": True}, "with decompose_both=True"),
@@ -257,7 +300,9 @@ def test_a_folder_of_another_method_is_refused(method, change, message, tmp_path
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("method", "shape"), [("prefix-tuning", (3, 10)), ("boft", (1, 2, 3)), ("ia3", (5,))])
+@pytest.mark.parametrize(
+    ("method", "shape"), [("prefix-tuning", (3, 10)), ("boft", (1, 2, 3)), ("ia3", (5,))]
+)
 def test_a_tensor_of_another_shape_is_no_crash(method, shape, tmp_path):
     peft.get_peft_model(tiny_model("llama"), PAIRS[method][0]("llama")).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -272,7 +317,9 @@ def test_a_tensor_of_another_shape_is_no_crash(method, shape, tmp_path):
 def test_a_lora_of_the_embedding_is_refused_by_its_name(tmp_path):
     config = peft.LoraConfig(target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM")
     peft.get_peft_model(tiny_model("llama"), config).save_pretrained(tmp_path)
-    with pytest.raises(petune.UnsupportedError, match="lora_embedding_A is nothing that 'lora' has"):
+    with pytest.raises(
+        petune.UnsupportedError, match="lora_embedding_A is nothing that 'lora' has"
+    ):
         petune.load(tiny_model("llama"), tmp_path)
 
 
@@ -280,7 +327,9 @@ def test_a_lora_of_the_embedding_is_refused_by_its_name(tmp_path):
 def test_a_module_that_is_no_hook_point_is_named(tmp_path):
     config = peft.LoraConfig(target_modules="all-linear", task_type="SEQ_CLS")
     peft.get_peft_model(tiny_model("bert"), config).save_pretrained(tmp_path)
-    with pytest.raises(petune.UnsupportedError, match=r"adapts bert\.pooler\.dense, where petune has no hook point"):
+    with pytest.raises(
+        petune.UnsupportedError, match=r"adapts bert\.pooler\.dense, where petune has no hook point"
+    ):
         petune.load(tiny_model("bert"), tmp_path)
 
 
@@ -288,7 +337,12 @@ def test_a_gain_that_is_not_the_weight_is_refused(tmp_path):
     """Gemma's norms multiply by one more than their weight."""
     from transformers import GemmaConfig, GemmaForCausalLM
 
-    size = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    size = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     model = GemmaForCausalLM(GemmaConfig(vocab_size=32, num_key_value_heads=1, head_dim=32, **size))
     with pytest.raises(petune.UnsupportedError, match="its gain is not its weight"):
         petune.attach(model, "ln-tuning").save(tmp_path, format="peft")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import petune
-from petune import hookspecs
-from petune.plugins import Registry
+from petune.core.registry import hookspecs
+from petune.core.registry.plugins import Registry
 
 HOOKS = [name for name in vars(hookspecs) if name.startswith("petune_")]
 
@@ -61,9 +61,16 @@ def installed(tmp_path):
 
 
 def test_our_own_plugins_are_found_like_anyones():
-    assert {"lora", "ia3", "bitfit", "houlsby", "prompt-tuning", "prefix-tuning", "last-layers", "full"} <= set(
-        petune.methods()
-    )
+    assert {
+        "lora",
+        "ia3",
+        "bitfit",
+        "houlsby",
+        "prompt-tuning",
+        "prefix-tuning",
+        "last-layers",
+        "full",
+    } <= set(petune.methods())
 
 
 @pytest.mark.parametrize("hook", HOOKS)
@@ -107,32 +114,38 @@ def test_a_file_that_claims_a_taken_name_is_named_and_the_rest_goes_on(plugin):
 
 
 SHOW = """
-from petune.plugins import registry
+from petune.core.registry.plugins import registry
 print(sorted(registry().all('petune_methods')))
 print({p.name: p.error for p in registry().plugins.values() if p.error})
 """
 
 
 def test_an_installed_package_is_found_and_a_broken_one_is_named(installed):
-    out = installed(SHOW, shifty=METHOD.replace("NAME", "'shift'"), broken="raise RuntimeError('not today')")
+    out = installed(
+        SHOW, shifty=METHOD.replace("NAME", "'shift'"), broken="raise RuntimeError('not today')"
+    )
     assert "'shift'" in out
     assert "'lora'" in out
     assert "{'broken': 'RuntimeError: not today'}" in out
 
 
 def test_two_packages_that_claim_a_name_are_both_named(installed):
-    out = installed(SHOW, one=METHOD.replace("NAME", "'shift'"), two=METHOD.replace("NAME", "'shift'"))
+    out = installed(
+        SHOW, one=METHOD.replace("NAME", "'shift'"), two=METHOD.replace("NAME", "'shift'")
+    )
     assert "'shift' is claimed by both one (one) and two (two)" in out
 
 
 def test_a_broken_plugin_is_named_where_its_name_is_missed(installed):
-    code = "import petune\ntry: petune.attach(None, 'shift')\nexcept petune.PetuneError as e: print(e)"
+    code = (
+        "import petune\ntry: petune.attach(None, 'shift')\nexcept petune.PetuneError as e: print(e)"
+    )
     assert "failed to load: broken (RuntimeError: not today)" in installed(
         code, broken="raise RuntimeError('not today')"
     )
 
 
 def test_import_is_light():
-    code = "import sys, petune.plugins as p; p.registry(); print('torch' in sys.modules, 'transformers' in sys.modules)"
+    code = "import sys; from petune.core.registry.plugins import registry; registry(); print('torch' in sys.modules, 'transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]

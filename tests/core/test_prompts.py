@@ -33,7 +33,9 @@ def test_decoder(family):
     batch = tiny_batch(family)
     got, want = model(**batch), reference(model, tuning, batch, 0)
     torch.testing.assert_close(got.logits, want[:, 4:])
-    shifted = torch.nn.functional.cross_entropy(want[:, 3:-1].flatten(0, 1), batch["labels"].flatten())
+    shifted = torch.nn.functional.cross_entropy(
+        want[:, 3:-1].flatten(0, 1), batch["labels"].flatten()
+    )
     torch.testing.assert_close(got.loss, shifted)
 
 
@@ -52,7 +54,11 @@ def test_results_at_the_tokens_only():
 
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=128
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=128,
     )
     batch = {k: v for k, v in tiny_batch("bert").items() if k != "labels"}
     tagger = transformers.BertForTokenClassification(config).eval()
@@ -74,9 +80,13 @@ def test_other_forms_of_the_same_call(family):
     ids = batch["input_ids"]
     want = model(input_ids=ids).logits
     torch.testing.assert_close(model(ids).logits, want)
-    torch.testing.assert_close(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits, want)
+    torch.testing.assert_close(
+        model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits, want
+    )
     torch.testing.assert_close(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, want)
-    torch.testing.assert_close(model(input_ids=ids, position_ids=torch.arange(10)[None].expand(2, -1)).logits, want)
+    torch.testing.assert_close(
+        model(input_ids=ids, position_ids=torch.arange(10)[None].expand(2, -1)).logits, want
+    )
     causal = torch.ones(2, 1, 10, 10, dtype=torch.bool).tril()
     torch.testing.assert_close(model(input_ids=ids, attention_mask=causal).logits, want)
     additive = torch.zeros(2, 1, 10, 10).masked_fill(~causal, torch.finfo(torch.float32).min)
@@ -91,7 +101,11 @@ def test_decoding_by_hand_goes_on_from_the_cache():
     rest = model(input_ids=ids[:, 6:], past_key_values=first.past_key_values)
     torch.testing.assert_close(rest.logits, want[:, 6:], rtol=1e-4, atol=1e-4)
     first = model(input_ids=ids[:, :6], use_cache=True)
-    masked = model(input_ids=ids[:, 6:], past_key_values=first.past_key_values, attention_mask=torch.ones_like(ids))
+    masked = model(
+        input_ids=ids[:, 6:],
+        past_key_values=first.past_key_values,
+        attention_mask=torch.ones_like(ids),
+    )
     torch.testing.assert_close(masked.logits, want[:, 6:], rtol=1e-4, atol=1e-4)
 
 
@@ -109,7 +123,9 @@ def test_two_prompts_stand_one_after_the_other():
 
 def test_a_row_gets_all_the_prompts_of_its_tuning():
     model, _ = prompted("llama", 3, "before")
-    petune.attach(model, ["prompt-tuning", "p-tuning"], name="two", **{"prompt-tuning": {"length": 3}})
+    petune.attach(
+        model, ["prompt-tuning", "p-tuning"], name="two", **{"prompt-tuning": {"length": 3}}
+    )
     batch = {k: v for k, v in tiny_batch("llama", padding=0).items() if k != "labels"}
     with petune.route(model, ["two", None]):
         both = model(**batch).logits

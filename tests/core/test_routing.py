@@ -47,9 +47,13 @@ def test_forward(served):
     with petune.route(model, ROWS):
         got = run(family, model, batch)
     for name, one, other in zip(ROWS, got, want, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()), msg=str(name))
+        torch.testing.assert_close(
+            one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()), msg=str(name)
+        )
     for i in range(len(ROWS) - 1):
-        assert not torch.allclose(got[i], got[-1][: len(got[i])], atol=1e-3) or len(got[i]) != len(got[-1])
+        assert not torch.allclose(got[i], got[-1][: len(got[i])], atol=1e-3) or len(got[i]) != len(
+            got[-1]
+        )
 
 
 def test_generation(served):
@@ -66,7 +70,9 @@ def test_generation(served):
         want.append(model.generate(**batch, **GENERATION)[i])
     with petune.route(model, ROWS):
         assert torch.equal(model.generate(**batch, **GENERATION), torch.stack(want))
-        assert torch.equal(model.generate(**batch, use_cache=False, **GENERATION), torch.stack(want))
+        assert torch.equal(
+            model.generate(**batch, use_cache=False, **GENERATION), torch.stack(want)
+        )
         beams = model.generate(**batch, num_beams=2, **GENERATION)
     assert beams.shape == torch.stack(want).shape
 
@@ -76,16 +82,30 @@ def test_only_the_tunings_of_a_batch_get_gradients(served):
     batch = tiny_batch(family, rows=2)
     with petune.route(model, ["lora", None]):
         model.train()(**batch).loss.backward()
-    reached = {n: any(p.grad is not None for p in t.parameters()) for n, t in petune.tunings(model).items()}
-    assert reached == {"lora": True, "prefix": False, "prompt": False, "long": False, "houlsby": False}
+    reached = {
+        n: any(p.grad is not None for p in t.parameters()) for n, t in petune.tunings(model).items()
+    }
+    assert reached == {
+        "lora": True,
+        "prefix": False,
+        "prompt": False,
+        "long": False,
+        "houlsby": False,
+    }
 
 
 def test_mistakes(served):
     family, model = served
     batch = {k: v for k, v in tiny_batch(family, rows=2).items() if k != "labels" or family == "t5"}
-    with pytest.raises(petune.PetuneError, match=r"'lroa'.*Did you mean 'lora'"), petune.route(model, ["lroa"]):
+    with (
+        pytest.raises(petune.PetuneError, match=r"'lroa'.*Did you mean 'lora'"),
+        petune.route(model, ["lroa"]),
+    ):
         pass
-    with pytest.raises(petune.PetuneError, match="3 names for a batch of 2 rows"), petune.route(model, ["lora"] * 3):
+    with (
+        pytest.raises(petune.PetuneError, match="3 names for a batch of 2 rows"),
+        petune.route(model, ["lora"] * 3),
+    ):
         model(**batch)
     with pytest.raises(petune.PetuneError, match="no names"), petune.route(model, []):
         pass
@@ -101,4 +121,6 @@ def test_a_base_without_tunings_can_be_routed():
     batch = tiny_batch("llama")
     before = run("llama", model, batch)
     with petune.route(model, [None, None]):
-        assert all(torch.equal(a, b) for a, b in zip(run("llama", model, batch), before, strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(run("llama", model, batch), before, strict=True)
+        )

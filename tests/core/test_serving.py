@@ -18,7 +18,10 @@ def engine(folder, model):
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
     assert config["bias"] == "none"
-    assert not any(config[k] for k in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern"))
+    assert not any(
+        config[k]
+        for k in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern")
+    )
     tensors = load_file(folder / "adapter_model.safetensors")
     for key, tensor in tensors.items():
         name, matrix, weight = key.rsplit(".", 2)

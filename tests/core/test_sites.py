@@ -31,12 +31,18 @@ def test_every_block_has_its_linear_layers_by_role(family):
 
 def test_encoder_decoder():
     sites = petune.sites(tiny_model("t5"))
-    assert Counter(s.role for s in sites if s.kind == "attention") == {"attention": 6, "cross-attention": 3}
+    assert Counter(s.role for s in sites if s.kind == "attention") == {
+        "attention": 6,
+        "cross-attention": 3,
+    }
     assert Counter(s.role for s in sites if s.kind == "linear" and s.layer is not None) == {
         "q": 9, "k": 9, "v": 9, "o": 9, "up": 6, "down": 6,
     }  # fmt: skip
     assert {s.layer for s in sites if s.role == "layer"} == {0, 1, 2}
-    assert [s.name for s in sites if s.role == "embed"] == ["encoder.embed_tokens", "decoder.embed_tokens"]
+    assert [s.name for s in sites if s.role == "embed"] == [
+        "encoder.embed_tokens",
+        "decoder.embed_tokens",
+    ]
 
 
 def test_sizes():
@@ -61,7 +67,12 @@ def test_adapters_are_no_sites():
 
 
 def test_weights_are_read_off_any_layer():
-    for family, precision in (("llama", "fp32"), ("gpt2", "fp32"), ("llama", "nf4"), ("llama", "int8")):
+    for family, precision in (
+        ("llama", "fp32"),
+        ("gpt2", "fp32"),
+        ("llama", "nf4"),
+        ("llama", "int8"),
+    ):
         exact = {s.name: s for s in petune.sites(tiny_model(family))}
         for site in petune.sites(tiny_model(family, precision)):
             if site.kind != "linear" or site.role == "head":
@@ -70,7 +81,10 @@ def test_weights_are_read_off_any_layer():
             assert weight.shape == (site.out_features, site.in_features)
             dense = (module.weight.T if family == "gpt2" else module.weight).detach()
             error = float((weight - dense).abs().max() / dense.abs().max())
-            assert error < {"fp32": 1e-6, "nf4": 0.2, "int8": 0.02}[precision], (site.name, precision)
+            assert error < {"fp32": 1e-6, "nf4": 0.2, "int8": 0.02}[precision], (
+                site.name,
+                precision,
+            )
 
 
 def small(kind, **more):
@@ -81,10 +95,20 @@ def small(kind, **more):
 
 def test_a_mixture_of_experts_is_one_mlp():
     sites = petune.sites(small("mixtral"))
-    assert [s.name for s in sites if s.role == "mlp"] == ["model.layers.0.mlp#mlp", "model.layers.1.mlp#mlp"]
+    assert [s.name for s in sites if s.role == "mlp"] == [
+        "model.layers.0.mlp#mlp",
+        "model.layers.1.mlp#mlp",
+    ]
     shared = petune.sites(small("qwen2_moe"))  # a dense MLP beside the experts
-    assert [s.name for s in shared if s.role == "mlp"] == ["model.layers.0.mlp#mlp", "model.layers.1.mlp#mlp"]
-    assert Counter(s.role for s in shared if "shared_expert." in s.name) == {"gate": 2, "up": 2, "down": 2}
+    assert [s.name for s in shared if s.role == "mlp"] == [
+        "model.layers.0.mlp#mlp",
+        "model.layers.1.mlp#mlp",
+    ]
+    assert Counter(s.role for s in shared if "shared_expert." in s.name) == {
+        "gate": 2,
+        "up": 2,
+        "down": 2,
+    }
 
 
 def test_values_may_be_narrower_than_keys():
@@ -96,7 +120,9 @@ def test_what_stands_beside_an_attention_is_none_of_its_projections():
     sites = petune.sites(small("deepseek_v32"))
     assert {s.role for s in sites if ".indexer." in s.name and s.kind == "linear"} == {"other"}
     grouped = petune.sites(small("deepseek_v4"))
-    assert not [s for s in grouped if s.name.endswith("o_a_proj")], "a linear layer by groups is no linear layer"
+    assert not [s for s in grouped if s.name.endswith("o_a_proj")], (
+        "a linear layer by groups is no linear layer"
+    )
 
 
 def test_blocks_in_lists_of_lists():

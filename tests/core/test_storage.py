@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import petune
-from petune.plugins import registry
+from petune.core.registry.plugins import registry
 from petune.testing import tiny_batch, tiny_model
 from petune.testing.behaviours import logits
 
@@ -105,11 +105,16 @@ def test_a_format_of_anyones(plug, tmp_path):
     model, tuning = moved(where="q v down", rank=3, rank_pattern={"q": 5}, rslora=True)
     tuning.weight = 0.5
     tuning.save(tmp_path / "out", format="updates")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["updates.json", "updates.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "updates.json",
+        "updates.safetensors",
+    ]
     again = tiny_model("llama")
     loaded = petune.load(again, tmp_path / "out", name="other")
     assert (loaded.name, loaded.method) == ("other", "lora")
-    torch.testing.assert_close(logits(again, tiny_batch("llama")), logits(model, tiny_batch("llama")))
+    torch.testing.assert_close(
+        logits(again, tiny_batch("llama")), logits(model, tiny_batch("llama"))
+    )
 
 
 def test_what_a_format_can_not_hold_or_is_not_called(plug, tmp_path):
@@ -131,7 +136,9 @@ def test_formats_that_share_a_name_are_told_apart_by_the_other(plug, tmp_path):
     for format, rank in (("updates", 3), ("peft", 4)):
         _, tuning = moved(rank=rank)
         tuning.save(tmp_path / format, format=format)
-        assert {len(a.A) for a in petune.load(tiny_model("llama"), tmp_path / format).adapters.values()} == {rank}
+        assert {
+            len(a.A) for a in petune.load(tiny_model("llama"), tmp_path / format).adapters.values()
+        } == {rank}
     (tmp_path / "peft" / "adapter_model.safetensors").unlink()
     with pytest.raises(petune.PetuneError, match=r"adapter_model\.safetensors: no such file"):
         petune.load(tiny_model("llama"), tmp_path / "peft")

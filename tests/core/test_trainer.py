@@ -26,7 +26,12 @@ def test_it_trains_saves_and_resumes(method, precision, tmp_path):
             "use_cpu": True,
         }
         arguments = TrainingArguments(
-            tmp_path, max_steps=steps, report_to=[], disable_tqdm=True, lr_scheduler_type="constant", **options
+            tmp_path,
+            max_steps=steps,
+            report_to=[],
+            disable_tqdm=True,
+            lr_scheduler_type="constant",
+            **options,
         )
         return Trainer(model, arguments, train_dataset=rows), tuning
 

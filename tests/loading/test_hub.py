@@ -34,7 +34,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     server = HTTPServer(("127.0.0.1", 0), Hub)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(
+        huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}"
+    )
     yield
     server.shutdown()
     server.server_close()
@@ -50,7 +52,8 @@ def dead_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("load", [petune.from_pretrained, petune.load_tokenizer])
 def test_a_name_that_the_hub_does_not_know_gets_near_misses(load):
     with pytest.raises(
-        PetuneError, match=r"unknown model 'minilmm'\. Did you mean 'minilm'.*the Hub says: .*[Nn]ot [Ff]ound"
+        PetuneError,
+        match=r"unknown model 'minilmm'\. Did you mean 'minilm'.*the Hub says: .*[Nn]ot [Ff]ound",
     ):
         load("minilmm")
 

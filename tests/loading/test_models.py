@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 import petune
 from petune import Package, PetuneError, Source
-from petune.plugins import registry
+from petune.core.registry.plugins import registry
 
 # --- heads and fresh weights ---
 
@@ -29,7 +29,12 @@ from petune.plugins import registry
         ("bert", "token-classification", "BertForTokenClassification", ("classifier",)),
         ("bert", "question-answering", "BertForQuestionAnswering", ("qa_outputs",)),
         ("mlm", None, "BertForMaskedLM", ()),
-        ("mlm", "sequence-classification", "BertForSequenceClassification", ("bert.pooler", "classifier")),
+        (
+            "mlm",
+            "sequence-classification",
+            "BertForSequenceClassification",
+            ("bert.pooler", "classifier"),
+        ),
         ("bert", "masked-lm", "BertForMaskedLM", ("cls.predictions.transform",)),
         ("t5", None, "T5ForConditionalGeneration", ()),
         ("t5", "sequence-classification", "T5ForSequenceClassification", ("classification_head",)),
@@ -51,13 +56,18 @@ def test_a_checkpoint_that_does_not_say_is_a_causal_lm(saved, tmp_path):
 
 
 def test_weights_are_the_checkpoints(saved):
-    ours, theirs = petune.from_pretrained(saved.llama), LlamaForCausalLM.from_pretrained(saved.llama)
+    ours, theirs = (
+        petune.from_pretrained(saved.llama),
+        LlamaForCausalLM.from_pretrained(saved.llama),
+    )
     assert torch.equal(ours(IDS).logits, theirs(IDS).logits)
 
 
 def test_fresh_weights_follow_the_seed_and_leave_the_random_state_alone(saved):
     def head(**kwargs: Any) -> torch.Tensor:
-        model = petune.from_pretrained(saved.bert, head="sequence-classification", num_labels=4, **kwargs)
+        model = petune.from_pretrained(
+            saved.bert, head="sequence-classification", num_labels=4, **kwargs
+        )
         return model.classifier.weight
 
     state = torch.get_rng_state()
@@ -78,7 +88,10 @@ def test_loading_says_nothing_and_restores_what_it_silenced(saved, capfd):
 
 
 def test_a_head_of_another_size_is_refused_unless_it_may_be_new(saved):
-    with pytest.raises(PetuneError, match="its head has another size; give its num_labels, or ignore_mismatched_sizes"):
+    with pytest.raises(
+        PetuneError,
+        match="its head has another size; give its num_labels, or ignore_mismatched_sizes",
+    ):
         petune.from_pretrained(saved.classifier, num_labels=2)
     model = petune.from_pretrained(saved.classifier, num_labels=2, ignore_mismatched_sizes=True)
     assert model.petune_fresh == ("classifier",)
@@ -95,7 +108,8 @@ def test_a_checkpoint_of_another_architecture_is_refused(saved, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+    ("precision", "dtype"),
+    [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)],
 )
 def test_plain_precisions_are_dtypes(saved, precision, dtype):
     model = petune.from_pretrained(saved.llama, precision=precision)
@@ -115,7 +129,9 @@ def test_plain_precisions_are_dtypes(saved, precision, dtype):
         ("t5", "sequence-classification", ["classification_head"]),
     ],
 )
-def test_a_quantizer_is_told_what_surrounds_the_base_and_what_is_new(saved, quantizer, name, head, skip):
+def test_a_quantizer_is_told_what_surrounds_the_base_and_what_is_new(
+    saved, quantizer, name, head, skip
+):
     model = petune.from_pretrained(getattr(saved, name), precision="pretend", head=head)
     assert quantizer.asked == [(skip, torch.float32), type(model).__name__]
     assert model.config._attn_implementation == "eager"
@@ -123,16 +139,22 @@ def test_a_quantizer_is_told_what_surrounds_the_base_and_what_is_new(saved, quan
 
 
 def test_the_callers_arguments_win_over_a_quantizers(saved, quantizer):
-    model = petune.from_pretrained(saved.llama, precision="pretend", dtype=torch.bfloat16, attn_implementation="sdpa")
+    model = petune.from_pretrained(
+        saved.llama, precision="pretend", dtype=torch.bfloat16, attn_implementation="sdpa"
+    )
     assert quantizer.asked[0] == (["lm_head"], torch.bfloat16)
     assert model.config._attn_implementation == "sdpa"
     assert model.dtype == torch.bfloat16
 
 
 def test_an_unknown_precision_or_head_names_the_near_misses(saved):
-    with pytest.raises(PetuneError, match=r"unknown precision 'bf61'\. Did you mean 'bf16'.*Known: .*fp32"):
+    with pytest.raises(
+        PetuneError, match=r"unknown precision 'bf61'\. Did you mean 'bf16'.*Known: .*fp32"
+    ):
         petune.from_pretrained(saved.llama, precision="bf61")
-    with pytest.raises(PetuneError, match=r"unknown llama head 'causal'\. Did you mean 'causal-lm'.*"):
+    with pytest.raises(
+        PetuneError, match=r"unknown llama head 'causal'\. Did you mean 'causal-lm'.*"
+    ):
         petune.from_pretrained(saved.llama, head="causal")
     with pytest.raises(PetuneError, match="unknown bert head 'seq2seq-lm'"):
         petune.from_pretrained(saved.bert, head="seq2seq-lm")
@@ -151,7 +173,9 @@ def test_t5_keeps_a_pretrained_head_out(saved, tmp_path, quantizer):
 def test_an_alias_is_fetched_and_a_folder_of_that_name_comes_first(saved, tmp_path, monkeypatch):
     package = Package("tiny", "1.0", "0" * 64, ("pkg/config.json", "pkg/model.safetensors"))
     monkeypatch.setattr(
-        Package, "fetch", lambda self, to: [(to / f.name).write_bytes(f.read_bytes()) for f in saved.bert.iterdir()]
+        Package,
+        "fetch",
+        lambda self, to: [(to / f.name).write_bytes(f.read_bytes()) for f in saved.bert.iterdir()],
     )
     monkeypatch.setitem(registry()._found, "petune_models", {"tiny": (Source((package,)), "test")})
     monkeypatch.setenv("PETUNE_CACHE", str(tmp_path / "cache"))
@@ -164,7 +188,9 @@ def test_an_alias_is_fetched_and_a_folder_of_that_name_comes_first(saved, tmp_pa
     assert type(petune.from_pretrained("tiny")) is LlamaForCausalLM
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "nowhere.gguf", "~/nowhere-at-all"])
+@pytest.mark.parametrize(
+    "name", ["./nowhere", "/nowhere/at/all", "nowhere.gguf", "~/nowhere-at-all"]
+)
 def test_a_missing_path_is_not_asked_of_the_hub(name):
     with pytest.raises(PetuneError, match="no such file"):
         petune.from_pretrained(name)
@@ -202,10 +228,14 @@ def save_tokenizer(folder: Path, **special: str) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1, "[PAD]": 2, "a": 3, "b": 4, "c": 5, "d": 6}, "[UNK]"))
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", eos_token="</s>", **special).save_pretrained(
-        folder
+    words = Tokenizer(
+        models.WordLevel(
+            {"[UNK]": 0, "</s>": 1, "[PAD]": 2, "a": 3, "b": 4, "c": 5, "d": 6}, "[UNK]"
+        )
     )
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="[UNK]", eos_token="</s>", **special
+    ).save_pretrained(folder)
 
 
 @pytest.mark.parametrize(("special", "pad"), [({}, "</s>"), ({"pad_token": "[PAD]"}, "[PAD]")])
@@ -229,7 +259,10 @@ def test_a_checkpoint_without_a_tokenizer_says_so(saved, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("head", [None, "sequence-classification"])
 def test_the_real_decoder(head):
-    model, tokenizer = petune.from_pretrained("smollm2-135m", head=head), petune.load_tokenizer("smollm2-135m")
+    model, tokenizer = (
+        petune.from_pretrained("smollm2-135m", head=head),
+        petune.load_tokenizer("smollm2-135m"),
+    )
     assert isinstance(model, nn.Module)
     if head is None:
         ids = tokenizer("The capital of France is", return_tensors="pt")
@@ -240,7 +273,11 @@ def test_the_real_decoder(head):
 @pytest.mark.slow
 def test_the_real_encoder():
     model, tokenizer = petune.from_pretrained("minilm"), petune.load_tokenizer("minilm")
-    texts = ["A man is playing the guitar.", "Someone plays an instrument.", "The stock market fell."]
+    texts = [
+        "A man is playing the guitar.",
+        "Someone plays an instrument.",
+        "The stock market fell.",
+    ]
     batch = tokenizer(texts, padding=True, return_tensors="pt")
     hidden = model(**batch).last_hidden_state  # (batch, length, hidden)
     mask = batch["attention_mask"][..., None]

@@ -41,7 +41,9 @@ def test_equals_peft_step_by_step(tmp_path):
     torch.manual_seed(0)
     theirs, ours, tuning, layers = pair()
     batch = tiny_batch("llama")
-    first = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
+    first = torch.optim.AdamW(
+        [p for p in theirs.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0
+    )
     second = torch.optim.AdamW(tuning.parameters(), lr=1e-3, weight_decay=0.0)
     left = []
     for step in range(STEPS):
@@ -54,26 +56,43 @@ def test_equals_peft_step_by_step(tmp_path):
             second.step()
         second.zero_grad()
         for name, adapter in tuning.adapters.items():
-            assert torch.equal(adapter.e == 0, layers[name].lora_E["default"][:, 0] == 0), (step, name)
-            torch.testing.assert_close(adapter.e, layers[name].lora_E["default"][:, 0], rtol=1e-3, atol=1e-4)
-            torch.testing.assert_close(adapter.Q, layers[name].lora_A["default"], rtol=1e-3, atol=1e-4)
-            torch.testing.assert_close(adapter.P, layers[name].lora_B["default"], rtol=1e-3, atol=1e-4)
+            assert torch.equal(adapter.e == 0, layers[name].lora_E["default"][:, 0] == 0), (
+                step,
+                name,
+            )
+            torch.testing.assert_close(
+                adapter.e, layers[name].lora_E["default"][:, 0], rtol=1e-3, atol=1e-4
+            )
+            torch.testing.assert_close(
+                adapter.Q, layers[name].lora_A["default"], rtol=1e-3, atol=1e-4
+            )
+            torch.testing.assert_close(
+                adapter.P, layers[name].lora_B["default"], rtol=1e-3, atol=1e-4
+            )
         left.append(sum(int((a.e != 0).sum()) for a in tuning.adapters.values()))
     sites = len(tuning.links)
     assert left[2] == sites * RANK, "cut during the warmup"
     assert left[15:] == [sites * TARGET] * 5, "the budget is not what was asked for"
-    assert len({int(a.keep.sum()) for a in tuning.adapters.values()}) > 1, "every site has the same rank"
+    assert len({int(a.keep.sum()) for a in tuning.adapters.values()}) > 1, (
+        "every site has the same rank"
+    )
     with torch.no_grad():
         torch.testing.assert_close(logits(ours, batch), logits(theirs, batch), rtol=1e-3, atol=1e-3)
     theirs.save_pretrained(tmp_path)
     loaded = tiny_model("llama")
     adapters = petune.load(loaded, tmp_path).adapters
-    rows = {len(tensor) for key, tensor in load_file(tmp_path / WEIGHTS).items() if key.endswith("lora_A")}
+    rows = {
+        len(tensor)
+        for key, tensor in load_file(tmp_path / WEIGHTS).items()
+        if key.endswith("lora_A")
+    }
     assert max(rows) > min(rows), "PEFT has left no ranks out"
     assert {a.Q.shape[0] for a in adapters.values()} == {RANK}
     assert sum(int((a.e != 0).sum()) for a in adapters.values()) == sites * TARGET
     with torch.no_grad():
-        torch.testing.assert_close(logits(loaded, batch), logits(theirs, batch), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            logits(loaded, batch), logits(theirs, batch), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_the_schedule_goes_on_after_loading(tmp_path):

@@ -9,8 +9,32 @@ import transformers
 import petune
 from petune_bench.coverage import checks, tiny
 
-NAMED = ["bert", "roberta", "xlnet", "gpt2", "t5", "llama", "qwen3", "gemma3_text", "mistral", "mixtral", "phi3", "opt"]
-NAMED += ["gpt_neox", "bloom", "falcon", "gptj", "deberta-v2", "albert", "electra", "distilbert", "bart", "mt5"]
+NAMED = [
+    "bert",
+    "roberta",
+    "xlnet",
+    "gpt2",
+    "t5",
+    "llama",
+    "qwen3",
+    "gemma3_text",
+    "mistral",
+    "mixtral",
+    "phi3",
+    "opt",
+]
+NAMED += [
+    "gpt_neox",
+    "bloom",
+    "falcon",
+    "gptj",
+    "deberta-v2",
+    "albert",
+    "electra",
+    "distilbert",
+    "bart",
+    "mt5",
+]
 NAMED += ["modernbert", "mamba"]
 FUSED = ["bloom", "falcon", "gpt_neox", "phi3", "modernbert", "mpt"]
 
@@ -37,7 +61,9 @@ def test_a_method_of_each_hook_point(kind):
 def test_parts_of_a_fused_projection(kind):
     """What is put onto the part of the values comes out of the attention as the same onto its v."""
     model = built(kind)
-    core, fused = (next(s for s in petune.sites(model) if s.role == role) for role in ("attention", "qkv"))
+    core, fused = (
+        next(s for s in petune.sites(model) if s.role == role) for role in ("attention", "qkv")
+    )
     shift = torch.arange(core.kv_heads * core.value_dim).float()
 
     class Shift(petune.Adapter):
@@ -83,15 +109,30 @@ def test_half_of_a_fused_projection():
                 p.add_(torch.randn_like(p) * 0.1)
         x = torch.randn(2, 3, site.in_features)
         added = site.module(x) - torch.nn.functional.linear(x, site.module.weight)
-        assert [bool(rows.abs().max() > 1e-3) for rows in added.chunk(2, -1)] == [half == 0, half == 1]
+        assert [bool(rows.abs().max() > 1e-3) for rows in added.chunk(2, -1)] == [
+            half == 0,
+            half == 1,
+        ]
         checks.output(model, inputs)
         tuning.detach()
 
 
 def test_a_pair_has_the_parts_of_its_halves():
-    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 4, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2}
+    sizes = {
+        "n_embd": 64,
+        "n_layer": 1,
+        "n_head": 4,
+        "vocab_size": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     decoder = transformers.GPT2Config(**sizes)
-    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(tiny.config("bert"), decoder)
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(
+        tiny.config("bert"), decoder
+    )
     sites = petune.sites(transformers.EncoderDecoderModel(config))
-    assert [list(s.parts) for s in sites if s.name.endswith("c_attn")] == [["q", "k", "v"], ["k", "v"]]
+    assert [list(s.parts) for s in sites if s.name.endswith("c_attn")] == [
+        ["q", "k", "v"],
+        ["k", "v"],
+    ]
     assert not any(s.parts for s in sites if s.name.startswith("encoder."))

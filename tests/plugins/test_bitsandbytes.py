@@ -10,7 +10,14 @@ import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from samples import IDS, SMALL
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import petune
 from petune import PetuneError
@@ -42,7 +49,9 @@ def test_the_base_is_quantized_and_the_head_is_not(llama, precision, head):
     assert torch.isfinite(model(IDS).logits).all()
 
 
-@pytest.mark.parametrize(("precision", "off"), [("nf4", 0.15), ("nf4-single", 0.15), ("fp4", 0.2), ("int8", 0.02)])
+@pytest.mark.parametrize(
+    ("precision", "off"), [("nf4", 0.15), ("nf4-single", 0.15), ("fp4", 0.2), ("int8", 0.02)]
+)
 def test_the_layers_are_the_dense_ones_but_for_rounding(llama, precision, off):
     model, dense = petune.from_pretrained(llama, precision=precision), petune.from_pretrained(llama)
     x = torch.randn(8, 64)  # (rows, features)
@@ -52,12 +61,19 @@ def test_the_layers_are_the_dense_ones_but_for_rounding(llama, precision, off):
 
 
 @pytest.mark.parametrize(
-    ("precision", "nested", "code"), [("nf4", True, "nf4"), ("nf4-single", False, "nf4"), ("fp4", True, "fp4")]
+    ("precision", "nested", "code"),
+    [("nf4", True, "nf4"), ("nf4-single", False, "nf4"), ("fp4", True, "fp4")],
 )
 def test_a_four_bit_weight_takes_the_bits_that_are_said(llama, precision, nested, code):
-    state = petune.from_pretrained(llama, precision=precision).model.layers[0].mlp.up_proj.weight.quant_state
+    state = (
+        petune.from_pretrained(llama, precision=precision)
+        .model.layers[0]
+        .mlp.up_proj.weight.quant_state
+    )
     assert (state.nested, state.quant_type, state.blocksize) == (nested, code, 64)
-    assert plugin.petune_quantizers()[precision].bits == (4 + 8 / 64 + 32 / 64 / 256 if nested else 4.5)
+    assert plugin.petune_quantizers()[precision].bits == (
+        4 + 8 / 64 + 32 / 64 / 256 if nested else 4.5
+    )
 
 
 @pytest.mark.parametrize("precision", [*FOUR_BIT, "int8"])
@@ -141,7 +157,9 @@ def test_a_model_with_nothing_to_quantize_is_an_error(tmp_path, llama, monkeypat
 
 def test_without_bitsandbytes_the_remedy_is_said(llama, monkeypatch):
     found = importlib.util.find_spec
-    monkeypatch.setattr(plugin, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
+    monkeypatch.setattr(
+        plugin, "find_spec", lambda name: None if name == "bitsandbytes" else found(name)
+    )
     with pytest.raises(PetuneError, match="needs bitsandbytes: pip install bitsandbytes"):
         petune.from_pretrained(llama, precision="nf4")
 
@@ -150,7 +168,11 @@ def test_without_bitsandbytes_the_remedy_is_said(llama, monkeypatch):
 @pytest.mark.parametrize("name", ["smollm2-135m", "minilm"])
 def test_the_real_models_at_nf4(name):
     model, dense = petune.from_pretrained(name, precision="nf4"), petune.from_pretrained(name)
-    batch = petune.load_tokenizer(name)("The film was a delight from start to end.", return_tensors="pt")
+    batch = petune.load_tokenizer(name)(
+        "The film was a delight from start to end.", return_tensors="pt"
+    )
     with torch.no_grad():
-        ours, theirs = (each(**batch, output_hidden_states=True).hidden_states[-1] for each in (model, dense))
+        ours, theirs = (
+            each(**batch, output_hidden_states=True).hidden_states[-1] for each in (model, dense)
+        )
     assert (ours - theirs).norm() / theirs.norm() < 0.6

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from petune import PetuneError, Source
-from petune.tune import Dataset
-from petune.tune.dataset import shuffled
+from petune.training import Dataset
+from petune.training.dataset import shuffled
 from petune_plugins.catalog import petune_datasets, petune_models, sets
 
 
@@ -45,7 +45,8 @@ def numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
 
 def test_ratings_become_the_sign_and_none_is_left_where_there_is_no_sign(tmp_path):
     path = write(
-        tmp_path / "r.txt", "1\t2.27\tThe Rock is destined.\r\n2\t-0.6\tToo tepid \r\n3\t0\tA film\r\n4\t0.1\tÀ la\r\n"
+        tmp_path / "r.txt",
+        "1\t2.27\tThe Rock is destined.\r\n2\t-0.6\tToo tepid \r\n3\t0\tA film\r\n4\t0.1\tÀ la\r\n",
     )
     assert list(sets.ratings(path)) == [
         {"text": "The Rock is destined.", "label": "positive"},
@@ -64,12 +65,17 @@ def test_a_conll_file_becomes_sentences(tmp_path):
 
 
 def test_documents_and_questions_become_prompts(tmp_path):
-    path = write(tmp_path / "x.jsonl", '{"id": "1", "document": "Rain\\u2028fell.", "summary": "It rained."}\n')
+    path = write(
+        tmp_path / "x.jsonl",
+        '{"id": "1", "document": "Rain\\u2028fell.", "summary": "It rained."}\n',
+    )
     (row,) = sets.summaries(path)
     assert row["prompt"].startswith("Rain\u2028fell.\n\n")
     assert row["prompt"].endswith("Summary:")
     assert row["completion"] == "It rained."
-    path = write(tmp_path / "q.jsonl", '{"question": "who sings", "answer": ["Meghan Trainor", "Trainor"]}\n')
+    path = write(
+        tmp_path / "q.jsonl", '{"question": "who sings", "answer": ["Meghan Trainor", "Trainor"]}\n'
+    )
     (row,) = sets.questions(path)
     assert "who sings?" in row["prompt"]
     assert row["completion"] == "Meghan Trainor"
@@ -78,7 +84,11 @@ def test_documents_and_questions_become_prompts(tmp_path):
 
 def test_a_split_takes_a_fifth_and_a_tenth_and_shares_no_row(numbers):
     splits = numbers.splits()
-    assert {split: len(rows) for split, rows in splits.items()} == {"train": 70, "validation": 10, "test": 20}
+    assert {split: len(rows) for split, rows in splits.items()} == {
+        "train": 70,
+        "validation": 10,
+        "test": 20,
+    }
     assert sorted(n for rows in splits.values() for n in rows["number"]) == list(range(100))
 
 
@@ -86,23 +96,36 @@ def test_a_split_is_the_same_everywhere_and_follows_the_seed(numbers):
     assert numbers.splits()["test"]["number"][:5] == [31, 3, 93, 42, 41]
     assert numbers.splits(seed=1)["test"]["number"] != numbers.splits()["test"]["number"]
     rows = numbers.rows()
-    assert shuffled(rows, "text") == shuffled(sorted(rows, key=lambda row: (row["text"], row["number"])), "text")
+    assert shuffled(rows, "text") == shuffled(
+        sorted(rows, key=lambda row: (row["text"], row["number"])), "text"
+    )
 
 
 def test_equal_inputs_stay_together(numbers):
     order = [row["text"] for row in shuffled(numbers.rows(), "text")]
-    assert all(order.index(text) + 1 == order.index(text, order.index(text) + 1) for text in map(str, range(10)))
+    assert all(
+        order.index(text) + 1 == order.index(text, order.index(text) + 1)
+        for text in map(str, range(10))
+    )
 
 
 def test_a_file_that_is_not_what_it_should_be_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("PETUNE_CACHE", str(tmp_path))
-    broken = Dataset("tagging", {"tokens": "tokens"}, Source((Here("no tabs here"),), "rows.txt"), sets.ratings)
-    with pytest.raises(PetuneError, match=r"rows.txt: ValueError: not enough values.* Delete .* to fetch it again"):
+    broken = Dataset(
+        "tagging", {"tokens": "tokens"}, Source((Here("no tabs here"),), "rows.txt"), sets.ratings
+    )
+    with pytest.raises(
+        PetuneError, match=r"rows.txt: ValueError: not enough values.* Delete .* to fetch it again"
+    ):
         broken.rows()
 
 
 def test_every_data_set_says_which_column_plays_which_role():
-    roles = {"classification": ["text", "label"], "tagging": ["tokens", "tags"], "generation": ["prompt", "completion"]}
+    roles = {
+        "classification": ["text", "label"],
+        "tagging": ["tokens", "tags"],
+        "generation": ["prompt", "completion"],
+    }
     for name, data in petune_datasets().items():
         assert list(data.columns) == roles[data.task], name
     assert set(petune_models()) == {"smollm2-135m", "minilm"}
@@ -112,7 +135,11 @@ def test_every_data_set_says_which_column_plays_which_role():
 @pytest.mark.parametrize(
     ("name", "count", "share"),
     [
-        ("vader-movies", 10_568, 0.496),  # 10,605 less the 37 that are rated 0; 49.4 % of all are positive
+        (
+            "vader-movies",
+            10_568,
+            0.496,
+        ),  # 10,605 less the 37 that are rated 0; 49.4 % of all are positive
         ("vader-tweets", 4_196, 0.690),
         ("vader-amazon", 3_610, 0.589),
         ("vader-nyt", 4_946, 0.446),
@@ -126,7 +153,9 @@ def test_the_real_sentences(name, count, share):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "count"), [("conll2003-sample", 226), ("xsum-sample", 1_000), ("nq-sample", 3_569)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("conll2003-sample", 226), ("xsum-sample", 1_000), ("nq-sample", 3_569)]
+)
 def test_the_real_samples(name, count):
     data = petune_datasets()[name]
     rows = data.rows()

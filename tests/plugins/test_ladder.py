@@ -6,7 +6,7 @@ from torch import nn
 
 import petune
 from petune.testing import tiny_batch, tiny_model
-from petune.tune.memory import measure_step
+from petune.training.memory import measure_step
 
 
 def saved_bytes(method, family="llama", **arguments):
@@ -55,20 +55,27 @@ def test_the_ladder_is_its_formula():
             nn.init.normal_(p, std=0.3)
     results = []
     layers = model.bert.encoder.layer
-    hooks = [layer.register_forward_hook(lambda module, args, out: results.append(out)) for layer in layers]
+    hooks = [
+        layer.register_forward_hook(lambda module, args, out: results.append(out))
+        for layer in layers
+    ]
     batch = tiny_batch("bert")
     model(**batch)
     for hook in hooks:
         hook.remove()
     petune.tunings(model)["default"].detach()
-    base = model.bert(batch["input_ids"], batch["attention_mask"], output_hidden_states=True).hidden_states[1:]
+    base = model.bert(
+        batch["input_ids"], batch["attention_mask"], output_hidden_states=True
+    ).hidden_states[1:]
     side = 0.0
     for rung, h in zip(rungs, base, strict=True):
         gate = torch.sigmoid(rung.gate)
         mixed = gate * (h @ rung.down.weight.T + rung.down.bias) + (1 - gate) * side
         inside = nn.functional.gelu(mixed @ rung.mlp[0].weight.T + rung.mlp[0].bias)
         side = mixed + inside @ rung.mlp[2].weight.T + rung.mlp[2].bias
-    torch.testing.assert_close(results[-1], base[-1] + side @ rungs[-1].up.weight.T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        results[-1], base[-1] + side @ rungs[-1].up.weight.T, rtol=1e-4, atol=1e-4
+    )
     assert not rungs[-1].tape
 
 

@@ -38,7 +38,8 @@ def plain(tuning, ids, n, first, last):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{}, {"tied": True}, {"first": 2, "last": 3}, {"first": 3, "last": 0}, {"first": 0, "last": 1}]
+    "arguments",
+    [{}, {"tied": True}, {"first": 2, "last": 3}, {"first": 3, "last": 0}, {"first": 0, "last": 1}],
 )
 @pytest.mark.parametrize("left", [False, True])
 @torch.no_grad()

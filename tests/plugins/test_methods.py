@@ -55,8 +55,18 @@ PEERS = {
     "dora": (peft.LoraConfig, {"r": 8, "lora_alpha": 16, "use_dora": True}, {}, dora),
     "vera": (peft.VeraConfig, {"r": 16}, {"rank": 16}, vera),
     "loha": (peft.LoHaConfig, {"r": 4, "alpha": 8}, {"rank": 4, "alpha": 8}, loha),
-    "lokr": (peft.LoKrConfig, {"r": 2, "alpha": 4, "decompose_factor": 4}, {"rank": 2, "alpha": 4, "factor": 4}, lokr),
-    "oft": (peft.OFTConfig, {"r": 0, "oft_block_size": 8, "use_cayley_neumann": False}, {"block": 8}, oft),
+    "lokr": (
+        peft.LoKrConfig,
+        {"r": 2, "alpha": 4, "decompose_factor": 4},
+        {"rank": 2, "alpha": 4, "factor": 4},
+        lokr,
+    ),
+    "oft": (
+        peft.OFTConfig,
+        {"r": 0, "oft_block_size": 8, "use_cayley_neumann": False},
+        {"block": 8},
+        oft,
+    ),
     "boft": (peft.BOFTConfig, {"boft_block_size": 4}, {"block": 4, "factors": 1}, boft),
 }
 
@@ -80,7 +90,8 @@ def test_equals_peft(method, family):
 
 
 @pytest.mark.parametrize(
-    ("family", "targets"), [("llama", ["input_layernorm", "post_attention_layernorm", "norm"]), ("bert", ["LayerNorm"])]
+    ("family", "targets"),
+    [("llama", ["input_layernorm", "post_attention_layernorm", "norm"]), ("bert", ["LayerNorm"])],
 )
 @torch.no_grad()
 def test_ln_tuning_equals_peft(family, targets):
@@ -89,7 +100,10 @@ def test_ln_tuning_equals_peft(family, targets):
     theirs, ours = peft.get_peft_model(tiny_model(family), made).eval(), tiny_model(family)
     shake(p for p in theirs.parameters() if p.requires_grad)
     for name, adapter in petune.attach(ours, "ln-tuning").adapters.items():
-        base, tuned = ours.get_submodule(name), theirs.base_model.model.get_submodule(name).ln_tuning_layers["default"]
+        base, tuned = (
+            ours.get_submodule(name),
+            theirs.base_model.model.get_submodule(name).ln_tuning_layers["default"],
+        )
         adapter.scale.copy_(tuned.weight / base.weight)
         if adapter.shift is not None:
             adapter.shift.copy_(tuned.bias - base.bias * adapter.scale)
@@ -112,13 +126,20 @@ def test_bottlenecks():
         adapter, x = at(method, "mlp")
         h = 2 * x
         if method in ("houlsby", "pfeiffer"):
-            want = h + F.gelu(x * 2 @ adapter.down.weight.T + adapter.down.bias) @ adapter.up.weight.T + adapter.up.bias
+            want = (
+                h
+                + F.gelu(x * 2 @ adapter.down.weight.T + adapter.down.bias) @ adapter.up.weight.T
+                + adapter.up.bias
+            )
         elif method == "parallel-adapter":
             low = (x @ adapter.down.weight.T + adapter.down.bias).relu()
             want = h + 4 * (low @ adapter.up.weight.T + adapter.up.bias)
         else:
             down, up = (
-                sum(torch.kron(a, torch.outer(s, t)) for a, s, t in zip(net.rules, net.s, net.t, strict=True))
+                sum(
+                    torch.kron(a, torch.outer(s, t))
+                    for a, s, t in zip(net.rules, net.s, net.t, strict=True)
+                )
                 for net in (adapter.down, adapter.up)
             )
             want = h + F.gelu(h @ down + adapter.down.bias) @ up + adapter.up.bias
@@ -126,10 +147,16 @@ def test_bottlenecks():
 
 
 def test_where_the_bottlenecks_stand():
-    for method, roles in {"houlsby": {"attn", "mlp"}, "pfeiffer": {"mlp"}, "parallel-adapter": {"mlp"}}.items():
+    for method, roles in {
+        "houlsby": {"attn", "mlp"},
+        "pfeiffer": {"mlp"},
+        "parallel-adapter": {"mlp"},
+    }.items():
         tuning = petune.attach(tiny_model("bert"), method)
         assert {link.site.role for link in tuning.links} == roles
-        assert all(link.site.entry is not None for link in tuning.links), "before the sum and the norm"
+        assert all(link.site.entry is not None for link in tuning.links), (
+            "before the sum and the norm"
+        )
 
 
 @torch.no_grad()
@@ -143,8 +170,13 @@ def test_bitfit_is_the_base_with_other_biases():
 @torch.no_grad()
 def test_llama_adapter():
     adapter, _ = at("llama-adapter", "attention")
-    q, k = torch.randn(2, 4, 5, 16, dtype=torch.float64), torch.randn(2, 2, 5, 16, dtype=torch.float64)
-    got = adapter(lambda q, k, v, mask: torch.zeros_like(q).transpose(1, 2), q, k, k, None)  # (2, 5, 4, 16)
+    q, k = (
+        torch.randn(2, 4, 5, 16, dtype=torch.float64),
+        torch.randn(2, 2, 5, 16, dtype=torch.float64),
+    )
+    got = adapter(
+        lambda q, k, v, mask: torch.zeros_like(q).transpose(1, 2), q, k, k, None
+    )  # (2, 5, 4, 16)
     for head in range(4):
         weights = (q[:, head] @ adapter.keys[head // 2].T / 4).softmax(-1)
         want = adapter.gate[head].tanh() * (weights @ adapter.values[head // 2])
@@ -161,7 +193,11 @@ def test_butterfly_is_orthogonal_and_mixes():
 
 
 def test_widths_that_blocks_do_not_divide():
-    for method, arguments in {"oft": {"block": 7}, "boft": {"block": 7}, "lokr": {"factor": 7}}.items():
+    for method, arguments in {
+        "oft": {"block": 7},
+        "boft": {"block": 7},
+        "lokr": {"factor": 7},
+    }.items():
         petune.attach(tiny_model("llama"), method, **arguments)
     with pytest.raises(petune.UnsupportedError, match="butterfly"):
         petune.attach(tiny_model("llama"), "boft", factors=9)
@@ -171,21 +207,29 @@ def test_widths_that_blocks_do_not_divide():
 def test_lora_starts_at_the_base(init):
     model = tiny_model("llama")
     before = logits(model, tiny_batch("llama"))
-    tuning = petune.attach(model, "lora", init=init, rslora=True, rank_pattern={"v": 4}, alpha_pattern={"*.0.*": 2.0})
+    tuning = petune.attach(
+        model, "lora", init=init, rslora=True, rank_pattern={"v": 4}, alpha_pattern={"*.0.*": 2.0}
+    )
     close(logits(model, tiny_batch("llama")), before)
     adapter = tuning.adapters["model.layers.0.self_attn.v_proj"]
     assert adapter.A.shape == (4, 64)
     assert adapter.scale == 1.0
     if init == "pissa":
-        values = torch.linalg.svdvals(next(link for link in tuning.links if link.adapter is adapter).site.weight())
-        torch.testing.assert_close(torch.linalg.svdvals(adapter.B @ adapter.A)[:4], values[:4], rtol=1e-3, atol=1e-4)
+        values = torch.linalg.svdvals(
+            next(link for link in tuning.links if link.adapter is adapter).site.weight()
+        )
+        torch.testing.assert_close(
+            torch.linalg.svdvals(adapter.B @ adapter.A)[:4], values[:4], rtol=1e-3, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("argument", ["rank_pattern", "alpha_pattern"])
 def test_a_pattern_that_matches_nothing_is_named(argument):
     model = tiny_model("llama")
     for key in ("v_prj", "gate"):  # no site at all, and one that `where` leaves out
-        with pytest.raises(petune.PetuneError, match=rf"{argument}: '{key}' matches none of the sites adapted"):
+        with pytest.raises(
+            petune.PetuneError, match=rf"{argument}: '{key}' matches none of the sites adapted"
+        ):
             petune.attach(model, "lora", where="q v", **{argument: {"q": 4, key: 2}})
     assert petune.tunings(model) == {}
 
@@ -204,7 +248,9 @@ def test_lora_plus():
     optimizer = torch.optim.Adam(groups)
     model(**tiny_batch("llama")).loss.backward()
     optimizer.step()
-    moved = [((adapter.A - a).abs().median(), (adapter.B - b).abs().median()) for adapter, a, b in before]
+    moved = [
+        ((adapter.A - a).abs().median(), (adapter.B - b).abs().median()) for adapter, a, b in before
+    ]
     for a, b in moved:
         torch.testing.assert_close(b / a, torch.tensor(16.0), rtol=1e-2, atol=0)
     assert len(petune.attach(tiny_model("llama"), "dora").parameter_groups(1e-3)) == 1

@@ -24,9 +24,21 @@ OPTIONS = {
     "vblora": {"vector_length": 16, "num_vectors": 8},
     "waveft": {"n_frequency": 100},
 }
-WHOLE = ["prompt_tuning", "multitask_prompt_tuning", "p_tuning", "prefix_tuning", "adaption_prompt", "cpt", "cartridge"]
+WHOLE = [
+    "prompt_tuning",
+    "multitask_prompt_tuning",
+    "p_tuning",
+    "prefix_tuning",
+    "adaption_prompt",
+    "cpt",
+    "cartridge",
+]
 ELSEWHERE = ["ln_tuning", "trainable_tokens", "poly", "lily", "xlora", "shadow", "glora"]
-UNTRACED = ["frod", "shira", "waveft"]  # PEFT's own code makes sparse matrices, or types, that dynamo does not know
+UNTRACED = [
+    "frod",
+    "shira",
+    "waveft",
+]  # PEFT's own code makes sparse matrices, or types, that dynamo does not know
 EQUAL = ["hra", "miss", "peanut", "vblora", "randlora", "delora"]
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -45,11 +57,15 @@ def test_peft_is_not_imported_for_others():
 @pytest.mark.parametrize("method", EQUAL)
 def test_the_same_numbers_as_in_peft(method):
     kind = peft.PeftType(method.upper())
-    config = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[kind](target_modules=TARGETS, **OPTIONS.get(method, {}))
+    config = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[kind](
+        target_modules=TARGETS, **OPTIONS.get(method, {})
+    )
     theirs, ours = peft.get_peft_model(tiny_model("llama"), config).eval(), tiny_model("llama")
     before = logits(ours, tiny_batch("llama"))
     shake(p for p in theirs.parameters() if p.requires_grad)
-    tuning = petune.attach(ours, f"peft:{method}", where=" ".join(TARGETS), **OPTIONS.get(method, {}))
+    tuning = petune.attach(
+        ours, f"peft:{method}", where=" ".join(TARGETS), **OPTIONS.get(method, {})
+    )
     with torch.no_grad():
         for name, adapter in tuning.adapters.items():
             own = theirs.base_model.model.get_submodule(name).state_dict()
@@ -60,7 +76,7 @@ def test_the_same_numbers_as_in_peft(method):
 
 
 def test_options_are_those_of_peft_with_its_defaults():
-    from petune.adapter import arguments
+    from petune.core.method.arguments import arguments
 
     known = arguments(petune.methods()["peft:hra"])
     assert {"r", "apply_GS", "init_weights"} == set(known)
@@ -74,12 +90,21 @@ def test_options_are_those_of_peft_with_its_defaults():
 @pytest.mark.parametrize("method", ["prompt_tuning", "ln_tuning", "poly", "c3a", "lily", "xlora"])
 def test_what_peft_can_not_do_is_refused_with_its_reason(method):
     model = tiny_model("llama")
-    reason = {"prompt_tuning": "whole model", "ln_tuning": "nothing to train", "poly": "task_ids", "c3a": "block size"}
+    reason = {
+        "prompt_tuning": "whole model",
+        "ln_tuning": "nothing to train",
+        "poly": "task_ids",
+        "c3a": "block size",
+    }
     reason["xlora"] = "more of the model"
-    with pytest.raises(petune.UnsupportedError, match=f"peft:{method}.*{reason.get(method, 'mixes the rows')}"):
+    with pytest.raises(
+        petune.UnsupportedError, match=f"peft:{method}.*{reason.get(method, 'mixes the rows')}"
+    ):
         petune.attach(model, f"peft:{method}")
     assert petune.tunings(model) == {}
-    with pytest.raises(petune.UnsupportedError, match=r"acts on linear layers, which .*#mlp is not"):
+    with pytest.raises(
+        petune.UnsupportedError, match=r"acts on linear layers, which .*#mlp is not"
+    ):
         petune.attach(model, "peft:hra", where="mlp")
 
 
@@ -141,7 +166,9 @@ def test_all_others_hold_it(method, precision):
     """At a layer of each kind, to be done sooner."""
     cls, family = petune.methods()[f"peft:{method}"], "llama" if precision == "fp32" else "bert"
     narrow = type(cls.__name__, (cls,), {"where": "q down"})
-    rows = list(run_checks(narrow, families=[family], precisions=[precision], **OPTIONS.get(method, {})))
+    rows = list(
+        run_checks(narrow, families=[family], precisions=[precision], **OPTIONS.get(method, {}))
+    )
     failed = {row.behaviour: row.error for row in rows if row.error}
     assert set(failed) == ({"torch.compile"} if method in UNTRACED else set()), failed
 
@@ -151,7 +178,9 @@ def test_all_others_hold_it(method, precision):
 def test_the_folders_of_peft(family, tmp_path):
     """Both ways, under PEFT's own names."""
     ours, again = tiny_model(family), tiny_model(family)
-    tuning = petune.attach(ours, "peft:hra", r=4, train=["classifier"] if family == "bert" else None)
+    tuning = petune.attach(
+        ours, "peft:hra", r=4, train=["classifier"] if family == "bert" else None
+    )
     shake(tuning.parameters())
     tuning.save(tmp_path, format="peft")
     theirs = peft.PeftModel.from_pretrained(tiny_model(family), tmp_path).eval()
@@ -183,5 +212,11 @@ def test_they_are_compared_like_any_other(suite, tmp_path):
     out = tmp_path / "out"
     assert main(["bench", suite(*cells), "--out", str(out)]) == 0
     rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    assert [row["status"] for row in rows] == ["ok", "unsupported", "unsupported", "ok", "unsupported"]
+    assert [row["status"] for row in rows] == [
+        "ok",
+        "unsupported",
+        "unsupported",
+        "ok",
+        "unsupported",
+    ]
     assert rows[0]["trainable_params"] > 0

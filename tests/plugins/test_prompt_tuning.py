@@ -21,7 +21,10 @@ def test_rows_start_as_those_of_the_text(which, request, tmp_path):
     assert torch.equal(rows, model.get_input_embeddings().weight[ids])
     assert tuning.adapters["prompt"].length == 4
     tuning.save(tmp_path)
-    assert json.loads((tmp_path / "adapter.json").read_text())["arguments"] == {"length": 4, "init": ids}
+    assert json.loads((tmp_path / "adapter.json").read_text())["arguments"] == {
+        "length": 4,
+        "init": ids,
+    }
     tuning.detach()
     model.config.name_or_path = ""  # no tokenizer from here on
     assert torch.equal(petune.load(model, tmp_path).adapters["prompt"].rows, rows)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import petune
-from petune.plugins import registry
+from petune.core.registry.plugins import registry
 from petune_bench.coverage import checks, report, tiny
 
 LIMIT = 600.0
@@ -28,8 +28,12 @@ Cell = tuple[str, str]
 def main() -> None:
     """Run the sweep."""
     parser = argparse.ArgumentParser(prog="python -m petune_bench.coverage", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="the folder for coverage.jsonl and coverage.md")
-    parser.add_argument("architectures", nargs="*", help="model types to run again, the others stay; all by default")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="the folder for coverage.jsonl and coverage.md"
+    )
+    parser.add_argument(
+        "architectures", nargs="*", help="model types to run again, the others stay; all by default"
+    )
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)
@@ -38,7 +42,11 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "coverage.jsonl"
     again = options.architectures or list(known)
-    old = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    old = (
+        [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        if file.exists()
+        else []
+    )
     found = [row for row in old if row["architecture"] not in again]
     for kind in again:
         found += apart(kind, known[kind])
@@ -66,7 +74,12 @@ def apart(kind: str, heads: dict[str, str]) -> Iterator[dict[str, Any]]:
     process.kill()
     process.join()
     for cell in left:
-        yield _row(kind, cell, "fails", f"it took more than {LIMIT:.0f} seconds" if late else "the process died")
+        yield _row(
+            kind,
+            cell,
+            "fails",
+            f"it took more than {LIMIT:.0f} seconds" if late else "the process died",
+        )
 
 
 def _work(kind: str, heads: dict[str, str], out: Connection) -> None:
@@ -99,7 +112,13 @@ def rows(kind: str, head: str, name: str) -> Iterator[dict[str, Any]]:
 
 
 def _row(kind: str, cell: Cell, status: str, reason: str) -> dict[str, Any]:
-    return {"architecture": kind, "head": cell[0], "method": cell[1], "status": status, "reason": reason}
+    return {
+        "architecture": kind,
+        "head": cell[0],
+        "method": cell[1],
+        "status": status,
+        "reason": reason,
+    }
 
 
 def _said(error: Exception) -> str:

@@ -20,7 +20,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "last-layers": {},
 }
 """The methods of the table, one or two for each hook point, and their arguments."""
-GENERATION: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "num_beams": 1}
+GENERATION: dict[str, Any] = {
+    "max_new_tokens": 4,
+    "min_new_tokens": 4,
+    "do_sample": False,
+    "num_beams": 1,
+}
 
 
 def cell(model: PreTrainedModel, inputs: dict[str, Tensor], method: str) -> None:
@@ -31,7 +36,9 @@ def cell(model: PreTrainedModel, inputs: dict[str, Tensor], method: str) -> None
         AssertionError: what does not hold.
     """
     reached, keys, cls = _reached(model, inputs), list(model.state_dict()), type(model)
-    base = output(model.requires_grad_(False), inputs)  # torch takes other kernels for weights that need gradients
+    base = output(
+        model.requires_grad_(False), inputs
+    )  # torch takes other kernels for weights that need gradients
     torch.manual_seed(0)
     tuning = petune.attach(model, method, **METHODS[method])
     try:
@@ -43,7 +50,9 @@ def cell(model: PreTrainedModel, inputs: dict[str, Tensor], method: str) -> None
         with tuning.disabled():
             assert torch.equal(output(model, inputs), base), "switched off it is not the base"
         if model.can_generate() and _generates(model, tuning, inputs):
-            assert torch.equal(*(_generate(model, inputs, cache) for cache in (True, False))), "cached differs"
+            assert torch.equal(*(_generate(model, inputs, cache) for cache in (True, False))), (
+                "cached differs"
+            )
     finally:
         tuning.detach()
     assert type(model) is cls, "detach leaves another class"
@@ -73,14 +82,23 @@ def _forward(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     torch.manual_seed(0)  # some draw hashes or blocks
     known = inspect.signature(type(model).forward).parameters
     out = model(**inputs, **({"use_cache": False} if "use_cache" in known else {}))
-    found = [out.get(key) for key in ("logits", "start_logits", "start_top_log_probs", "prediction_logits")]
-    return next(value for value in [*found, *out.values()] if isinstance(value, Tensor) and value.is_floating_point())
+    found = [
+        out.get(key)
+        for key in ("logits", "start_logits", "start_top_log_probs", "prediction_logits")
+    ]
+    return next(
+        value
+        for value in [*found, *out.values()]
+        if isinstance(value, Tensor) and value.is_floating_point()
+    )
 
 
 def _change(tuning: petune.Tuning) -> None:
     with torch.no_grad():
         for p in tuning.parameters():
-            p.add_(torch.randn_like(p) * 0.3 * float(p.std().clamp(min=0.2) if p.numel() > 1 else 1))
+            p.add_(
+                torch.randn_like(p) * 0.3 * float(p.std().clamp(min=0.2) if p.numel() > 1 else 1)
+            )
 
 
 def _reached(model: PreTrainedModel, inputs: dict[str, Tensor]) -> set[int]:
@@ -118,10 +136,18 @@ def _gradients(
     acting = [link for link in tuning.links if link in ran or link.site.kind == "module"]
     own = {link: link.site.module.parameters(recurse=link.site.kind != "module") for link in acting}
     due = [link for link in acting if any(id(p) in reached for p in own[link])]
-    without = [link.site.name for link in due if all(p.grad is None for p in link.adapter.parameters())]
+    without = [
+        link.site.name for link in due if all(p.grad is None for p in link.adapter.parameters())
+    ]
     assert not without, f"no gradient reaches {without[0]}"
-    assert any(p.grad is not None and bool(p.grad.any()) for p in tuning.parameters()), "all gradients are zero"
-    idle = [link.site.name for link in tuning.links if id(link.adapter) not in seen and id(link.site.module) in seen]
+    assert any(p.grad is not None and bool(p.grad.any()) for p in tuning.parameters()), (
+        "all gradients are zero"
+    )
+    idle = [
+        link.site.name
+        for link in tuning.links
+        if id(link.adapter) not in seen and id(link.site.module) in seen
+    ]
     for p in tuning.parameters():
         p.grad = None
     return idle, len(ran)

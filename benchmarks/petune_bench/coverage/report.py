@@ -14,7 +14,9 @@ Row = Mapping[str, Any]
 NO_SOFTMAX = "computes no softmax attention: there are no keys to put a prefix beside"
 NO_TABLE = "reads no token by one table of embeddings: there is no place for a row of a prompt"
 IMPOSSIBLE: dict[str, dict[str, str]] = {
-    "prefix-tuning": dict.fromkeys(["falcon_mamba", "fnet", "mamba", "mamba2", "rwkv", "xlstm", "yoso"], NO_SOFTMAX),
+    "prefix-tuning": dict.fromkeys(
+        ["falcon_mamba", "fnet", "mamba", "mamba2", "rwkv", "xlstm", "yoso"], NO_SOFTMAX
+    ),
     "prompt-tuning": {
         **dict.fromkeys(["canine", "musicgen", "musicgen_melody", "perceiver"], NO_TABLE),
         "deepseek_v4": "picks its experts by a table of token ids, which has none for virtual tokens",
@@ -34,7 +36,9 @@ page (torch {torch}, CPU, float32).
 **{holds:,} of {cells:,} cells hold: {share:.1%}.** {impossible} others are refused because nothing could be done there;
 of the rest {rest:.1%} hold. {built} of {mapped} model types could be built ({heads} with their heads).
 """
-NOT_BUILT = "What transformers itself could not build or run at these sizes, offline, from token ids alone."
+NOT_BUILT = (
+    "What transformers itself could not build or run at these sizes, offline, from token ids alone."
+)
 
 
 def page(rows: Sequence[Row]) -> str:
@@ -57,7 +61,8 @@ def page(rows: Sequence[Row]) -> str:
         heads=len({(row["architecture"], row["head"]) for row in run}),
     )
     by_method = [
-        (m, *(sum(row["method"] == m for row in part) for part in (holds, cannot, holes, run))) for m in METHODS
+        (m, *(sum(row["method"] == m for row in part) for part in (holds, cannot, holes, run)))
+        for m in METHODS
     ]
     missing = {row["architecture"]: row["reason"] for row in rows if row["status"] == "not built"}
     parts = [
@@ -89,13 +94,18 @@ def _line(kind: str, run: Sequence[Row]) -> tuple[str, ...]:
     return kind, ", ".join(dict.fromkeys(row["head"] for row in own)), *marks
 
 
-def _grouped(rows: Iterable[Row], reasons: Mapping[str, Mapping[str, str]] | None = None) -> list[tuple[str, ...]]:
+def _grouped(
+    rows: Iterable[Row], reasons: Mapping[str, Mapping[str, str]] | None = None
+) -> list[tuple[str, ...]]:
     found: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:
         method, kind = row["method"], row["architecture"]
         why = reasons[method][kind] if reasons else row["reason"]
         found.setdefault((method, kind, _cell(why)), []).append(row["head"])
-    return [(method, kind, ", ".join(heads), why) for (method, kind, why), heads in sorted(found.items())]
+    return [
+        (method, kind, ", ".join(heads), why)
+        for (method, kind, why), heads in sorted(found.items())
+    ]
 
 
 def _cell(text: str) -> str:

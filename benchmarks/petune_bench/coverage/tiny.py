@@ -38,7 +38,9 @@ def config(kind: str) -> PretrainedConfig:
     """The small configuration of a model type."""
     plain: Any = AutoConfig.for_model(kind)
     if kind == "encoder-decoder":
-        return type(plain).from_encoder_decoder_configs(config("bert"), config("bert"), decoder_start_token_id=1)
+        return type(plain).from_encoder_decoder_configs(
+            config("bert"), config("bert"), decoder_start_token_id=1
+        )
     return type(plain)(**small(plain))
 
 
@@ -53,7 +55,11 @@ def small(plain: PretrainedConfig) -> dict[str, Any]:
             found[key] = kinds
         elif kinds and re.fullmatch(r"num_hidden_layers|n_layers?|num_layers", key):
             found[key] = len(kinds)
-        elif key == "num_key_value_heads" and value is not None and value == vars(plain).get("num_attention_heads"):
+        elif (
+            key == "num_key_value_heads"
+            and value is not None
+            and value == vars(plain).get("num_attention_heads")
+        ):
             found[key] = small_size("num_attention_heads")
         elif (type(value) is int and value > 2) or re.fullmatch(r"(pad|bos|eos)_token_id", key):
             size = small_size(key)
@@ -79,7 +85,9 @@ def build(kind: str, head: str, name: str) -> PreTrainedModel:
     """
     cls: Any = getattr(transformers, name)
     whole = config(kind)
-    if not isinstance(whole, cls.config_class):  # a text model under the type of a model of several towers
+    if not isinstance(
+        whole, cls.config_class
+    ):  # a text model under the type of a model of several towers
         inside = [value for value in vars(whole).values() if isinstance(value, cls.config_class)]
         whole = inside[0] if inside else whole.get_text_config()
     if head == "causal-lm" and not whole.is_encoder_decoder and hasattr(whole, "is_decoder"):
@@ -105,7 +113,9 @@ def batch(model: PreTrainedModel, rows: int = 2, length: int = 12) -> dict[str, 
     known = inspect.signature(type(model).forward).parameters
     rows *= getattr(model, "num_codebooks", 1)
     found = {"input_ids": torch.randint(4, VOCABULARY - 8, (rows, length), generator=generator)}
-    found["input_ids"][:, [3, 5, -1]] = 2  # where texts end: some read the class there, or the question before it
+    found["input_ids"][:, [3, 5, -1]] = (
+        2  # where texts end: some read the class there, or the question before it
+    )
     more = {
         "bbox": torch.zeros(rows, length, 4, dtype=torch.long),
         "visual_feats": torch.ones(rows, 3, 64),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from petune.tune.setup import quietly
+from petune.training.setup import quietly
 from petune_bench.environment import machine, versions
 from petune_bench.performance import measure, serving
 from petune_bench.performance.contenders import rows
@@ -96,15 +96,21 @@ def first(given: argparse.Namespace) -> Iterator[str]:
     times, memory, tokens, labelled = measure.main_race(given.steps)
     rate = max(rate, sgemm_rate())
     floor, sgemm = measure.shares_of_sgemm(times, tokens, labelled, rate)
-    yield FIRST.format(steps=given.steps, tokens=tokens, labelled=labelled, rate=rate / 1e9, floor=floor)
+    yield FIRST.format(
+        steps=given.steps, tokens=tokens, labelled=labelled, rate=rate / 1e9, floor=floor
+    )
     peer = times["PEFT"]
     table = []
     for (name, found), share in zip(times.items(), sgemm, strict=True):
-        peak, kept = (mine / theirs for mine, theirs in zip(memory[name], memory["PEFT"], strict=True))
+        peak, kept = (
+            mine / theirs for mine, theirs in zip(memory[name], memory["PEFT"], strict=True)
+        )
         step = f"{found.median:.2f} ± {found.median * found.spread:.2f}"
         table.append([name, step, f"{ratios(found, peer):.2f}", f"{found.warm_up:.0f}", f"{peak:.2f}", f"{kept:.2f}",
                       share, f"{apart(found, peer):.0e}"])  # fmt: skip
-    yield from rows_of(["", "step, s", "time", "first two, s", "memory", "kept", "sgemm", "loss"], table)
+    yield from rows_of(
+        ["", "step, s", "time", "first two, s", "memory", "kept", "sgemm", "loss"], table
+    )
     yield ""
     heads = ["", "PEFT's step", "petune", "petune, compiled", "loss"]
     yield from rows_of(heads, measure.other_precisions(given.short))
@@ -114,7 +120,9 @@ def kept(given: argparse.Namespace) -> Iterator[str]:
     yield KEPT
     task, _ = rows("nq-sample", 1, 128)
     columns = ["PEFT", "petune", "compiled"]
-    yield from rows_of(["", *(f"kept, {c}" for c in columns), *(f"peak, {c}" for c in columns)], measure.kept(task))
+    yield from rows_of(
+        ["", *(f"kept, {c}" for c in columns), *(f"peak, {c}" for c in columns)], measure.kept(task)
+    )
 
 
 def settings(given: argparse.Namespace) -> Iterator[str]:
@@ -129,9 +137,13 @@ def serve(given: argparse.Namespace) -> Iterator[str]:
     table = []
     for what in ("attach", "switch"):
         ours, theirs = found[what], found[f"{what}, PEFT"]
-        table.append([what, _duration(ours), _duration(theirs), f"{serving.share(ours, theirs):.2g}"])
+        table.append(
+            [what, _duration(ours), _duration(theirs), f"{serving.share(ours, theirs):.2g}"]
+        )
     shares = [serving.share(routed[f"routed{who}"], routed[f"one{who}"]) for who in ("", ", PEFT")]
-    table.append(["8 LoRAs routed, share of one LoRA's time", *(f"{share:.2f}" for share in shares), "–"])
+    table.append(
+        ["8 LoRAs routed, share of one LoRA's time", *(f"{share:.2f}" for share in shares), "–"]
+    )
     yield from rows_of(["", "petune", "PEFT", "share"], table)
 
 

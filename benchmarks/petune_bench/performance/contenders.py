@@ -16,12 +16,12 @@ from transformers import Trainer, TrainingArguments
 
 import petune
 from petune.loading.models import DTYPES
-from petune.tune.batches import EpochSampler
-from petune.tune.memory import measure_step, resident_bytes
-from petune.tune.recipe import Recipe, parse
-from petune.tune.setup import make_splits, make_task
-from petune.tune.tasks import Example, Task
-from petune.tune.trainer import AdapterTrainer, Recorder, arguments
+from petune.training.memory import measure_step, resident_bytes
+from petune.training.order import EpochSampler
+from petune.training.recipe import Recipe, parse
+from petune.training.setup import make_splits, make_task
+from petune.training.tasks import Example, Task
+from petune.training.trainer import AdapterTrainer, Recorder, arguments
 
 MODEL, RANK = "smollm2-135m", 16
 Batch = dict[str, Tensor]
@@ -46,7 +46,9 @@ def rows(data: str, count: int, max_length: int, seed: int = 0) -> tuple[Task, l
     """Encoded training rows in a random order, and the task that makes batches of them."""
     told = recipe(data, {"max_length": max_length})
     task, train = make_task(told), make_splits(told)["train"]
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:count].tolist()
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[
+        :count
+    ].tolist()
     return task, [task.encode(train[i]) for i in order]
 
 
@@ -69,8 +71,13 @@ class Contender:
             self.stack.enter_context(trainer.lean())
         if trainer.args.activation_checkpointing:  # as Trainer does when it begins to train
             told: Any = trainer.args.activation_checkpointing_kwargs
-            every, rest = told["every_n_layers"], {k: v for k, v in told.items() if k != "every_n_layers"}
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs=rest, every_n_layers=every)
+            every, rest = (
+                told["every_n_layers"],
+                {k: v for k, v in told.items() if k != "every_n_layers"},
+            )
+            model.activation_checkpointing_enable(
+                activation_checkpointing_kwargs=rest, every_n_layers=every
+            )
         trainer.current_gradient_accumulation_steps = 1
         model.config.use_cache = False
         model.train()
@@ -88,7 +95,11 @@ class Contender:
     def memory(self, batch: Batch) -> tuple[int, int]:
         """(peak bytes above the base, bytes kept for backward) of a step."""
         trainer = self.trainer
-        with trainer.laid_out(batch) if isinstance(trainer, AdapterTrainer) else nullcontext(batch) as given:
+        with (
+            trainer.laid_out(batch)
+            if isinstance(trainer, AdapterTrainer)
+            else nullcontext(batch) as given
+        ):
 
             def loss() -> Any:
                 return self.trainer.compute_loss(self.model, dict(given))
@@ -102,7 +113,11 @@ class Contender:
 
 
 def contend(
-    name: str, task: Task, settings: Mapping[str, Any] | None, precision: str = "fp32", dropout: float = 0.0
+    name: str,
+    task: Task,
+    settings: Mapping[str, Any] | None,
+    precision: str = "fp32",
+    dropout: float = 0.0,
 ) -> Contender:
     """PEFT where `settings` is None, else petune with these training settings; all start from the same weights."""
     model = _shared_copy(base(precision))
@@ -113,12 +128,16 @@ def contend(
         weights = {name: tensor.detach() for name, tensor in tuning.state()}
         tuning.detach()
         model = _peft(model, weights, dropout)
-        defaults = TrainingArguments(folder, report_to="none", disable_tqdm=True, learning_rate=5e-4)
+        defaults = TrainingArguments(
+            folder, report_to="none", disable_tqdm=True, learning_rate=5e-4
+        )
         return Contender(name, Trainer(model, defaults), model, precision)
     told = recipe("nq-sample", settings, precision.partition(" ")[0])
     task = type(task)(task.tokenizer, told)
     recorder = Recorder(folder, EpochSampler([], 1, 0, False), 1)  # type: ignore[arg-type]
-    ours = AdapterTrainer(model, tuning, task, recorder, args=arguments(told, folder, 1, quiet=True), train_dataset=[])  # type: ignore[arg-type]
+    ours = AdapterTrainer(
+        model, tuning, task, recorder, args=arguments(told, folder, 1, quiet=True), train_dataset=[]
+    )  # type: ignore[arg-type]
     return Contender(name, ours, model, precision)
 
 
@@ -139,7 +158,9 @@ def _peft(model: Any, weights: Mapping[str, Tensor], dropout: float) -> Any:
     import peft
 
     targets = sorted({name.rpartition(".")[0] for name in weights})
-    config = peft.LoraConfig(r=RANK, lora_alpha=16, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=16, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM"
+    )
     made = peft.get_peft_model(model, config)
     told = {f"base_model.model.{n[:-2]}.lora_{n[-1]}.weight": t for n, t in weights.items()}
     peft.set_peft_model_state_dict(made, told)

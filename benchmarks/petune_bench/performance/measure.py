@@ -5,13 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from petune.tune.tasks import Example, Task
-from petune_bench.performance.contenders import Batch, Contender, batches, contend, plain_batch, rows
+from petune.training.tasks import Example, Task
+from petune_bench.performance.contenders import (
+    Batch,
+    Contender,
+    batches,
+    contend,
+    plain_batch,
+    rows,
+)
 from petune_bench.performance.race import WARM_UP, Times, apart, race, ratios
 
 EAGER: dict[str, Any] = {}
 COMPILED: dict[str, Any] = {"compile": "regions"}
-WAYS: dict[str, dict[str, Any] | None] = {"PEFT": None, "petune": EAGER, "petune, compiled": COMPILED}
+WAYS: dict[str, dict[str, Any] | None] = {
+    "PEFT": None,
+    "petune": EAGER,
+    "petune, compiled": COMPILED,
+}
 SETTINGS: dict[str, dict[str, Any]] = {
     "recompute: false": {"recompute": False},
     "labelled_logits: false": {"labelled_logits": False},
@@ -45,7 +56,9 @@ def other_precisions(steps: int) -> Iterator[list[str]]:
     """Rows of times at nf4 and with dropout, as shares of PEFT's."""
     task, examples = rows("nq-sample", 8 * (steps + WARM_UP), 256)
     for what, precision, dropout in (("nf4", "nf4", 0.0), ("dropout 0.05", "fp32", 0.05)):
-        ways = [contend(name, task, settings, precision, dropout) for name, settings in WAYS.items()]
+        ways = [
+            contend(name, task, settings, precision, dropout) for name, settings in WAYS.items()
+        ]
         times = race(ways, batches(task, examples))
         _close(ways)
         peer = times["PEFT"]
@@ -66,8 +79,14 @@ def kept(task: Task) -> Iterator[list[str]]:
             found[name] = way.memory(batch)
             way.close()
         peer = found["PEFT"]
-        row = [f"{precision}, dropout {dropout}" if dropout else precision, f"{peer[1] / tokens / 1000:,.0f}"]
-        row += [f"{found[n][1] / tokens / 1000:,.0f} ({found[n][1] / peer[1]:.2f})" for n in list(WAYS)[1:]]
+        row = [
+            f"{precision}, dropout {dropout}" if dropout else precision,
+            f"{peer[1] / tokens / 1000:,.0f}",
+        ]
+        row += [
+            f"{found[n][1] / tokens / 1000:,.0f} ({found[n][1] / peer[1]:.2f})"
+            for n in list(WAYS)[1:]
+        ]
         row += [f"{peer[0] / 1e6:,.0f}"]
         row += [f"{found[n][0] / 1e6:,.0f} ({found[n][0] / peer[0]:.2f})" for n in list(WAYS)[1:]]
         yield row
@@ -89,14 +108,18 @@ def settings(steps: int) -> Iterator[list[str]]:
                f"{changed[1] / plain[1]:.2f}", f"{difference:.0e}"]  # fmt: skip
 
 
-def shares_of_sgemm(times: Mapping[str, Times], tokens: int, labelled: int, rate: float) -> tuple[float, list[str]]:
+def shares_of_sgemm(
+    times: Mapping[str, Times], tokens: int, labelled: int, rate: float
+) -> tuple[float, list[str]]:
     """The seconds that the frozen base takes at this rate, and which share of a step that is for each."""
     from petune_bench.performance.contenders import base
 
     model = base("fp32")
     head = model.get_output_embeddings().weight.numel()
     blocks = sum(p.numel() for p in model.parameters() if p.dim() == 2) - head
-    floor = 4 * (blocks * tokens + head * labelled) / rate  # forward, and the gradient of the activations
+    floor = (
+        4 * (blocks * tokens + head * labelled) / rate
+    )  # forward, and the gradient of the activations
     return floor, [f"{floor / found.median:.2f}" for found in times.values()]
 
 

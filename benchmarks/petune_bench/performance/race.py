@@ -51,15 +51,22 @@ def race(contenders: Sequence[Contender], batches: Iterable[Batch]) -> dict[str,
 
 def ratios(times: Times, peer: Times) -> float:
     """The median over the steps of the time that each took, as a share of the peer's on the same batch."""
-    return statistics.median(mine / other for mine, other in zip(times.steps, peer.steps, strict=True))
+    return statistics.median(
+        mine / other for mine, other in zip(times.steps, peer.steps, strict=True)
+    )
 
 
 def apart(times: Times, peer: Times) -> float:
     """The largest difference between the losses of two on the same batch, as a share of the peer's."""
-    return max(abs(mine - other) / abs(other) for mine, other in zip(times.losses, peer.losses, strict=True))
+    return max(
+        abs(mine - other) / abs(other)
+        for mine, other in zip(times.losses, peer.losses, strict=True)
+    )
 
 
-def sgemm_rate(tokens: int = 1024, width: int = 576, wide: int = 1536, seconds: float = 1.0) -> float:
+def sgemm_rate(
+    tokens: int = 1024, width: int = 576, wide: int = 1536, seconds: float = 1.0
+) -> float:
     """Floating-point operations a second of this machine's float32 matrix product, at its best."""
     x, w = torch.randn(tokens, width), torch.randn(wide, width)
     best, until = 0.0, time.perf_counter() + seconds

@@ -19,7 +19,9 @@ LAYERS = 32  # of 7 linear layers each: 224
 TUNINGS = 8
 
 
-def in_turns(functions: Mapping[str, Callable[[], float | None]], times: int) -> dict[str, list[float]]:
+def in_turns(
+    functions: Mapping[str, Callable[[], float | None]], times: int
+) -> dict[str, list[float]]:
     """The seconds of each, turn by turn; one that answers a number has taken its own time."""
     taken: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(times + 1):
@@ -71,7 +73,9 @@ def attach_and_switch() -> dict[str, list[float]]:
         one.enabled, two.enabled = two.enabled, one.enabled
 
     two.disable()
-    return found | in_turns({"switch": switch, "switch, PEFT": lambda: theirs.set_adapter(next(names))}, 9)
+    return found | in_turns(
+        {"switch": switch, "switch, PEFT": lambda: theirs.set_adapter(next(names))}, 9
+    )
 
 
 @torch.no_grad()

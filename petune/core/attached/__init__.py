@@ -1,0 +1,1 @@
+"""What a user holds: attach, a tuning, merge, save, load, route."""

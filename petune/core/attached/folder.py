@@ -1,0 +1,116 @@
+"""A tuning on disk: tensors as safetensors, everything else as JSON. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from petune.core.registry.plugins import registry
+from petune.errors import PetuneError
+from petune.files import read_json
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from transformers import PreTrainedModel
+
+    from petune.core.attached.tuning import Tuning
+
+
+VERSION = 1
+WEIGHTS, CONFIG = "adapter.safetensors", "adapter.json"
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a folder holds a tuning: its tensors in a safetensors file, all else in a JSON file.
+
+    Args:
+        export: (tensors by name, what the JSON says) of a tuning; UnsupportedError where it has no place there.
+        weights: the name of the safetensors file.
+        config: that of the JSON file, by which `petune.load` knows the format.
+        load: attaches what a folder holds to a model, under a name; without it the format is not read.
+    """
+
+    export: Callable[[Tuning], tuple[Mapping[str, Tensor], Mapping[str, Any]]]
+    weights: str
+    config: str
+    load: Callable[[PreTrainedModel, Path, str], Tuning] | None = None
+
+
+def save(tuning: Tuning, path: str | PathLike[str], format: str = "petune") -> None:
+    """Write a tuning into a folder, each file whole or not at all.
+
+    Raises:
+        PetuneError: no such format, or one that has no place for this tuning; nothing is written then.
+    """
+    form = OWN if format == "petune" else registry().get("petune_formats", format, "petune")
+    tensors, config = form.export(tuning)
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
+        save_file(tensors, Path(scratch, form.weights), metadata={"format": "pt"})
+        Path(scratch, form.config).write_text(json.dumps(config, indent=2) + "\n")
+        for file in (form.weights, form.config):
+            os.replace(Path(scratch, file), folder / file)
+
+
+def _export(tuning: Tuning) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    config = {
+        "petune": VERSION,
+        "method": tuning.method if len(tuning.parts) == 1 else [part.name for part in tuning.parts],
+        "arguments": tuning.arguments,
+        "where": tuning.where,
+        "train": list(tuning.heads),
+        "base": getattr(tuning.model.config, "name_or_path", "") or None,
+        "architecture": tuning.model.config.model_type,
+    }
+    if tuning.weight != 1:
+        config["weight"] = tuning.weight
+    return dict(tuning.state()), config
+
+
+OWN = Format(_export, WEIGHTS, CONFIG)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`adapter.json`, checked.
+
+    Raises:
+        PetuneError: the folder holds no tuning, or one of a later version.
+    """
+    if not (folder / CONFIG).is_file():
+        raise PetuneError(f"{folder}: no {CONFIG} there, so no tuning.")
+    config = read_json(folder / CONFIG)
+    if missing := {"petune", "method", "arguments", "where", "train"} - config.keys():
+        raise PetuneError(f"{folder / CONFIG} is not a tuning's: it has no {min(missing)!r}.")
+    if config["petune"] > VERSION:
+        raise PetuneError(
+            f"{folder / CONFIG}: format {config['petune']} is newer than this petune; upgrade it."
+        )
+    return config
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        PetuneError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise PetuneError(f"{path}: no such file.") from None
+    except (SafetensorError, OSError) as bad:
+        raise PetuneError(f"{path} is damaged: {bad}.") from None

@@ -1,0 +1,1 @@
+"""Adapters around one computation; no module is touched here."""

@@ -1,0 +1,1 @@
+"""The base model as it is without petune: modules, sites, weights, norms, configuration."""

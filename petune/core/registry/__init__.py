@@ -1,0 +1,1 @@
+"""What is installed: hooks, plugins, methods, quantizers and hook points by name."""

@@ -1,0 +1,1 @@
+"""Which tokens a call has: virtual tokens, positions, generation."""

@@ -1,0 +1,239 @@
+"""Training: from a recipe to a run's folder."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from petune.errors import PetuneError
+from petune.files import read_json, write_text
+from petune.training import run_folder
+from petune.training.recipe import Recipe, load_recipe
+from petune.training.result import Result, write_json
+from petune.training.setup import make_model, make_splits, make_task, quietly, sample
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import Tensor, nn
+
+    from petune.training.trainer import Adapted, AdapterTrainer
+
+Adapt = Callable[["nn.Module", Recipe], "Adapted"]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was stopped from outside, at the end of a step; a checkpoint holds what was reached."""
+
+
+def train(
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    adapt: Adapt | None = None,
+    quiet: bool = False,
+    final_eval: bool = True,
+) -> Result:
+    """Train what the recipe says and leave a run in its `output` folder.
+
+    Args:
+        recipe: a recipe, its values, or a YAML file.
+        resume: go on from the run's last checkpoint; the result is that of a run that was never stopped.
+        overwrite: throw away a run that is there already.
+        adapt: makes the model trainable in place of `petune.attach`: `adapt(model, recipe)` returns an object with
+            `parameters()` and `save(folder)`; if it has `model`, that is what is called, and with `load(folder)` it
+            can resume.
+        quiet: no progress bar.
+        final_eval: score the test split at the end.
+
+    Raises:
+        PetuneError: a mistake in the recipe or its data, or a run that is in the way.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe)
+    recipe.check(method=adapt is None)
+    run = Path(recipe.output)
+    run_folder.make_room(run, recipe, resume=resume, overwrite=overwrite)
+    if resume and (run / run_folder.RESULT).exists():
+        return Result.read(run)
+    with quietly():
+        return _Session(recipe, run, resume, adapt, quiet).run(final_eval)
+
+
+class _Session:
+    """One process's share of a run."""
+
+    def __init__(
+        self, recipe: Recipe, run: Path, resume: bool, adapt: Adapt | None, quiet: bool
+    ) -> None:
+        import datasets
+        import transformers
+
+        from petune.training.trainer import last_checkpoint
+
+        began = time.perf_counter()
+        self.recipe, self.path, self.quiet = recipe, run, quiet
+        self.checkpoint = last_checkpoint(run / run_folder.CHECKPOINTS) if resume else None
+        self.splits = make_splits(recipe)
+        self.task = make_task(recipe)
+        self.task.quiet = quiet
+        self.task.fit(self.splits["train"])
+        transformers.set_seed(recipe.training.seed)
+        self.model = make_model(recipe, self.task)
+        self.examples = datasets.Dataset.from_list(
+            [self.task.encode(row) for row in self.splits["train"]]
+        )
+        self.tuning = self._adapt(adapt)
+        self.acting: nn.Module = getattr(self.tuning, "model", self.model)
+        self.load_seconds = time.perf_counter() - began
+
+    def run(self, final_eval: bool) -> Result:
+        caching = getattr(self.model.config, "use_cache", True)
+        loop = self._loop()
+        run_folder.write_recipe(self.path, self.recipe)
+        write_json(self.path / run_folder.TASK, self.task.state())
+        steps, tokens = self._train(loop)
+        self.tuning.save(self.path / run_folder.ADAPTER)
+        began = time.perf_counter()
+        metrics = self.task.score(self.acting, self._scored("test")) if final_eval else {}
+        eval_seconds = time.perf_counter() - began
+        peak, saved = self._measure(loop)
+        self.model.config.use_cache = (
+            caching  # Trainer turns it off, and who brought `adapt` has the model still
+        )
+        recorder = loop.recorder
+        files = [file for file in (self.path / run_folder.ADAPTER).rglob("*") if file.is_file()]
+        result = Result(
+            score=metrics.get(self.task.metric),
+            metric=self.task.metric,
+            metrics=metrics,
+            train_loss=recorder.loss,
+            steps=steps,
+            tokens=tokens,
+            train_seconds=recorder.seconds,
+            step_seconds=recorder.step_seconds,
+            tokens_per_second=recorder.tokens_per_second,
+            peak_memory_bytes=peak,
+            saved_activation_bytes=saved,
+            trainable_params=sum(p.numel() for p in self.tuning.parameters()),
+            adapter_bytes=sum(file.stat().st_size for file in files),
+            load_seconds=self.load_seconds,
+            eval_seconds=eval_seconds,
+            device=_device_name(self.acting),
+        )
+        result.write(self.path)
+        return result
+
+    def _adapt(self, adapt: Adapt | None) -> Adapted:
+        import torch
+
+        import petune
+        from petune.training.trainer import resume_schedule
+
+        r = self.recipe
+        saved = self.checkpoint and self.checkpoint[0] / run_folder.ADAPTER
+        if adapt is None:
+            if self.checkpoint and saved:
+                tuning = petune.load(self.model, saved)
+                resume_schedule(tuning, self.checkpoint[0])
+                return tuning
+            try:
+                return petune.attach(self.model, r.method, where=r.where, **r.method_args)
+            except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                if isinstance(error, PetuneError | torch.OutOfMemoryError):
+                    raise
+                # a value of the right type that the method can't work with, such as a rank of 0
+                raise PetuneError(
+                    f"method {r.method!r} with method_args {r.method_args}: {error}"
+                ) from error
+        brought = adapt(self.model, r)
+        if saved:
+            if not hasattr(brought, "load"):
+                raise PetuneError(
+                    f"{self.path}: what `adapt` made can't load a checkpoint; start anew with overwrite."
+                )
+            brought.load(saved)
+        return brought
+
+    def _loop(self) -> AdapterTrainer:
+        from petune.training.order import EpochSampler
+        from petune.training.trainer import AdapterTrainer, Recorder, arguments
+
+        t = self.recipe.training
+        updates = math.ceil(math.ceil(len(self.examples) / t.batch_size) / t.gradient_accumulation)
+        self.steps = t.steps or math.ceil((t.epochs or 3) * updates)
+        lengths = [len(ids) for ids in self.examples["input_ids"]]
+        sampler = EpochSampler(lengths, t.batch_size, t.seed, t.group_by_length)
+        return AdapterTrainer(
+            self.acting,
+            self.tuning,
+            self.task,
+            Recorder(self.path / run_folder.METRICS, sampler, updates),
+            args=arguments(
+                self.recipe, self.path / run_folder.CHECKPOINTS, self.steps, quiet=self.quiet
+            ),
+            train_dataset=self.examples,
+            eval_dataset=self._scored("validation"),
+        )
+
+    def _train(self, loop: AdapterTrainer) -> tuple[int, int]:
+        """(steps, tokens) of the run so far."""
+        from petune.training.trainer import stop_on_signal
+
+        if self.checkpoint:
+            folder_, done = self.checkpoint
+            loop.recorder.resume(folder_, done)
+            if done >= self.steps:  # only what comes after training is missing
+                return done, int(read_json(folder_ / "trainer_state.json")["num_input_tokens_seen"])
+        else:
+            write_text(self.path / run_folder.METRICS, "")
+        with stop_on_signal(loop.recorder), loop.lean():
+            loop.train(resume_from_checkpoint=str(self.checkpoint[0]) if self.checkpoint else None)
+        done = loop.state.global_step
+        if done < self.steps:
+            raise Interrupted(
+                f"{self.path}: stopped at step {done} of {self.steps}; --resume goes on."
+            )
+        return done, int(loop.state.num_input_tokens_seen)
+
+    def _scored(self, split: str) -> Dataset:
+        return sample(self.splits[split], self.recipe.training.eval_rows or self.task.eval_rows)
+
+    def _measure(self, loop: AdapterTrainer) -> tuple[int, int]:
+        """(peak_memory_bytes, saved_activation_bytes) of a step on the longest rows."""
+        from petune.training.memory import measure_step
+
+        lengths = loop.recorder.sampler.lengths
+        longest = sorted(range(len(lengths)), key=lambda i: -lengths[i])[
+            : self.recipe.training.batch_size
+        ]
+        rows = self.task.collate([self.examples[i] for i in longest])
+        model = self.acting.train()
+        optimizer: Any = loop.optimizer or loop.create_optimizer()
+
+        def loss() -> Tensor:
+            with loop.accelerator.autocast():
+                found: Tensor = loop.compute_loss(model, batch)
+            return found
+
+        with loop.lean(), loop.laid_out(rows) as batch:
+            if self.recipe.training.compile:
+                loss().backward()  # type: ignore[no-untyped-call]  # compiles for these shapes
+            return measure_step(
+                model, getattr(optimizer, "optimizer", optimizer), loss, batch.values()
+            )
+
+
+def _device_name(model: nn.Module) -> str:
+    import platform
+
+    import torch
+
+    device = next(model.parameters()).device
+    return (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} cpu"
+    )

@@ -1,0 +1,203 @@
+"""A finished run: score it, ask it, fold it into its base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from warnings import catch_warnings
+
+from petune.core.registry.plugins import registry
+from petune.errors import PetuneError
+from petune.files import read_json
+from petune.training import run_folder
+from petune.training.data import assign, read_rows
+from petune.training.recipe import Recipe, load_recipe
+from petune.training.setup import make_model, make_splits, make_task, quietly, sample
+from petune.training.tasks import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from petune import Tuning
+    from petune.core.attached.merge import Merged
+
+
+@dataclass
+class Run:
+    """A run's folder, its model loaded and adapted."""
+
+    path: Path
+    recipe: Recipe
+    task: Task
+    model: PreTrainedModel
+    tuning: Tuning
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.task.tokenizer
+
+    def evaluate(self, data: str | Path | None = None) -> dict[str, Any]:
+        """`score`, `metric` and all metrics, on the run's test split or on a file's rows.
+
+        Raises:
+            PetuneError: the file can't be read, or lacks a column.
+        """
+        if data is None:
+            rows = make_splits(self.recipe)["test"]
+        else:
+            rows = assign(read_rows(data), self._columns(), (*self.task.inputs, *self.task.targets),
+                          self.task.optional, source=str(data))  # fmt: skip
+        metrics = self.task.score(
+            self.model, sample(rows, self.recipe.training.eval_rows or self.task.eval_rows)
+        )
+        return {"score": metrics[self.task.metric], "metric": self.task.metric, **metrics}
+
+    def predict(self, data: str | Path | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The rows of a file or a list, in their order, each with the answer under `prediction`.
+
+        Raises:
+            PetuneError: the file can't be read, or lacks a column.
+        """
+        from datasets import Dataset
+
+        if isinstance(data, str | Path):
+            rows, source = read_rows(data), str(data)
+        else:
+            rows, source = Dataset.from_list([dict(row) for row in data]), "rows"
+        asked = assign(rows, self._columns(), self.task.inputs, self.task.optional, source=source)
+        answers = self.task.predict(self.model, asked)
+        return [{**row, "prediction": answer} for row, answer in zip(rows, answers, strict=True)]
+
+    def merge(self, out: str | Path, *, quantized: bool = False) -> Merged:
+        """Fold the tuning into the base and write a transformers folder that needs no petune.
+
+        The run's model is merged afterwards.
+
+        Args:
+            quantized: store the layers in the run's precision, in place of dense weights.
+
+        Returns:
+            What storing the merged weights cost.
+
+        Raises:
+            UnmergeableError: the method has no merged form; nothing is written.
+            PetuneError: `out` exists already, the base is not quantized, or the architecture has no place for what the
+                tuning adds; nothing is written.
+        """
+        from petune.core.attached.quantized import dequantize
+        from petune.core.frozen.config import unplaced
+        from petune.core.frozen.weights import is_quantized
+
+        out, model = _free(out), self.model
+        quantizer: Any = getattr(model, "hf_quantizer", None)
+        if quantized and not any(is_quantized(module) for module in model.modules()):
+            raise PetuneError(
+                f"the base of {self.path} is not quantized (precision: {self.recipe.precision})."
+            )
+        if quantized and not (quantizer and quantizer.is_serializable()):
+            raise PetuneError(
+                f"transformers can't save {self.recipe.precision} weights; merge into dense ones."
+            )
+        with catch_warnings(action="ignore"):  # of what would be lost: that is an error here
+            merged = self.tuning.merge(quantize=quantized)
+        if not quantized:
+            dequantize(model)
+        if lost := unplaced(model):
+            raise PetuneError(
+                f"a saved {model.config.model_type} has no place for {lost[0]}; keep the adapter instead."
+            )
+        model.save_pretrained(out)
+        self.tokenizer.save_pretrained(out)
+        return merged
+
+    def export(self, out: str | Path, format: str) -> None:
+        """Write the tuning for others: `peft`, `serving` (what vLLM and llama.cpp's converter take) or `dense`.
+
+        Raises:
+            UnsupportedError: the format has no place for this tuning; nothing is written.
+            PetuneError: no such format, or `out` exists already.
+        """
+        if format == "dense":
+            self.merge(out)
+        else:
+            self.tuning.save(_free(out), format)
+
+    def _columns(self) -> dict[str, str]:
+        """The names of the training data's columns; a set's own where the recipe says nothing."""
+        known = registry().all("petune_datasets")
+        own = (
+            known[self.recipe.data].columns
+            if isinstance(self.recipe.data, str) and self.recipe.data in known
+            else {}
+        )
+        return {**own, **self.recipe.columns}
+
+
+def _free(out: str | Path) -> Path:
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise PetuneError(f"{out}: exists already; name a new folder.")
+    return out
+
+
+def load_run(path: str | Path) -> Run:
+    """Load a finished run's model and adapter.
+
+    Raises:
+        PetuneError: no finished run lies there.
+    """
+    import petune
+
+    path = Path(path)
+    if not (path / run_folder.ADAPTER).is_dir():
+        what = "an unfinished run" if (path / run_folder.RECIPE).exists() else "no run"
+        raise PetuneError(
+            f"{path}: {what}; `petune train` leaves one in the recipe's output folder."
+        )
+    recipe = load_recipe(path / run_folder.RECIPE)
+    with quietly():
+        task = make_task(recipe, read_json(path / run_folder.TASK))
+        model = make_model(recipe, task)
+        tuning = petune.load(model, path / run_folder.ADAPTER)
+    return Run(path, recipe, task, model, tuning)
+
+
+def evaluate(
+    run: str | Path, data: str | Path | None = None, *, quiet: bool = True
+) -> dict[str, Any]:
+    """See `Run.evaluate`."""
+    loaded = load_run(run)
+    loaded.task.quiet = quiet
+    with quietly():
+        return loaded.evaluate(data)
+
+
+def predict(
+    run: str | Path, data: str | Path | Sequence[Mapping[str, Any]], *, quiet: bool = True
+) -> list[dict[str, Any]]:
+    """See `Run.predict`."""
+    loaded = load_run(run)
+    loaded.task.quiet = quiet
+    with quietly():
+        return loaded.predict(data)
+
+
+def merge_run(run: str | Path, out: str | Path, *, quantized: bool = False) -> Merged:
+    """See `Run.merge`."""
+    loaded = load_run(run)
+    with quietly():
+        return loaded.merge(out, quantized=quantized)
+
+
+def export_run(run: str | Path, out: str | Path, format: str) -> None:
+    """See `Run.export`."""
+    if format == "gguf":
+        remedy = f"run llama.cpp's convert_lora_to_gguf.py on `petune export {run} {out} --format serving`"
+        raise PetuneError(f"--format gguf: petune has no converter of its own; {remedy}.")
+    if format != "dense":
+        registry().get("petune_formats", format, "dense")  # before a model is loaded for it
+    loaded = load_run(run)
+    with quietly():
+        loaded.export(out, format)

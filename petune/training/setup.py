@@ -1,0 +1,92 @@
+"""What training and a finished run set up alike: the task, its rows, the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from petune.core.registry.plugins import registry
+from petune.training.data import load_splits
+from petune.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedModel
+
+    from petune.training.tasks import Task
+
+
+def make_task(recipe: Recipe, state: Mapping[str, Any] | None = None) -> Task:
+    """The recipe's task with the model's tokenizer.
+
+    Raises:
+        PetuneError: no such task or model.
+    """
+    from petune import load_tokenizer
+
+    kind: type[Task] = registry().get("petune_tasks", recipe.task)
+    task = kind(load_tokenizer(recipe.model), recipe)
+    if state is not None:
+        task.restore(state)
+    return task
+
+
+def make_splits(recipe: Recipe) -> dict[str, datasets.Dataset]:
+    """The recipe's rows by split, columns by role.
+
+    Raises:
+        PetuneError: the data can't be read, or a role has no column in it.
+    """
+    kind: type[Task] = registry().get("petune_tasks", recipe.task)
+    return load_splits(recipe.data, recipe.columns, (*kind.inputs, *kind.targets), kind.optional)
+
+
+def make_model(recipe: Recipe, task: Task) -> PreTrainedModel:
+    """The base model with the task's head, on the device.
+
+    Raises:
+        PetuneError: no such model or precision.
+    """
+    import torch
+
+    from petune import from_pretrained
+
+    head = recipe.head or task.head
+    seed = recipe.training.seed
+    model: Any = from_pretrained(
+        recipe.model, precision=recipe.precision, head=head, seed=seed, **task.model_args()
+    )
+    if torch.cuda.is_available() and not getattr(
+        model, "is_quantized", False
+    ):  # a quantizer places its own weights
+        model.to("cuda")
+    task.bind(model)
+    return model
+
+
+def sample(rows: datasets.Dataset, most: int | None) -> datasets.Dataset:
+    """At most so many rows, evenly spaced."""
+    if most is None or len(rows) <= most:
+        return rows
+    return rows.select([i * len(rows) // most for i in range(most)])
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Transformers and datasets keep their bars and their advice to themselves."""
+    import datasets
+    from transformers.utils import logging as untyped
+
+    logging: Any = untyped
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        datasets.enable_progress_bars()
+        if bars:
+            logging.enable_progress_bar()

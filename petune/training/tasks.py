@@ -1,0 +1,147 @@
+"""What a task plugin brings: how rows become batches, and how a model's answers are judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    import datasets
+    from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerBase
+
+    from petune.training.recipe import Recipe
+
+Example = dict[str, Any]
+"""One encoded row: `input_ids` and what else the model takes, as lists of integers."""
+
+
+class Task:
+    """A kind of question to a model. Subclasses say what their rows hold, encode them and score the answers."""
+
+    head: ClassVar[str]
+    """What `petune.from_pretrained` puts on the model."""
+    inputs: ClassVar[tuple[str, ...]]
+    """Roles that a row needs to be answered."""
+    targets: ClassVar[tuple[str, ...]]
+    """Roles that it needs besides, to train and to score."""
+    optional: ClassVar[tuple[str, ...]] = ()
+    """Roles that it may have."""
+    metric: ClassVar[str]
+    """The main score's name among what `score` returns; higher is better."""
+    eval_rows: ClassVar[int | None] = None
+    """How many rows are scored at most, unless the recipe says so."""
+    token_loss: ClassVar[bool] = False
+    """Whether the model's loss is a mean over labelled tokens, to be taken over a whole accumulated batch."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+        self.tokenizer = tokenizer
+        self.recipe = recipe
+        self.quiet = True
+
+    @classmethod
+    def roles(cls) -> tuple[str, ...]:
+        """Every role that a recipe's `columns` may name."""
+        return (*cls.inputs, *cls.targets, *cls.optional)
+
+    def fit(self, train: datasets.Dataset) -> None:
+        """Learn from the training rows what the model must be told, such as the labels.
+
+        Raises:
+            PetuneError: the rows are not what this task needs.
+        """
+
+    def state(self) -> dict[str, Any]:
+        """What `fit` learned, as JSON; kept in the run."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state` gave."""
+
+    def model_args(self) -> dict[str, Any]:
+        """Arguments for `petune.from_pretrained`, such as `num_labels`."""
+        return {}
+
+    def bind(self, model: nn.Module) -> None:
+        """Settle with the bare model what depends on it; called before it is adapted."""
+        config: Any = model.config
+        text = config.get_text_config()
+        if getattr(text, "pad_token_id", None) is None:
+            text.pad_token_id = self.pad_id  # decoders find the last token of a row by it
+
+    def encode(self, row: Mapping[str, Any]) -> Example:
+        """A row with its target, as one training example."""
+        raise NotImplementedError
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """A batch to train on."""
+        return self.pad(examples)
+
+    def score(self, model: nn.Module, rows: datasets.Dataset) -> dict[str, float]:
+        """How well the model answers: `metric` and others."""
+        raise NotImplementedError
+
+    def predict(self, model: nn.Module, rows: datasets.Dataset) -> list[Any]:
+        """The model's answers, one a row, as JSON values."""
+        raise NotImplementedError
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills a batch up."""
+        chosen = self.tokenizer.pad_token_id
+        return int(chosen if chosen is not None else self.tokenizer.eos_token_id or 0)
+
+    def pad(self, examples: Sequence[Example], side: str = "right") -> dict[str, Tensor]:
+        """Rows of like keys as rectangular tensors, (batch, length); `labels` are filled with -100."""
+        import torch
+
+        fill = {"input_ids": self.pad_id, "labels": -100}
+        batch = {}
+        for key in examples[0]:
+            values = [example[key] for example in examples]
+            if isinstance(values[0], list):
+                length = max(map(len, values))
+                gaps = [[fill.get(key, 0)] * (length - len(value)) for value in values]
+                values = [
+                    gap + v if side == "left" else v + gap
+                    for gap, v in zip(gaps, values, strict=True)
+                ]
+            batch[key] = torch.tensor(values)
+        return batch
+
+    def answers(
+        self,
+        model: nn.Module,
+        examples: Sequence[Example],
+        answer: Callable[[dict[str, Tensor]], Sequence[Any]],
+        *,
+        collate: Callable[[Sequence[Example]], dict[str, Tensor]] | None = None,
+    ) -> list[Any]:
+        """What `answer` makes of every batch, one item a row, in the order of the rows.
+
+        Rows of like length go together (`collate` is `pad` unless given); the model is in eval mode and no gradients
+        are kept.
+        """
+        import torch
+        from tqdm import tqdm
+
+        size = self.recipe.training.eval_batch_size or 2 * self.recipe.training.batch_size
+        order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["input_ids"]))
+        found: list[Any] = [None] * len(order)
+        device = next(model.parameters()).device
+        training = model.training
+        model.eval()
+        starts = tqdm(
+            range(0, len(order), size), "eval", leave=False, disable=True if self.quiet else None
+        )
+        try:
+            with torch.inference_mode():
+                for start in starts:
+                    chosen = order[start : start + size]
+                    batch = (collate or self.pad)([examples[i] for i in chosen])
+                    batch = {key: value.to(device) for key, value in batch.items()}
+                    for i, item in zip(chosen, answer(batch), strict=True):
+                        found[i] = item
+        finally:
+            model.train(training)
+        return found
