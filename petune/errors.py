@@ -18,6 +18,10 @@ class UnsupportedError(PetuneError, TypeError):
     """This model, precision or method can't do what was asked, whatever the arguments."""
 
 
+class MovedError(PetuneError):
+    """A library has changed something that petune leans on: the message names it, its version and the remedy."""
+
+
 def unknown(what: str, name: object, known: Iterable[str]) -> str:
     """`unknown key 'stpes'. Did you mean 'steps'? Known: epochs, steps.`"""
     names = sorted(known)
