@@ -13,11 +13,11 @@ from petune.errors import PetuneError, UnmergeableError, UnsupportedError
 
 if TYPE_CHECKING:
     from petune import testing
-    from petune.core.attached.attach import attach, tunings
+    from petune.core.attached.attach import attach
     from petune.core.attached.folder import Format
     from petune.core.attached.load import load
     from petune.core.attached.route import route
-    from petune.core.attached.tuning import Tuning
+    from petune.core.attached.tuning import Tuning, tunings
     from petune.core.frozen.discovery import discover
     from petune.core.frozen.site import ALL_LINEAR, Site
     from petune.core.graft.attend import attend
@@ -67,11 +67,11 @@ __all__ = [
 ]
 
 _HOMES = {
-    "petune.core.attached.attach": ("attach", "tunings"),
+    "petune.core.attached.attach": ("attach",),
     "petune.core.attached.folder": ("Format",),
     "petune.core.attached.load": ("load",),
     "petune.core.attached.route": ("route",),
-    "petune.core.attached.tuning": ("Tuning",),
+    "petune.core.attached.tuning": ("Tuning", "tunings"),
     "petune.core.frozen.discovery": ("discover",),
     "petune.core.frozen.site": ("ALL_LINEAR", "Site"),
     "petune.core.graft.attend": ("attend",),

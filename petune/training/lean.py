@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petune.core.frozen.modules import base_forward, blocks, children, features, is_norm, walk
+from petune.core.frozen.modules import (
+    base_forward,
+    blocks,
+    children,
+    features,
+    hooked_forward,
+    is_norm,
+    set_hooked_forward,
+    walk,
+)
 from petune.core.frozen.weights import compute_dtype
 from petune.core.ops import recompute
 from petune.core.registry.sites import find_sites
@@ -132,9 +141,9 @@ def _keeps_more_than_its_input(module: Any, dtype: torch.dtype) -> bool:
 
 def _put(module: nn.Module, forward: Callable[..., Any] | None) -> Callable[..., Any] | None:
     """Set what a module computes without its adapters, None for what its class says; returns what was set before."""
-    graft = vars(module).get("petune_graft")
-    if graft is not None:
-        before, graft.hooked = graft.hooked, forward
+    if "petune_graft" in vars(module):
+        before = hooked_forward(module)
+        set_hooked_forward(module, forward)
         return before
     before = vars(module).pop("forward", None)
     if forward is not None:

@@ -90,7 +90,8 @@ class _Labelled:
         **__: Any,
     ) -> Tensor:
         """Takes the place of the model's loss function; the logits are those of the one row."""
-        if (board := board_of(self.model)) is not None and board.plan is not None:
+        board = board_of(self.model)
+        if board is not None and board.begin().plan is not None:
             raise UnsupportedError(
                 "labelled_logits(): not within route(), which counts on whole rows."
             )

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from petune import Tuning
-    from petune.core.attached.merge import Merged
+    from petune.core.attached.cost import Merged
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from petune.core.attached.attach import attach
 from petune.core.attached.folder import CONFIG, WEIGHTS, Format, read_config, read_tensors
 from petune.core.registry.plugins import registry
 from petune.errors import PetuneError
@@ -39,10 +40,9 @@ def load(
         PetuneError: no tuning there, its method is not installed, or it does not fit the model; the model is
             left as it was.
     """
-    from petune.core.attached.attach import attach
-
     folder = Path(path)
-    if (read := _reader(folder)) is not None:
+    read = _reader(folder)
+    if read is not None:
         return read(model, folder, name)
     config = read_config(folder)
     tensors = read_tensors(folder / WEIGHTS)

@@ -147,14 +147,7 @@ class _Block:
         return bool({"q", "qkv"} & set(attention_roles([n for n, _ in linears(module, "")])))
 
     def _methods(self, core: nn.Module) -> Mapping[str, Callable[..., Any]]:
-        from petune.core.graft.observed import (
-            forward,
-        )  # it stands on the grafts, which stand on this
-
-        cls = base_class(core)
-        return self.attention.get(
-            cls, {} if calls_attention_interface(cls) else {"forward": forward}
-        )
+        return self.attention.get(base_class(core), {})
 
     def _named_attentions(self) -> list[str]:
         """Modules to put no attention adapter around, which still hold the linear layers of an attention."""

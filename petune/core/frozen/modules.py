@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-
-if TYPE_CHECKING:
-    from petune.core.graft.module import Graft
-
 
 Named = list[tuple[str, nn.Module]]
 
@@ -99,12 +95,24 @@ def base_class(module: nn.Module) -> Any:
     return getattr(type(module), "petune_base", type(module))
 
 
+HOOKED = "petune_hooked"
+
+
+def hooked_forward(module: nn.Module) -> Callable[..., Any] | None:
+    return vars(module).get(HOOKED)
+
+
+def set_hooked_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:
+    if forward is None:
+        vars(module).pop(HOOKED, None)
+    else:
+        vars(module)[HOOKED] = forward
+
+
 def base_forward(module: nn.Module) -> Callable[..., Any]:
     """The frozen computation of a module, without the adapters on it."""
-    graft: Graft | None = vars(module).get("petune_graft")
-    hooked: Callable[..., Any] | None = (
-        graft.hooked if graft is not None else vars(module).get("forward")
-    )
+    own = vars(module)
+    hooked = own.get(HOOKED) if "petune_graft" in own else own.get("forward")
     return hooked or partial(base_class(module).forward, module)
 
 

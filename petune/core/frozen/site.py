@@ -62,6 +62,10 @@ class Site:
     """What takes the place of the module's own methods while an attention adapter is there, by name."""
     _pool: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
+    @property
+    def module_name(self) -> str:
+        return self.name.partition("#")[0].partition("[")[0]
+
     def weight(self) -> Tensor:
         """The dense weight, float32: (out_features, in_features) of a linear layer, read by probing where it is not
         stored as such, so that it is right for every quantizer; (vocabulary, hidden) of an embedding or a prompt.

@@ -12,6 +12,8 @@ from torch import nn
 
 from petune.errors import PetuneError, unknown
 
+PATTERN = "_pattern"
+
 
 def arguments(method: type) -> dict[str, inspect.Parameter]:
     """The hyperparameters of a method by name, those of its parents included where it takes `**kwargs`."""
@@ -57,6 +59,9 @@ def check_arguments(name: str, method: type, given: Mapping[str, Any]) -> dict[s
     known = arguments(method)
     checked: dict[str, Any] = {}
     for key, value in given.items():
+        if key.endswith(PATTERN) and key.removesuffix(PATTERN) in known:
+            checked[key] = value
+            continue
         if key not in known:
             raise PetuneError(unknown(f"argument of method {name!r}:", key, known))
         try:

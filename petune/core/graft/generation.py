@@ -1,0 +1,38 @@
+"""What holds for one `generate` from its call to its result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from petune.core.forward.forward_pass import ForwardPass
+
+
+class Generation:
+    """One `generate`. What is switched meanwhile, here or in another thread, it does not see.
+
+    Args:
+        board: the model's board.
+        forward: what its forwards begin with.
+        prompted: how many columns the prompts take, those of virtual tokens included; of an encoder-decoder, those
+            that the decoding starts with.
+        layout: the virtual tokens among the ids that are generated; None if there are none.
+        inserted: the virtual tokens that go in before it begins: the same, or those of an encoder, or of embeddings.
+    """
+
+    def __init__(
+        self,
+        board: Any,
+        forward: ForwardPass,
+        prompted: int,
+        layout: Any = None,
+        inserted: Any = None,
+    ) -> None:
+        self.board, self.forward, self.prompted = board, forward, prompted
+        self.layout, self.inserted = layout, inserted
+        self.mask: Tensor | None = None
+
+    def see_mask(self, mask: Any) -> None:
+        """Take the mask of a step: which columns so far hold tokens, (rows, columns), None if all do."""
+        self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
