@@ -10,8 +10,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import petune
-from petune.core.attached import merge as merge_module
 from petune.core.attached.quantized import dequantize
+from petune.core.attached.target import LinearTarget
 from petune.core.frozen.weights import dense, is_quantized
 from petune.core.registry.plugins import registry
 from petune.testing import tiny_batch, tiny_model
@@ -161,14 +161,14 @@ def test_an_interrupted_merge_leaves_what_the_model_computes(quantize, monkeypat
     model, batch = tiny_model("llama"), tiny_batch("llama")
     tuning = shaken(model, "lora")
     before = logits(model, batch)
-    count, fold = itertools.count(), merge_module._fold
+    count, write = itertools.count(), LinearTarget.write
 
-    def interrupted(*args):
+    def interrupted(self, merged):
         if next(count) == 5:
             raise KeyboardInterrupt
-        fold(*args)
+        write(self, merged)
 
-    monkeypatch.setattr(merge_module, "_fold", interrupted)
+    monkeypatch.setattr(LinearTarget, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tuning.merge(quantize=quantize)
     torch.testing.assert_close(logits(model, batch), before, rtol=1e-4, atol=1e-5)

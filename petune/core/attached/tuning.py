@@ -60,6 +60,10 @@ class Tuning(Acting):
         board = board_of(self.model)
         return self.switched_on if board is None else board.is_on(self)
 
+    @enabled.setter
+    def enabled(self, on: bool) -> None:
+        self.switched_on = on
+
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.parameters())
         state = "" if self.switched_on else ", disabled"

@@ -23,7 +23,7 @@ def calls_attention_interface(cls: Any) -> bool:
 def computes_attention(cls: type) -> bool:
     """The class calls a softmax and products of matrices itself, or torch's function for both."""
     functions = [
-        f
+        inspect.unwrap(f)
         for c in cls.__mro__
         if c is not nn.Module
         for f in vars(c).values()

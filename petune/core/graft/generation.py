@@ -32,7 +32,19 @@ class Generation:
         self.board, self.forward, self.prompted = board, forward, prompted
         self.layout, self.inserted = layout, inserted
         self.mask: Tensor | None = None
+        self.columns = 0
 
-    def see_mask(self, mask: Any) -> None:
-        """Take the mask of a step: which columns so far hold tokens, (rows, columns), None if all do."""
+    def see(self, ids: Any, mask: Any) -> None:
+        """Take what a step begins with: all ids so far, (rows, columns), and which of these columns hold tokens, None
+        if all do.
+        """
+        self.columns = ids.shape[1] if isinstance(ids, Tensor) else 0
         self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+    def seen(self, cached: int, given: Tensor) -> int:
+        """How many columns came before those of a step.
+
+        Args:
+            cached: how many the cache says, if it can.
+        """
+        return max(cached, self.columns - given.shape[1])

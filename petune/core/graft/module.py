@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial, wraps
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -72,6 +72,8 @@ class Adapters(nn.ModuleDict):
 class Grafted(nn.Module):
     """The mixin of every adapted module but the model itself."""
 
+    signed: ClassVar[tuple[str, ...]] = ("forward",)
+    """The methods that must show the signatures of the base's, which transformers reads."""
     petune_graft: Graft
     petune_hooked: Call | None = None
 
@@ -125,18 +127,21 @@ def _restored(base: type[nn.Module], mixin: type[nn.Module]) -> nn.Module:
 @cache
 def grafted_class(cls: Any, mixin: Any) -> type[nn.Module]:
     """`cls` with the mixin in front: one class for all modules of a kind, so that compiled code is shared."""
-
-    @wraps(cls.forward)  # Trainer and generate read the signature
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return mixin.forward(self, *args, **kwargs)
-
-    own = {
-        "forward": forward,
-        "petune_base": cls,
-        "__module__": cls.__module__,
-        "__doc__": cls.__doc__,
-    }
+    own = {"petune_base": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    for name in mixin.signed:
+        if hasattr(cls, name):
+            own[name] = _signed(getattr(cls, name), getattr(mixin, name))
     return type(cls.__name__, (mixin, cls), own)
+
+
+def _signed(shown: Call, method: Call) -> Call:
+    """A method that shows the signature of another one."""
+
+    @wraps(shown)
+    def same(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return method(self, *args, **kwargs)
+
+    return same
 
 
 @cache

@@ -16,7 +16,7 @@ from petune.core.forward.link import Call
 from petune.core.graft.board import Board
 from petune.core.graft.generation import Generation
 from petune.core.graft.module import Grafted, graft_of
-from petune.core.host.cache import cache_of, seen_tokens
+from petune.core.host.cache import cache_of, seen_tokens, under_its_name
 from petune.core.host.checkpointing import Checkpointing, checkpoint_with, checkpointed
 from petune.core.host.generation import Generating
 from petune.core.host.trainer import plain_for_a_while
@@ -38,11 +38,12 @@ from petune.core.tokens.table import rows_of, spans_of
 from petune.errors import UnsupportedError
 
 
-class AdaptedModel(Grafted, Generating, Checkpointing):
+class AdaptedModel(Generating, Checkpointing, Grafted):
     """The mixin of the model itself. A forward begins with the settings of its context and keeps them; virtual tokens
     go in before it, and their results are taken out behind it.
     """
 
+    signed = ("forward", "prepare_inputs_for_generation")
     config: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -51,6 +52,7 @@ class AdaptedModel(Grafted, Generating, Checkpointing):
         with _inside(graft.board):
             generation = generation_of(graft.board)
             forward = graft.board.begin() if generation is None else generation.forward
+            kwargs = under_its_name(kwargs, graft.parameters)
             if _is_plain(graft.board, forward):
                 with run(forward):
                     return base(*args, **kwargs)
@@ -94,7 +96,10 @@ class AdaptedModel(Grafted, Generating, Checkpointing):
         if forward.plan is not None and rows is not None:
             beams = rows.shape[0] // len(forward.plan.names)
             forward = replace(forward, plan=forward.plan.with_beams(beams))
-        if seen_tokens(arguments) >= generation.prompted:
+        if (
+            rows is not None
+            and generation.seen(seen_tokens(arguments), rows) >= generation.prompted
+        ):
             forward = _without_virtual(forward)
         return self._run(base, forward, arguments, generation.layout, generation)
 
@@ -198,12 +203,12 @@ class AdaptedModel(Grafted, Generating, Checkpointing):
         out.sequences = layout.without_virtual(out.sequences)
         return out
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+    def prepare_inputs_for_generation(self, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
         """The mask is seen here, before a static cache makes four dimensions of it that tell no tokens any more."""
         generation = generation_of(graft_of(self).board)
         if generation is not None:
-            generation.see_mask(kwargs.get("attention_mask"))
-        return super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+            generation.see(input_ids, kwargs.get("attention_mask"))
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
 
     @contextmanager
     def around_the_encoder(self, inputs: Tensor, arguments: dict[str, Any]) -> Iterator[None]:

@@ -46,6 +46,7 @@ def batches(
         return {}
     seen = seen_tokens(arguments)
     if generation is not None:
+        seen = generation.seen(seen, given)
         tokens = _tokens(generation.mask, given, seen, virtual)
         return {"decoder": _in_generation(tokens, seen, generation.prompted)}
     if seen:  # a decoding by hand: the prompt was in the first forward
@@ -75,6 +76,8 @@ def _of_two_stacks(
     if answer is not None:
         is_of_a_static_cache = answer_mask is not None and answer_mask.dim() != 2
         seen, prompted = seen_tokens(arguments), 1 if generation is None else generation.prompted
+        if generation is not None:
+            seen = generation.seen(seen, answer)
         told = None if generation is not None and is_of_a_static_cache else answer_mask
         found["decoder"] = _in_generation(_tokens(told, answer, seen, None), seen, prompted)
     return found
