@@ -56,7 +56,12 @@ class AdaLoRA(petune.Adapter):
         self.phases, self.every = (warmup, 1 - cooldown), every
 
     def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
-        return petune.lowrank_update(inner(x), x, self.Q * self.e[:, None], self.P, self.scale)
+        return petune.lowrank_update(inner(x), x, self.scaled(), self.P, self.scale)
+
+    @petune.derived
+    def scaled(self) -> Tensor:
+        """diag(e) Q, (rank, in)."""
+        return self.e[:, None] * self.Q
 
     @classmethod
     @contextmanager

@@ -44,6 +44,7 @@ class PrefixTuning(petune.Adapter):
         else:
             self.last = nn.Linear(hidden, site.kv_heads * sum(self.widths))
 
+    @petune.derived
     def prefix(self) -> tuple[Tensor, Tensor]:
         """Keys and values, (kv_heads, length, head_dim) and (kv_heads, length, value_dim)."""
         if self.trunk is None:

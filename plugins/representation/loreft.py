@@ -20,6 +20,7 @@ class Edit(nn.Module):
         self.W = nn.Parameter(self.rotation().detach().clone())  # (rank, hidden)
         self.b = nn.Parameter(torch.zeros(len(self.W)))
 
+    @petune.derived
     def rotation(self) -> Tensor:
         return torch.linalg.qr(self.free).Q.T  # (rank, hidden)
 

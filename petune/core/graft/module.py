@@ -103,7 +103,7 @@ def _adapted(links: list[Link], call: ModuleForward) -> torch.Tensor:
     if plan is None:
         return chain(links, call)(*call.inputs)
     if call.forward.part_alone:  # the model, which would have looked at the batch, does not run
-        plan.by_row(call.inputs[0].shape[0])
+        plan.check(call.inputs[0].shape[0])
     return run_routed(plan, links, call)
 
 

@@ -65,7 +65,7 @@ class AdaptedModel(Generating, Checkpointing, Grafted):
         """A forward of its own, or a step of a decoding by hand."""
         board, given = graft_of(self).board, given_of(arguments)
         if forward.plan is not None and given is not None:
-            forward.plan.by_row(
+            forward.plan.check(
                 given.shape[0]
             )  # refuses a batch that does not fit, before anything runs
         if given is None or not board.prompts(forward):

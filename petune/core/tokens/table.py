@@ -49,5 +49,6 @@ def spans_of(board: Board, forward: ForwardPass, batch: int) -> list[Span]:
         end += int(length)
     if forward.plan is None:
         return [Span(0, end)] * batch
+    forward.plan.check(batch)
     none = Span(0, 0)
-    return [spans.get(name, none) for name in forward.plan.by_row(batch)]
+    return [spans.get(name, none) for name in forward.plan.by_row]
