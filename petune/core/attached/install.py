@@ -15,10 +15,11 @@ from petune.core.graft import observed
 from petune.core.graft.attend import install as install_attention
 from petune.core.graft.board import Board, board_of
 from petune.core.graft.module import Alone, Grafted, add, graft_of, hold, release, remove
+from petune.core.graft.remembering import check_checkpointing, forget, remember
 from petune.core.host.seams import SEAMS
 from petune.core.host.trainer import say_adapted, say_plain
 from petune.core.method.copies import TrainedParameters
-from petune.core.tokens.model import AdaptedModel, forget, remember
+from petune.core.tokens.model import AdaptedModel
 from petune.core.tokens.table import PromptTable
 from petune.errors import PetuneError
 
@@ -28,19 +29,21 @@ def install(model: Any, tuning: Acting) -> None:
 
     Raises:
         MovedError: a library has changed something that petune leans on.
+        UnsupportedError: the model's gradient checkpointing is of a kind that the method can't take.
         PetuneError: another thread runs a forward of the model.
     """
     SEAMS.require()
     board = board_of(model) or Board()
+    check_checkpointing(model, [tuning])
     with board.gate.change(f"attach {tuning.name!r}"):
         if not board.tunings:
             _begin(model, board)
         hold(model, board, AdaptedModel)
-        remember(model)
         place_stacks(model, tuning)
         for link in tuning.links:
             _put(model, link, board)
-        board.tunings[tuning.name] = tuning  # last: a forward that begins sees all of it or nothing
+        board.tunings[tuning.name] = tuning
+        remember(model)
 
 
 def uninstall(model: Any, tuning: Acting) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -48,3 +49,14 @@ class Generation:
             cached: how many the cache says, if it can.
         """
         return max(cached, self.columns - given.shape[1])
+
+    def at_step(self, forward: ForwardPass, given: Tensor, cached: int) -> ForwardPass:
+        """What a step goes by, whose new columns are `given`: rows stand there as often as there are beams, and behind
+        the prompts no id is virtual.
+        """
+        plan = forward.plan
+        if plan is not None:
+            beams = given.shape[0] // len(plan.names)
+            forward = replace(forward, plan=plan.with_beams(beams))
+        in_prompts = self.seen(cached, given) < self.prompted
+        return replace(forward, may_have_virtual=in_prompts)

@@ -92,6 +92,11 @@ class Layout:
         )
 
     @property
+    def rows(self) -> int:
+        """B."""
+        return int(self.source.shape[0])
+
+    @property
     def length(self) -> int:
         """L, how many columns there are now."""
         return int(self.source.shape[1])
