@@ -72,8 +72,8 @@ class Adapters(nn.ModuleDict):
 class Grafted(nn.Module):
     """The mixin of every adapted module but the model itself."""
 
-    signed: ClassVar[tuple[str, ...]] = ("forward",)
-    """The methods that must show the signatures of the base's, which transformers reads."""
+    signed: ClassVar[dict[str, str]] = {"forward": "forward"}
+    """The methods of the base whose signatures transformers reads, and the mixin's that take their places."""
     petune_graft: Graft
     petune_hooked: Call | None = None
 
@@ -128,9 +128,9 @@ def _restored(base: type[nn.Module], mixin: type[nn.Module]) -> nn.Module:
 def grafted_class(cls: Any, mixin: Any) -> type[nn.Module]:
     """`cls` with the mixin in front: one class for all modules of a kind, so that compiled code is shared."""
     own = {"petune_base": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
-    for name in mixin.signed:
+    for name, method in mixin.signed.items():
         if hasattr(cls, name):
-            own[name] = _signed(getattr(cls, name), getattr(mixin, name))
+            own[name] = _signed(getattr(cls, name), getattr(mixin, method))
     return type(cls.__name__, (mixin, cls), own)
 
 

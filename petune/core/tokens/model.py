@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,7 +34,10 @@ class AdaptedModel(Generating, Checkpointing, Grafted):
     go in before it, and their results are taken out behind it.
     """
 
-    signed = ("forward", "prepare_inputs_for_generation")
+    signed: ClassVar[dict[str, str]] = {
+        "forward": "forward",
+        "prepare_inputs_for_generation": "prepare_inputs",  # transformers takes who has it for a generative model
+    }
     config: Any
 
     @property
@@ -69,7 +72,7 @@ class AdaptedModel(Generating, Checkpointing, Grafted):
                 out = super().generate(*args, **arguments)  # type: ignore[misc]
             return answer_of(generation, kwargs, out)
 
-    def prepare_inputs_for_generation(self, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+    def prepare_inputs(self, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
         """The mask is seen here, before a static cache makes four dimensions of it that tell no tokens any more."""
         generation = generation_of(self.petune_board)
         if generation is not None:
