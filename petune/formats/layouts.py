@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from petune.core.frozen.modules import base_class, is_causal
+from petune.core.frozen.modules import base_class
+from petune.core.frozen.tables import is_causal
 from petune.errors import UnsupportedError
 
 if TYPE_CHECKING:

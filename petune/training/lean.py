@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from petune.core.frozen.blocks import blocks
 from petune.core.frozen.modules import (
     base_forward,
-    blocks,
     children,
     features,
     hooked_forward,

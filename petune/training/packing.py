@@ -15,8 +15,9 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from petune.core.frozen.blocks import blocks
 from petune.core.frozen.computes import calls_attention_interface
-from petune.core.frozen.modules import base_class, blocks, walk
+from petune.core.frozen.modules import base_class, walk
 from petune.core.host.attention import Attention
 from petune.training.logits import SKIP, applies
 from petune.training.swap import evaluating

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from petune.core.frozen.modules import blocks
+from petune.core.frozen.blocks import blocks
 from petune.errors import PetuneError
 from petune.training.swap import forward_as
 

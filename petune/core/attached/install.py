@@ -9,7 +9,8 @@ from torch import nn
 
 from petune.core.forward.link import Acting, Link
 from petune.core.frozen.computes import calls_attention_interface
-from petune.core.frozen.modules import base_class, input_table, is_causal, tables, walk
+from petune.core.frozen.modules import base_class, walk
+from petune.core.frozen.tables import input_table, is_causal, tables
 from petune.core.frozen.weights import is_quantized
 from petune.core.graft import observed
 from petune.core.graft.attend import install as install_attention

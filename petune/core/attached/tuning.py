@@ -14,7 +14,7 @@ from petune.core.attached.merge import Merged, merge
 from petune.core.attached.parts import Part, Where
 from petune.core.forward.link import Acting, Link
 from petune.core.forward.settings import setting, settings_of
-from petune.core.frozen.config import settle
+from petune.core.frozen.config import declare
 from petune.core.graft.board import board_of
 from petune.core.method.adapter import Adapter
 
@@ -176,7 +176,7 @@ class Tuning(Acting):
         with board.gate.change(f"merge {self.name!r}"):
             merged = merge(self.model, self, quantize)
             self.detach()
-            settle(self.model)
+            declare(self.model)
         return merged
 
     def detach(self) -> None:
