@@ -101,11 +101,19 @@ def _is_product(
 ) -> bool:
     """The module computes what `_gated_forward` does, as a trial shows."""
     width = (features(gate) or (0, 0))[0]
-    x = torch.randn(2, 3, width, device=next(mlp.parameters()).device).to(compute_dtype(gate))
+    x = torch.randn(2, 3, width, device=next(mlp.parameters()).device).to(
+        compute_dtype(gate)
+    )
     with evaluating(mlp):
         try:
-            return torch.equal(base_forward(mlp)(x), _gated_forward(gate, up, down, act, x))
-        except (RuntimeError, TypeError, AttributeError):  # it takes something else, or more
+            return torch.equal(
+                base_forward(mlp)(x), _gated_forward(gate, up, down, act, x)
+            )
+        except (
+            RuntimeError,
+            TypeError,
+            AttributeError,
+        ):  # it takes something else, or more
             return False
 
 
@@ -133,13 +141,20 @@ def _keeps_more_than_its_input(module: Any, dtype: torch.dtype) -> bool:
         kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
         return t
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with (
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+    ):
         out = base_forward(module)(x)
     del out
-    return sum(kept.values()) - known > 1.25 * x.nbytes  # more than a statistic for each row
+    return (
+        sum(kept.values()) - known > 1.25 * x.nbytes
+    )  # more than a statistic for each row
 
 
-def _put(module: nn.Module, forward: Callable[..., Any] | None) -> Callable[..., Any] | None:
+def _put(
+    module: nn.Module, forward: Callable[..., Any] | None
+) -> Callable[..., Any] | None:
     """Set what a module computes without its adapters, None for what its class says; returns what was set before."""
     if "petune_graft" in vars(module):
         before = hooked_forward(module)

@@ -27,11 +27,17 @@ class TrainableTokens(petune.Adapter):
             )
         self.is_head = site.kind != "embedding"
         self.register_buffer(
-            "ids", torch.tensor(list(dict.fromkeys(ids)), device=table.device), persistent=False
+            "ids",
+            torch.tensor(list(dict.fromkeys(ids)), device=table.device),
+            persistent=False,
         )
         rows = site.shared("rows", lambda: nn.Parameter(table[self.ids].float()))
         self.rows = rows if site.tied or not self.is_head else None
-        self.scale = 1.0 if self.is_head else _scale(site.module, table[self.ids[:1]], self.ids[:1])
+        self.scale = (
+            1.0
+            if self.is_head
+            else _scale(site.module, table[self.ids[:1]], self.ids[:1])
+        )
 
     def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
         y = inner(x)

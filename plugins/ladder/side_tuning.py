@@ -26,14 +26,21 @@ class LadderSideTuning(petune.Adapter):
         self.up: nn.Linear | None = None
         if self.beside:
             hidden, width = site.out_features, max(1, site.out_features // reduction)
-            self.down, self.gate = nn.Linear(hidden, width), nn.Parameter(torch.zeros(1))
-            self.mlp = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
+            self.down, self.gate = (
+                nn.Linear(hidden, width),
+                nn.Parameter(torch.zeros(1)),
+            )
+            self.mlp = nn.Sequential(
+                nn.Linear(width, width), nn.GELU(), nn.Linear(width, width)
+            )
             self.rungs.append(self)
         if site is top:
             self.up = nn.Linear(width, hidden, bias=False)
             nn.init.zeros_(self.up.weight)
 
-    def forward(self, inner: petune.Inner, x: Tensor, *, notes: dict[Any, Tensor]) -> Tensor:
+    def forward(
+        self, inner: petune.Inner, x: Tensor, *, notes: dict[Any, Tensor]
+    ) -> Tensor:
         if not self.beside:
             return inner(x)
         h = notes[self] = inner(x).detach()

@@ -50,7 +50,9 @@ class LoRA(petune.Adapter):
         """(A, B), or factors of B A - B_0 A_0 = (B - B_0) A + B_0 (A - A_0), which lose no small change to rounding."""
         if self.A0 is None or self.B0 is None:
             return self.A, self.B
-        return torch.cat([self.A, self.A - self.A0]), torch.cat([self.B - self.B0, self.B0], 1)
+        return torch.cat([self.A, self.A - self.A0]), torch.cat(
+            [self.B - self.B0, self.B0], 1
+        )
 
     def plain(self) -> dict[str, Tensor]:
         a, b = self.factors()

@@ -13,7 +13,9 @@ Start = Literal["default", "gaussian", "orthogonal", "pissa", "olora"]
 Share = Annotated[float, Ge(0), Lt(1)]
 
 
-def start(init: Start, site: petune.Site, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+def start(
+    init: Start, site: petune.Site, rank: int, scale: float
+) -> tuple[Tensor, Tensor]:
     """A (rank, in) and B (out, rank). What `pissa` and `olora` cut out of the weight has its rank at most."""
     if init == "pissa":  # the largest singular vectors, by a randomized decomposition
         weight = site.weight()
@@ -26,7 +28,9 @@ def start(init: Start, site: petune.Site, rank: int, scale: float) -> tuple[Tens
         q = torch.linalg.qr(weight[:, :rank]).Q  # (out, rank)
         return q.T @ weight, q
     a, b = torch.empty(rank, site.in_features), torch.zeros(site.out_features, rank)
-    if init == "orthogonal":  # A and B meet in orthogonal halves of the rank, so that B A = 0
+    if (
+        init == "orthogonal"
+    ):  # A and B meet in orthogonal halves of the rank, so that B A = 0
         q = torch.linalg.qr(torch.randn(rank, rank)).Q
         a = (torch.randn(site.in_features, (rank + 1) // 2) @ q[0::2]).T / 10
         b = torch.randn(site.out_features, rank // 2) @ q[1::2] / 10

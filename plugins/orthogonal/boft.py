@@ -19,7 +19,11 @@ class BOFT(petune.Adapter):
     bias: Tensor
 
     def __init__(
-        self, site: petune.Site, *, block: petune.Positive = 8, factors: petune.Positive = 2
+        self,
+        site: petune.Site,
+        *,
+        block: petune.Positive = 8,
+        factors: petune.Positive = 2,
     ) -> None:
         super().__init__()
         width = site.in_features
@@ -30,7 +34,9 @@ class BOFT(petune.Adapter):
                 f"boft: {site.name}: {width} inputs have no butterfly of {factors} factors."
             )
         self.block = size
-        self.free = nn.Parameter(torch.zeros(factors, width // size, size * (size - 1) // 2))
+        self.free = nn.Parameter(
+            torch.zeros(factors, width // size, size * (size - 1) // 2)
+        )
         self.scale = nn.Parameter(torch.ones(site.out_features))
         self.register_buffer("bias", site.bias(), persistent=False)
 

@@ -38,5 +38,7 @@ def turn(x: Tensor, change: Tensor) -> Tensor:
 def nearest(divisors: range, width: int, block: int) -> int | None:
     """The one of `divisors` that divides `width` and is nearest to `block`, of two the larger, if there is one."""
     return min(
-        (d for d in divisors if width % d == 0), key=lambda d: (abs(d - block), -d), default=None
+        (d for d in divisors if width % d == 0),
+        key=lambda d: (abs(d - block), -d),
+        default=None,
     )

@@ -17,8 +17,18 @@ from petune.testing import tiny_batch, tiny_model
 from petune.testing.behaviours import logits
 
 METHODS = {"lora": {}, "prefix": {"length": 4}, "prompt": {"length": 3}, "houlsby": {}}
-NAMES = {"lora": "lora", "prefix": "prefix-tuning", "prompt": "prompt-tuning", "houlsby": "houlsby"}
-OPTIONS = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+NAMES = {
+    "lora": "lora",
+    "prefix": "prefix-tuning",
+    "prompt": "prompt-tuning",
+    "houlsby": "houlsby",
+}
+OPTIONS = {
+    "max_new_tokens": 4,
+    "do_sample": False,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+}
 
 
 @pytest.fixture
@@ -33,7 +43,9 @@ def served():
 def answers(model, batch):
     """The logits of a routed forward, and the ids of a routed generation."""
     ids = batch["input_ids"]
-    return model(ids).logits, model.generate(ids, attention_mask=torch.ones_like(ids), **OPTIONS)
+    return model(ids).logits, model.generate(
+        ids, attention_mask=torch.ones_like(ids), **OPTIONS
+    )
 
 
 def test_threads_route_for_themselves(served):
@@ -114,11 +126,15 @@ def test_compiled_code_sees_the_threads_settings_and_refuses_a_tasks():
     tuning = shaken(model, "lora")
     ids = batch["input_ids"]
     torch.compiler.reset()
-    compiled = torch.compile(lambda: model(ids, use_cache=False).logits, backend="eager", fullgraph=True)
+    compiled = torch.compile(
+        lambda: model(ids, use_cache=False).logits, backend="eager", fullgraph=True
+    )
     with torch.no_grad():
         on = compiled()
         with tuning.disabled():
-            torch.testing.assert_close(compiled(), tiny_model("llama", layers=1)(ids).logits)
+            torch.testing.assert_close(
+                compiled(), tiny_model("llama", layers=1)(ids).logits
+            )
         assert torch.equal(compiled(), on)
 
         async def in_a_task():
@@ -161,7 +177,10 @@ def test_backward_runs_a_block_as_its_forward_did(reentrant):
 
     model.train()
     want = gradients()
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable = (
+        getattr(model, "activation_checkpointing_enable", None)
+        or model.gradient_checkpointing_enable
+    )
     enable({"use_reentrant": reentrant})
     for got, wanted in zip(gradients(), want, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
@@ -169,7 +188,10 @@ def test_backward_runs_a_block_as_its_forward_did(reentrant):
 
 def test_methods_whose_sites_share_notes_refuse_reentrant_checkpointing():
     model = tiny_model("llama")
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable = (
+        getattr(model, "activation_checkpointing_enable", None)
+        or model.gradient_checkpointing_enable
+    )
     enable({"use_reentrant": True})
     with pytest.raises(petune.UnsupportedError, match="use_reentrant=False"):
         petune.attach(model, "ladder-side-tuning")
@@ -185,7 +207,10 @@ def test_nothing_stays_behind_a_training_step():
     model(**batch).loss.backward()
     hidden = torch.zeros(2, 10, 64)
     with pytest.raises(petune.UnsupportedError, match="call the model itself"):
-        model.model.layers[0](hidden, position_embeddings=model.model.rotary_emb(hidden, torch.arange(10)[None]))
+        model.model.layers[0](
+            hidden,
+            position_embeddings=model.model.rotary_emb(hidden, torch.arange(10)[None]),
+        )
 
 
 def test_attaching_and_detaching_wait_their_turn():
@@ -203,8 +228,14 @@ def test_attaching_and_detaching_wait_their_turn():
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(logits, model, batch)
         begun.wait(60)
-        for change in (tuning.detach, tuning.merge, lambda: petune.attach(model, "ia3", name="more")):
-            with pytest.raises(petune.PetuneError, match="another thread runs a forward"):
+        for change in (
+            tuning.detach,
+            tuning.merge,
+            lambda: petune.attach(model, "ia3", name="more"),
+        ):
+            with pytest.raises(
+                petune.PetuneError, match="another thread runs a forward"
+            ):
                 change()
         done.set()
         assert torch.equal(running.result(), on)
@@ -222,7 +253,9 @@ def test_attaching_and_detaching_wait_their_turn():
         thread.start()
     while any(thread.is_alive() for thread in threads):
         with contextlib.suppress(petune.PetuneError):
-            petune.attach(model, "lora", name="other", where="q@0")  # a fresh one changes nothing
+            petune.attach(
+                model, "lora", name="other", where="q@0"
+            )  # a fresh one changes nothing
         while "other" in petune.tunings(model):
             with contextlib.suppress(petune.PetuneError):
                 petune.tunings(model)["other"].detach()

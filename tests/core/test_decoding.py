@@ -13,7 +13,12 @@ from petune.testing import tiny_model
 METHODS = ["lora", "loreft", "prompt-tuning", "p-tuning", "prefix-tuning"]
 FAMILIES = ["llama", "gpt2", "t5", "mistral"]
 NEW = 7
-OPTIONS = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+OPTIONS = {
+    "max_new_tokens": NEW,
+    "do_sample": False,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+}
 IDS = torch.tensor([[0, 0, 11, 12, 13, 14, 15], [21, 22, 23, 24, 25, 26, 27]])
 MASK = (IDS != 0).long()
 
@@ -37,7 +42,9 @@ def built(family):
 def tuned(request):
     family, method = request.param
     model = built(family)
-    shaken(model, method, **({"length": 5} if "t" in method and "tuning" in method else {}))
+    shaken(
+        model, method, **({"length": 5} if "t" in method and "tuning" in method else {})
+    )
     return model
 
 
@@ -51,7 +58,9 @@ def scores(model, **options):
 
 
 def close(got, want):
-    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
+    torch.testing.assert_close(
+        got, want, rtol=1e-3, atol=1e-4 * float(want.abs().max())
+    )
 
 
 def test_cached_static_and_chunked(tuned):
@@ -84,7 +93,10 @@ def test_by_hand(tuned, old_name):
     mask, given = MASK, {"input_ids": IDS}
     if tuned.config.is_encoder_decoder:
         encoded = tuned.generate(
-            IDS, attention_mask=MASK, return_dict_in_generate=True, **{**OPTIONS, "max_new_tokens": 1}
+            IDS,
+            attention_mask=MASK,
+            return_dict_in_generate=True,
+            **{**OPTIONS, "max_new_tokens": 1},
         )
         assert encoded.sequences.shape == (2, 2)
         given["decoder_input_ids"] = torch.zeros(2, 1, dtype=torch.long)
@@ -93,9 +105,18 @@ def test_by_hand(tuned, old_name):
         if tuned.config.is_encoder_decoder:
             options = {"attention_mask": MASK}
         else:
-            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -given["input_ids"].shape[1] :]
-            virtual = sum(int(link.adapter.length) for t in petune.tunings(tuned).values() for link in t.prompts)
-            options = {"attention_mask": mask, "position_ids": positions + (virtual if cache is not None else 0)}
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[
+                :, -given["input_ids"].shape[1] :
+            ]
+            virtual = sum(
+                int(link.adapter.length)
+                for t in petune.tunings(tuned).values()
+                for link in t.prompts
+            )
+            options = {
+                "attention_mask": mask,
+                "position_ids": positions + (virtual if cache is not None else 0),
+            }
         if cache is not None:
             options[name] = cache
         with torch.no_grad():
@@ -123,8 +144,12 @@ def test_a_cache_kept_from_turn_to_turn(tuned):
     cache = {cache_name(tuned): first.get(cache_name(tuned))}
     got = tuned.generate(whole, attention_mask=mask, **cache, **options)
     assert got.sequences.shape == want.sequences.shape
-    assert torch.equal(got.sequences[:, : whole.shape[1]], whole), "the prompt comes back as it was"
-    if not reads_batch:  # the second turn has another prompt, whose last tokens are others
+    assert torch.equal(got.sequences[:, : whole.shape[1]], whole), (
+        "the prompt comes back as it was"
+    )
+    if (
+        not reads_batch
+    ):  # the second turn has another prompt, whose last tokens are others
         close(torch.stack(got.logits, 1), torch.stack(want.logits, 1))
 
 
@@ -149,7 +174,9 @@ def test_a_cache_says_which_virtual_tokens_it_holds():
     out = model(ids, use_cache=True)
     cache = out.get(name)
     for _ in range(6):
-        out = model(out.logits[:, -1].argmax(-1, keepdim=True), **{name: cache}, use_cache=True)
+        out = model(
+            out.logits[:, -1].argmax(-1, keepdim=True), **{name: cache}, use_cache=True
+        )
     assert cache.get_seq_length() == 5 + 3 + 6
     with tuning.disabled():
         plain = model(ids, use_cache=True).get(name)
@@ -188,7 +215,11 @@ def test_criteria_processors_and_streamers_see_the_users_ids():
             return torch.zeros(len(input_ids), dtype=torch.bool)
 
     out = model.generate(
-        IDS[1:], **OPTIONS, logits_processor=[processor], stopping_criteria=[Criterion()], streamer=streamer
+        IDS[1:],
+        **OPTIONS,
+        logits_processor=[processor],
+        stopping_criteria=[Criterion()],
+        streamer=streamer,
     )
     assert out.shape == (1, 7 + NEW)
     for step, ids in enumerate(processor.seen):
@@ -197,6 +228,11 @@ def test_criteria_processors_and_streamers_see_the_users_ids():
         assert torch.equal(ids, out[:, : 8 + step])
     assert torch.equal(streamer.seen[0], IDS[1:])
     shortest = model.generate(
-        IDS[1:], do_sample=False, pad_token_id=0, eos_token_id=int(out[0, 7]), min_new_tokens=3, max_length=12
+        IDS[1:],
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=int(out[0, 7]),
+        min_new_tokens=3,
+        max_length=12,
     )
     assert 10 <= shortest.shape[1] <= 12

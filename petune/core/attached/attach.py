@@ -107,7 +107,10 @@ def _made(part: Part, sites: list[Site]) -> Made:
     own += [replace(site, peers=own, pool=pool) for site in picked]
     settled = replace(part, arguments=part.cls.settle(own, dict(part.arguments)))
     at_each = arguments_at(own, settled)
-    adapters = [(part.cls(site, **given), site) for site, given in zip(own, at_each, strict=True)]
+    adapters = [
+        (part.cls(site, **given), site)
+        for site, given in zip(own, at_each, strict=True)
+    ]
     return Made(settled, adapters=adapters)
 
 

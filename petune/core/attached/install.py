@@ -15,7 +15,15 @@ from petune.core.frozen.weights import is_quantized
 from petune.core.graft import observed
 from petune.core.graft.attend import install as install_attention
 from petune.core.graft.board import Board, board_of
-from petune.core.graft.module import Alone, Grafted, add, graft_of, hold, release, remove
+from petune.core.graft.module import (
+    Alone,
+    Grafted,
+    add,
+    graft_of,
+    hold,
+    release,
+    remove,
+)
 from petune.core.graft.remembering import check_checkpointing, forget, remember
 from petune.core.host.seams import SEAMS
 from petune.core.host.trainer import say_adapted, say_plain
@@ -79,7 +87,9 @@ def attached_board(model: Any, tuning: Acting) -> Board:
 
 def _begin(model: Any, board: Board) -> None:
     """Note what the base is before the first tuning, and freeze it."""
-    board.asked_gradients = {name: p.requires_grad for name, p in model.named_parameters()}
+    board.asked_gradients = {
+        name: p.requires_grad for name, p in model.named_parameters()
+    }
     board.causal = is_causal(model)
     table = input_table(model)
     board.vocabulary = len(table.weight) if table is not None else 0
@@ -91,7 +101,9 @@ def _begin(model: Any, board: Board) -> None:
 def _end(model: Any, board: Board) -> None:
     """The counterpart of `_begin`."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(board.asked_gradients.get(name, parameter.requires_grad))
+        parameter.requires_grad_(
+            board.asked_gradients.get(name, parameter.requires_grad)
+        )
     say_plain(model)
 
 

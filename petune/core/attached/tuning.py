@@ -35,7 +35,11 @@ class Tuning(Acting):
     """
 
     def __init__(
-        self, model: PreTrainedModel, name: str, parts: Sequence[Part], heads: tuple[str, ...]
+        self,
+        model: PreTrainedModel,
+        name: str,
+        parts: Sequence[Part],
+        heads: tuple[str, ...],
     ) -> None:
         super().__init__(name, "+".join(part.name for part in parts))
         self.model, self.parts, self.heads = model, tuple(parts), heads
@@ -92,7 +96,9 @@ class Tuning(Acting):
         for parameter in self.parameters():
             groups.setdefault(factors.get(id(parameter), 1.0), []).append(parameter)
         return [
-            {"params": own, "lr": learning_rate * factor} for factor, own in groups.items() if own
+            {"params": own, "lr": learning_rate * factor}
+            for factor, own in groups.items()
+            if own
         ]
 
     @contextmanager
@@ -123,7 +129,11 @@ class Tuning(Acting):
             if _has_schedule(link):
                 saved = link.adapter.state_dict()
                 buffers = link.adapter.named_buffers()
-                found |= {f"{link.label}.{name}": b for name, b in buffers if name not in saved}
+                found |= {
+                    f"{link.label}.{name}": b
+                    for name, b in buffers
+                    if name not in saved
+                }
         return found
 
     def enable(self) -> None:

@@ -48,7 +48,9 @@ class FrozenAttention(Computation):
         self.masked = inputs[3] is not None
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
-        more = key.shape[2] - self.keys  # of the adapter, on the left; below 0 if it left some out
+        more = (
+            key.shape[2] - self.keys
+        )  # of the adapter, on the left; below 0 if it left some out
         options = self._options(more)
         mask = self._mask(mask, more)
         if mask is None and (self.masked or more < 0):
@@ -83,7 +85,9 @@ class FrozenAttention(Computation):
         of_batch = partial(_rows_of, index, query.shape[0])
         options = {name: of_batch(option) for name, option in self.options.items()}
         inputs = query[index], key[index], value[index], of_batch(mask)
-        return FrozenAttention(self.forward, self.base, self.module, inputs, options, index)
+        return FrozenAttention(
+            self.forward, self.base, self.module, inputs, options, index
+        )
 
 
 def _rows_of(index: Index, batch: int, value: Any) -> Any:

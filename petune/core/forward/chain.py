@@ -80,7 +80,9 @@ def _on_part(adapter: Call, inner: Call, part: Part, x: Tensor) -> Tensor:
     return torch.cat([whole[..., : part.start], out, whole[..., part.stop :]], -1)
 
 
-def _spanning(adapter: Call, inner: Call, site: Site, begin: Tensor, x: Tensor) -> Tensor:
+def _spanning(
+    adapter: Call, inner: Call, site: Site, begin: Tensor, x: Tensor
+) -> Tensor:
     """Adapt a computation that several modules share: it begins with `begin` at another one and ends here, with x."""
 
     def whole(h: Tensor) -> Tensor:

@@ -68,7 +68,9 @@ class Plan:
             PetuneError: it has not.
         """
         if batch != len(self.by_row):
-            raise PetuneError(f"route(): {len(self.names)} names for a batch of {batch} rows.")
+            raise PetuneError(
+                f"route(): {len(self.names)} names for a batch of {batch} rows."
+            )
 
     def split(self, links: list[Link], batch: int, device: torch.device) -> Split:
         """The rows of a batch by what serves them among the links that meet at a site.
@@ -86,7 +88,9 @@ class Plan:
         groups = [Group(by_name.get(name, []), index) for name, index in rows.of_each]
         return Split(groups, rows.back)
 
-    def _grouped(self, here: Collection[str | None], batch: int, device: torch.device) -> Rows:
+    def _grouped(
+        self, here: Collection[str | None], batch: int, device: torch.device
+    ) -> Rows:
         times, left = divmod(batch, len(self.by_row))
         if left or not times:
             self.check(batch)
@@ -97,7 +101,9 @@ class Plan:
         order = torch.tensor(list(chain.from_iterable(rows_of.values())))
         in_order = bool((order.diff() == 1).all())
         back = None if in_order else order.argsort().to(device)
-        return Rows([(name, _index(rows, device)) for name, rows in rows_of.items()], back)
+        return Rows(
+            [(name, _index(rows, device)) for name, rows in rows_of.items()], back
+        )
 
 
 @dataclass(frozen=True)

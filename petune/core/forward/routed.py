@@ -30,28 +30,36 @@ def run_routed(plan: Plan, links: list[Link], call: ModuleForward) -> Tensor:
     pairs = list(zip(split.groups, shared, strict=True))
     adapted = {id(rows): _result(group, rows) for group, rows in pairs if group.links}
     # the base's own rows last: another group may have computed them along
-    results = [adapted[id(rows)] if group.links else rows.base() for group, rows in pairs]
+    results = [
+        adapted[id(rows)] if group.links else rows.base() for group, rows in pairs
+    ]
     return split.joined(results)
 
 
 def _result(group: Group, rows: SharedRows) -> Tensor:
     out = chain(group.links, rows)(*rows.inputs)
     if not isinstance(out, Tensor):
-        raise UnsupportedError(f"route(): {group.links[0].site.name} gives more than one tensor.")
+        raise UnsupportedError(
+            f"route(): {group.links[0].site.name} gives more than one tensor."
+        )
     return out
 
 
 def _check_routable(link: Link) -> None:
     in_a_block = re.search(r"\.\d+\.", link.site.name)
     if isinstance(link.site.module, nn.Embedding) and in_a_block:
-        raise UnsupportedError(f"route(): {link.site.name} is looked up once for all rows.")
+        raise UnsupportedError(
+            f"route(): {link.site.name} is looked up once for all rows."
+        )
     if isinstance(link.adapter, TrainedParameters):
         raise UnsupportedError(
             f"route(): {link.site.name} runs once for all rows, with one set of parameters."
         )
 
 
-def run_routed_attention(plan: Plan, links: list[Link], call: FrozenAttention) -> Tensor:
+def run_routed_attention(
+    plan: Plan, links: list[Link], call: FrozenAttention
+) -> Tensor:
     """An attention's forward: each group of rows attends on its own."""
     query = call.inputs[0]
     split = plan.split(links, query.shape[0], query.device)

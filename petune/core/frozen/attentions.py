@@ -1,4 +1,6 @@
-"""The attentions of a block: where each begins and ends, its projections, and the shape of its heads."""
+"""The attentions of a block: where each begins and ends, its projections, and the shape of
+its heads.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from petune.core.frozen.computes import calls_attention_interface, computes_atte
 from petune.core.frozen.geometry import geometry
 from petune.core.frozen.modules import base_class, linears
 from petune.core.frozen.roles import CROSS, attention_roles, spelled
-from petune.core.frozen.site import Site
+from petune.core.frozen.site import Site, with_role
 
 Methods = Mapping[str, Callable[..., Any]]
 Known = Mapping[type, Methods]
@@ -24,15 +26,18 @@ class Attentions:
     """The attentions of a block.
 
     Attributes:
-        cores: the names of the modules that compute attention, or, where none is found, of those that are called so.
-        wholes: for each the name of the smallest module around it that also holds its output projection.
+        cores: the names of the modules that compute attention, or, where none is found, of
+            those that are called so.
+        wholes: for each the name of the smallest module around it that also holds its
+            output projection.
     """
 
     def __init__(self, block: Block, known: Known) -> None:
         self.block, self.known = block, known
-        found = [name for name, module in block.modules.items() if self._is_attention(module)]
+        modules = block.modules
+        found = [name for name in modules if self._is_attention(modules[name])]
         self.cores = found or self._named()
-        self.wholes = [self._with_output(core) for core in self.cores]
+        self.wholes = list(map(self._with_output, self.cores))
 
     def sites(self) -> Iterator[Site]:
         """The sites of all of them."""
@@ -41,60 +46,69 @@ class Attentions:
 
     def holds(self, name: str) -> bool:
         """Whether a module stands in one of them."""
-        return name.startswith(tuple(f"{core}." for core in self.cores))
+        return not set(self.cores).isdisjoint(self.block.around(name))
 
     def _is_attention(self, module: nn.Module) -> bool:
         cls = base_class(module)
         if cls in self.known or calls_attention_interface(cls):
             return True
-        if not computes_attention(cls):
-            return False
-        roles = attention_roles([name for name, _ in linears(module, "")])
-        return not {"q", "qkv"}.isdisjoint(roles)
+        return computes_attention(cls) and self._has_queries(module)
+
+    @staticmethod
+    def _has_queries(module: nn.Module) -> bool:
+        """Whether it holds the projection of its queries."""
+        names = dict(linears(module, ""))
+        return not {"q", "qkv"}.isdisjoint(attention_roles(list(names)))
 
     def _named(self) -> list[str]:
-        """Modules to put no attention adapter around, which still hold the linear layers of an attention."""
-        called = [name for name in self.block.modules if re.search(r"att(n|ention)[^.]*$", name)]
-        return self.block.outermost([name for name in called if self.block.linears(name)])
+        """Modules to put no attention adapter around, which still hold the linear layers
+        of an attention.
+        """
+        called = re.compile(r"att(n|ention)[^.]*$")
+        named = filter(called.search, self.block.modules)
+        return self.block.outermost(list(filter(self.block.linears, named)))
 
     def _with_output(self, name: str) -> str:
         """The smallest module around an attention that also holds its output projection."""
         inner = self.block.linears(name)
-        names = [layer.removeprefix(f"{name}.") for layer in inner]
-        if not all(map(spelled, names)):  # a layer without a role of its own is the output
+        inside = [layer.removeprefix(f"{name}.") for layer in inner]
+        if not all(map(spelled, inside)):  # one without a role of its own is the output
             return name
-        for around in self.block.around(name):
-            if around != self.block.name and len(self.block.linears(around)) > len(inner):
-                return around
-        return name
+        larger = filter(
+            lambda outer: len(self.block.linears(outer)) > len(inner),
+            self.block.around(name),
+        )
+        found = next(larger, self.block.name)
+        return name if found == self.block.name else found
 
     def _sites(self, core: str, whole: str) -> Iterator[Site]:
-        """An attention's sites: its projections, itself, and what it adds to the residual stream."""
+        """The sites of an attention: its projections, itself, and what it adds to the
+        residual stream.
+        """
         is_cross = CROSS.search(core.removeprefix(self.block.name))
         before = "cross-" if is_cross else ""
         projections = self._projections(core, whole)
         yield from projections
         yield from self._itself(core, f"{before}attention", projections)
-        outputs = [site for site in projections if site.role == "o"]
-        if outputs:
+        output = with_role(projections, "o")
+        if output is not None:
             module = self.block.modules[core]
-            yield self.block.sublayer(f"{before}attn", whole, outputs[0], module)
+            yield self.block.sublayer(f"{before}attn", whole, output, module)
 
     def _projections(self, core: str, whole: str) -> list[Site]:
+        """The linear layers in it and its output."""
         layers = self.block.linears(whole)
-        names = [layer.removeprefix(f"{core}.").removeprefix(f"{whole}.") for layer in layers]
-        roles = attention_roles(names)
-        return [self.block.linear(layer, role) for layer, role in zip(layers, roles, strict=True)]
+        inside = re.compile(f"^({re.escape(core)}|{re.escape(whole)})[.]")
+        roles = attention_roles([inside.sub("", layer) for layer in layers])
+        return list(map(self.block.linear, layers, roles))
 
     def _itself(self, core: str, role: str, projections: list[Site]) -> Iterator[Site]:
         """The site around its queries, keys and values, if the shape of its heads is told."""
         module = self.block.modules[core]
-        if not self._is_attention(module):
-            return
-        shape = geometry(module, {site.role: site.out_features for site in projections})
-        if shape is None:
-            return
-        methods = self.known.get(base_class(module), {})
-        width = shape.heads * shape.head_dim
-        name = f"{core}#{role}"
-        yield self.block.site(name, role, width, "attention", methods=methods, **shape._asdict())
+        widths = {site.role: site.out_features for site in projections}
+        shape = geometry(module, widths) if self._is_attention(module) else None
+        if shape is not None:
+            methods = self.known.get(base_class(module), {})
+            name, width = f"{core}#{role}", shape.heads * shape.head_dim
+            more = {"methods": methods, **shape._asdict()}
+            yield self.block.site(name, role, width, "attention", **more)

@@ -23,10 +23,14 @@ class Block:
     def __init__(self, found: Repeated) -> None:
         self.name, self.layer = found.name, found.layer
         self.modules = dict(walk(found.module, found.name))
-        widths = [width_of(module) for module in self.modules.values() if is_norm(module)]
+        widths = [
+            width_of(module) for module in self.modules.values() if is_norm(module)
+        ]
         self.hidden = max(widths, key=widths.count, default=0)
 
-    def site(self, name: str, role: str, width: int, kind: str = "block", **more: Any) -> Site:
+    def site(
+        self, name: str, role: str, width: int, kind: str = "block", **more: Any
+    ) -> Site:
         """A site of the module that `name` begins with: `#role` may stand behind it."""
         module = self.modules[name.partition("#")[0]]
         return Site(name, kind, role, self.layer, width, width, module, **more)

@@ -16,10 +16,11 @@ STACKLEVEL = 7
 
 
 def declare(model: Any) -> None:
-    """Make the configuration say what the merged weights are: untied heads, biases that were not there."""
+    """Make the configuration say what the merged weights are: untied heads, biases that
+    were not there.
+    """
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    is_tied = head is None or head.weight is table.weight
-    if model.config.tie_word_embeddings and not is_tied:
+    if head is not None and head.weight is not table.weight:
         model.config.tie_word_embeddings = False
     lost = unplaced(model)
     if lost:
@@ -27,54 +28,61 @@ def declare(model: Any) -> None:
 
 
 def _declare_biases(model: Any, lost: list[str]) -> None:
-    """Turn on what in the configuration gives a place to the biases that were lost; warn where nothing does."""
+    """Turn on what in the configuration gives a place to the biases that were lost; warn
+    where nothing does.
+    """
     flags = _needed(model)
     if unplaced(model, **flags):
-        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        names = ", ".join(lost[:2]) + (", …" if len(lost) > 2 else "")
         kind = model.config.model_type
-        warnings.warn(f"a saved {kind} has no place for {lost[0]}{more}.", stacklevel=STACKLEVEL)
+        warnings.warn(
+            f"a saved {kind} has no place for {names}.", stacklevel=STACKLEVEL
+        )
         return
-    for flag in flags:
-        setattr(model.config, flag, True)
+    vars(model.config).update(flags)
     _fill_places(model)
 
 
 def _needed(model: Any) -> dict[str, bool]:
-    """Of the configuration's switches for biases those without which something is still lost."""
-    switches = model.config.to_dict().items()
-    flags = {key: True for key, value in switches if key.endswith("bias") and value is False}
-    for key in list(flags):
-        others = {other: True for other in flags if other != key}
+    """Of the configuration's switches for biases those without which something is lost."""
+    switches = model.config.to_dict()
+    off = [key for key in switches if key.endswith("bias") and switches[key] is False]
+    flags = dict.fromkeys(off, True)
+    for key in off:
+        others = {**flags}
+        del others[key]
         if not unplaced(model, **others):
             flags = others
     return flags
 
 
 def _fill_places(model: Any) -> None:
-    """Put zeros where the configuration now has a place for a bias: transformers would draw one anew."""
-    present = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    for name in _places(model) - present:
+    """Put zeros where the configuration now has a place for a bias: transformers would
+    draw one anew.
+    """
+    present = dict(model.named_parameters(remove_duplicate=False))
+    for name in _places(model) - present.keys():
         owner = model.get_submodule(name.rpartition(".")[0])
         zeros = torch.zeros(owner.out_features, device=owner.weight.device)
         owner.bias = nn.Parameter(zeros, requires_grad=False)
 
 
 def unplaced(model: Any, **changed: Any) -> list[str]:
-    """The parameters that transformers would drop, since the architecture has no place for them.
+    """The parameters that transformers would drop, since the architecture has no place
+    for them.
 
     Args:
         changed: keys of the configuration that have another value meanwhile.
     """
     places = _places(model, **changed)
-    own = (name for name, _ in model.named_parameters() if ".petune." not in name)
-    return [name for name in own if name not in places]
+    own = dict(model.named_parameters())
+    return [name for name in own if name not in places and ".petune." not in name]
 
 
 def _places(model: Any, **changed: Any) -> set[str]:
     """The names of the parameters that the architecture has by its configuration."""
     config = copy.deepcopy(model.config)
-    for key, value in changed.items():
-        setattr(config, key, value)
+    vars(config).update(changed)
     with torch.device("meta"):
         made = base_class(model)(config)
-    return {name for name, _ in made.named_parameters(remove_duplicate=False)}
+    return set(dict(made.named_parameters(remove_duplicate=False)))

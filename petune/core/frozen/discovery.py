@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import nn
 
 from petune.core.frozen.attentions import Attentions, Known
@@ -13,20 +11,21 @@ from petune.core.frozen.mlps import mlp_sites
 from petune.core.frozen.modules import is_norm, width_of
 from petune.core.frozen.outside import Outside
 from petune.core.frozen.roles import spelled
-from petune.core.frozen.site import Site
+from petune.core.frozen.site import Site, with_role
 
 
 def discover(model: nn.Module, attention: Known | None = None) -> list[Site]:
     """The sites that the structure shows.
 
     Args:
-        attention: Classes of attention that do not ask transformers for their attention function, each with methods
-            that do the same by `petune.attend`; they take the place of the class's own while an adapter is there.
+        attention: Classes of attention that do not ask transformers for their attention
+            function, each with methods that do the same by `petune.attend`; they take the
+            place of the class's own while an adapter is there.
     """
     repeated = list(blocks(model))
-    found = list(Outside(model, [block.name for block in repeated]).sites())
+    found = list(Outside(model, repeated).sites())
     for each in repeated:
-        found += _in_block(Block(each), attention or {})
+        found += _in_block(Block(each), {} if attention is None else attention)
     return found
 
 
@@ -34,20 +33,22 @@ def _in_block(block: Block, known: Known) -> list[Site]:
     """The sites of a block, in the order of its modules."""
     attentions = Attentions(block, known)
     found = list(attentions.sites())
-    outputs = [site.out_features for site in found if site.role == "o"]
-    block.hidden = next(iter(outputs), block.hidden)
+    output = with_role(found, "o")
+    if output is not None:
+        block.hidden = output.out_features
     taken = {site.name for site in found}
     rest = [layer for layer in block.linears(block.name) if layer not in taken]
     found += mlp_sites(block, rest, {*attentions.wholes} - {block.name})
-    found += _norms(block, attentions)
+    norms = [name for name, module in block.modules.items() if is_norm(module)]
+    for name in norms:
+        role = _role_of_norm(name, attentions)
+        found.append(block.site(name, role, width_of(block.modules[name])))
     found.append(block.site(block.name, "layer", block.hidden))
-    order = {name: i for i, name in enumerate(block.modules)}
-    return sorted(found, key=lambda site: order[site.module_name])
+    order = list(block.modules)
+    return sorted(found, key=lambda site: order.index(site.module_name))
 
 
-def _norms(block: Block, attentions: Attentions) -> Iterator[Site]:
-    """The norms of a block. Those of queries and keys stand in an attention and are called so."""
-    for name, module in block.modules.items():
-        if is_norm(module):
-            of_heads = attentions.holds(name) and spelled(name.rpartition(".")[2])
-            yield block.site(name, "qk-norm" if of_heads else "norm", width_of(module))
+def _role_of_norm(name: str, attentions: Attentions) -> str:
+    """Norms of queries and keys stand in an attention and are called so."""
+    of_heads = attentions.holds(name) and spelled(name.rpartition(".")[2])
+    return "qk-norm" if of_heads else "norm"

@@ -9,7 +9,9 @@ CROSS = re.compile(r"cross|enc_?dec|encoder_attn|crs", re.IGNORECASE)
 """What the name of an attention over another sequence has in it."""
 OUT = {"o", "out", "output", "wo", "dense", "c"}
 """Words of an attention's output."""
-OTHER = set("pos position rel relative gate indexer global expert experts router conv".split())
+OTHER = set(
+    "pos position rel relative gate indexer global expert experts router conv".split()
+)
 """Words of layers in an attention that are neither its projections nor its output."""
 LETTERS = {
     "q": "q",

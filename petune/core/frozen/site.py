@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,7 +81,9 @@ class Site:
         stored as such, so that it is right for every quantizer; (vocabulary, hidden) of an embedding or a prompt.
         """
         if self.kind in ("embedding", "prompt"):
-            table: Any = input_table(self.module) if self.kind == "prompt" else self.module
+            table: Any = (
+                input_table(self.module) if self.kind == "prompt" else self.module
+            )
             return table.weight.detach().float()
         weight, _ = stored(self.module)
         return self._of_part(weight)
@@ -99,3 +101,8 @@ class Site:
         if key not in self.pool:
             self.pool[key] = make()
         return self.pool[key]
+
+
+def with_role(sites: Iterable[Site], role: str) -> Site | None:
+    """The first of the sites that plays a role, None if none does."""
+    return next((site for site in sites if site.role == role), None)

@@ -27,11 +27,20 @@ def tables(model: Any) -> list[nn.Module]:
     """
     table = model.get_input_embeddings()
     text = getattr(model.config, "text_config", model.config)
-    vocabularies = {table.num_embeddings, getattr(text, "vocab_size_per_layer_input", None)}
+    vocabularies = {
+        table.num_embeddings,
+        getattr(text, "vocab_size_per_layer_input", None),
+    }
     found: list[nn.Module] = []
     for module in model.modules():
-        is_like = isinstance(module, nn.Embedding) and base_class(module) is base_class(table)
-        if is_like and module.num_embeddings in vocabularies and _reads_ids(module, table):
+        is_like = isinstance(module, nn.Embedding) and base_class(module) is base_class(
+            table
+        )
+        if (
+            is_like
+            and module.num_embeddings in vocabularies
+            and _reads_ids(module, table)
+        ):
             found.append(module)
     return found
 

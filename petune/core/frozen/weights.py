@@ -48,7 +48,9 @@ def compute_dtype(module: nn.Module) -> torch.dtype:
 
 
 @torch.no_grad()
-def probe(f: Callable[[Tensor], Tensor], module: Any, dtype: torch.dtype | None = None) -> Pair:
+def probe(
+    f: Callable[[Tensor], Tensor], module: Any, dtype: torch.dtype | None = None
+) -> Pair:
     """(W, b) of an affine map f over a linear layer's inputs.
 
     Args:
@@ -85,7 +87,9 @@ def bias_of(layer: Any) -> Tensor:
     """The bias of a linear layer, (out,): read where it is dense, probed elsewhere; zeros where it has none."""
     if not _is_readable(layer):
         into, _ = features(layer) or (0, 0)
-        return _at_zero(base_forward(layer), into, compute_dtype(layer), layer.weight.device)
+        return _at_zero(
+            base_forward(layer), into, compute_dtype(layer), layer.weight.device
+        )
     if layer.bias is not None:
         bias: Tensor = layer.bias.detach().float()
         return bias
@@ -104,12 +108,17 @@ def dense(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     return linear(module, weight, bias if module.bias is not None else None, dtype)
 
 
-def linear(old: nn.Module, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
+def linear(
+    old: nn.Module, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> nn.Module:
     """A dense layer of the class that the architecture has there, so that a saved model loads again."""
     out, into = weight.shape
     layer: nn.Module
     if isinstance(old, Conv1D) or was_transposed(old):
-        weight, bias = weight.T, torch.zeros(out, device=weight.device) if bias is None else bias
+        weight, bias = (
+            weight.T,
+            torch.zeros(out, device=weight.device) if bias is None else bias,
+        )
         with torch.device("meta"):
             layer = Conv1D(out, into)  # type: ignore[no-untyped-call]
     else:

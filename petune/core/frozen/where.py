@@ -95,7 +95,9 @@ class Word:
         for site in within:
             stack = stack_of(site)
             depth[stack] = max(depth.get(stack, 0), 1 + (site.layer or 0))
-        return [site for site in within if site.layer in self._range(depth[stack_of(site)])]
+        return [
+            site for site in within if site.layer in self._range(depth[stack_of(site)])
+        ]
 
     def _range(self, depth: int) -> range:
         """The numbers of the layers, in a stack of so many."""
@@ -104,7 +106,9 @@ class Word:
             first, last = _number(start), _number(stop)
         except ValueError:
             layers = "layers are written 3, 2:5, 4: or -2:"
-            raise PetuneError(f"where: {self.text!r}: {layers}, not {self.layers!r}.") from None
+            raise PetuneError(
+                f"where: {self.text!r}: {layers}, not {self.layers!r}."
+            ) from None
         if not colon and first is not None:
             last = first + 1 or None  # -1 is the last alone
         return range(depth)[slice(first, last)]

@@ -102,7 +102,9 @@ def _adapted(links: list[Link], call: ModuleForward) -> torch.Tensor:
     plan = call.forward.plan
     if plan is None:
         return chain(links, call)(*call.inputs)
-    if call.forward.part_alone:  # the model, which would have looked at the batch, does not run
+    if (
+        call.forward.part_alone
+    ):  # the model, which would have looked at the batch, does not run
         plan.check(call.inputs[0].shape[0])
     return run_routed(plan, links, call)
 
@@ -146,7 +148,9 @@ def _signed(shown: Call, method: Call) -> Call:
 
 @cache
 def _parameters(cls: Any) -> list[str]:
-    return [name for name in inspect.signature(cls.forward).parameters if name != "self"]
+    return [
+        name for name in inspect.signature(cls.forward).parameters if name != "self"
+    ]
 
 
 def graft(module: nn.Module, board: Board, mixin: type[nn.Module] = Grafted) -> Graft:

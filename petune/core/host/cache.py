@@ -25,7 +25,9 @@ recurrent state said `cache_params`."""
 )
 def _forward_takes_a_cache() -> bool:
     parameters = inspect.signature(inspect.unwrap(LlamaForCausalLM.forward)).parameters
-    return any(name in parameters for name in NAMES) and hasattr(Cache, "get_seq_length")
+    return any(name in parameters for name in NAMES) and hasattr(
+        Cache, "get_seq_length"
+    )
 
 
 def cache_of(arguments: Mapping[str, Any]) -> Any:
@@ -46,7 +48,9 @@ def cache_of(arguments: Mapping[str, Any]) -> Any:
     return None
 
 
-def under_its_name(arguments: dict[str, Any], parameters: Sequence[str]) -> dict[str, Any]:
+def under_its_name(
+    arguments: dict[str, Any], parameters: Sequence[str]
+) -> dict[str, Any]:
     """The arguments of a forward, its cache under the name that this version's forward takes.
 
     Args:
@@ -55,7 +59,9 @@ def under_its_name(arguments: dict[str, Any], parameters: Sequence[str]) -> dict
     for name in NAMES:
         if name in arguments and name not in parameters:
             own = next((other for other in NAMES if other in parameters), name)
-            renamed = {own if key == name else key: value for key, value in arguments.items()}
+            renamed = {
+                own if key == name else key: value for key, value in arguments.items()
+            }
             return renamed
     return arguments
 

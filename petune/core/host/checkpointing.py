@@ -26,7 +26,9 @@ def _blocks_hold_the_function() -> bool:
     from transformers import modeling_layers
 
     sets = inspect.getsource(PreTrainedModel._set_gradient_checkpointing)
-    return FUNCTION in sets and f"self.{FUNCTION}(" in inspect.getsource(modeling_layers)
+    return FUNCTION in sets and f"self.{FUNCTION}(" in inspect.getsource(
+        modeling_layers
+    )
 
 
 def checkpointed(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
@@ -44,7 +46,9 @@ def checkpoint_with(module: nn.Module, function: Callable[..., Any]) -> None:
 
 def is_reentrant(function: Any) -> bool:
     """Whether a function to checkpoint with is torch's, of the reentrant kind."""
-    torchs = getattr(function, "checkpoint", function)  # what petune has put around it aside
+    torchs = getattr(
+        function, "checkpoint", function
+    )  # what petune has put around it aside
     options: dict[str, Any] = getattr(torchs, "keywords", {})
     return bool(options.get("use_reentrant"))
 

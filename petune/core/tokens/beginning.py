@@ -18,7 +18,9 @@ from petune.core.tokens.table import spans_of
 from petune.errors import UnsupportedError
 
 
-def begin(model: Any, board: Board, forward: ForwardPass, arguments: Arguments) -> Generation:
+def begin(
+    model: Any, board: Board, forward: ForwardPass, arguments: Arguments
+) -> Generation:
     """What a `generate` with these arguments goes by, to its end."""
     one_stack = not model.config.is_encoder_decoder
     inserted = None
@@ -29,7 +31,9 @@ def begin(model: Any, board: Board, forward: ForwardPass, arguments: Arguments) 
         return Generation(board, forward, columns, inserted=inserted)
     in_ids = arguments.get("input_ids") is not None
     layout = inserted if in_ids else None
-    return Generation(board, forward, columns + inserted.added, layout=layout, inserted=inserted)
+    return Generation(
+        board, forward, columns + inserted.added, layout=layout, inserted=inserted
+    )
 
 
 def arguments_of(model: Any, generation: Generation, arguments: Arguments) -> Arguments:
@@ -44,7 +48,9 @@ def arguments_of(model: Any, generation: Generation, arguments: Arguments) -> Ar
     if seen_tokens(arguments) and not model.config.is_encoder_decoder:
         noted_layout(cache_of(arguments), spans_of(board, forward, layout.rows))
     if arguments.get("assistant_model") is not None:
-        raise UnsupportedError("an assistant model can't read virtual tokens; generate without it.")
+        raise UnsupportedError(
+            "an assistant model can't read virtual tokens; generate without it."
+        )
     out = insertion_of(model, board, forward, layout).into(arguments)
     if generation.layout is None:
         return out
@@ -70,5 +76,7 @@ def answer_of(generation: Generation, arguments: Arguments, out: Any) -> Any:
 def _columns(stack: str, arguments: Arguments) -> int:
     """How many columns the prompts take that `generate` is given: an encoder-decoder's are those it decodes from."""
     names = (stack + name for name in ("input_ids", "inputs_embeds", "attention_mask"))
-    found = [arguments[name].shape[1] for name in names if arguments.get(name) is not None]
+    found = [
+        arguments[name].shape[1] for name in names if arguments.get(name) is not None
+    ]
     return max(found, default=1)

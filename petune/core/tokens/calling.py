@@ -31,17 +31,23 @@ class ModelCall:
         forward: what its modules go by.
     """
 
-    def __init__(self, model: Any, board: Board, base: Call, forward: ForwardPass) -> None:
+    def __init__(
+        self, model: Any, board: Board, base: Call, forward: ForwardPass
+    ) -> None:
         self.model, self.board, self.base, self.forward = model, board, base, forward
 
     def by_itself(self, arguments: Arguments) -> Any:
         """The model is called by a user: with a batch, or with the next tokens of a decoding by hand."""
         given, plan = given_of(arguments), self.forward.plan
         if plan is not None and given is not None:
-            plan.check(given.shape[0])  # a batch that does not fit is refused before anything runs
+            plan.check(
+                given.shape[0]
+            )  # a batch that does not fit is refused before anything runs
         if given is None or not self.board.prompts(self.forward):
             return self._run(arguments)
-        goes_on = seen_tokens(arguments) > 0 and not self.model.config.is_encoder_decoder
+        goes_on = (
+            seen_tokens(arguments) > 0 and not self.model.config.is_encoder_decoder
+        )
         return self._going_on(arguments) if goes_on else self._beginning(arguments)
 
     def _beginning(self, arguments: Arguments) -> Any:
@@ -51,7 +57,9 @@ class ModelCall:
         out = self._run(insertion.into(arguments), layout)
         if not torch.compiler.is_compiling():
             cache = cache_of(out if isinstance(out, dict) else arguments)
-            note_virtual_tokens(cache, layout, spans_of(self.board, self.forward, layout.rows))
+            note_virtual_tokens(
+                cache, layout, spans_of(self.board, self.forward, layout.rows)
+            )
         return insertion.out_of(out)
 
     def _going_on(self, arguments: Arguments) -> Any:
@@ -69,7 +77,9 @@ class ModelCall:
         given = given_of(arguments)
         given = given_of(arguments, "decoder_") if given is None else given
         if given is not None:
-            self.forward = generation.at_step(self.forward, given, seen_tokens(arguments))
+            self.forward = generation.at_step(
+                self.forward, given, seen_tokens(arguments)
+            )
         return self._run(arguments, generation.layout, generation)
 
     def _run(
@@ -79,7 +89,9 @@ class ModelCall:
         generation: Generation | None = None,
     ) -> Any:
         """The frozen model's forward, and what its adapters ask for of the batch."""
-        forward = told(self.model, self.board, self.forward, arguments, layout, generation)
+        forward = told(
+            self.model, self.board, self.forward, arguments, layout, generation
+        )
         with run(forward):
             return self.base(**arguments)
 
@@ -116,7 +128,9 @@ def layout_for(
     return Layout.of(spans, tokens, given.device, at=at + is_encoder, left=left)
 
 
-def insertion_of(model: Any, board: Board, forward: ForwardPass, layout: Layout) -> Insertion:
+def insertion_of(
+    model: Any, board: Board, forward: ForwardPass, layout: Layout
+) -> Insertion:
     """What puts the virtual tokens of a forward in."""
     rows = partial(rows_of, board.prompts(forward))
     return Insertion(model, layout, board.vocabulary, rows)

@@ -87,7 +87,11 @@ class AdaptedModel(Generating, Checkpointing, Grafted):
         assert generation is not None, "only `generate` runs an encoder by itself"
         given = {**arguments, "input_ids": inputs}
         forward = generation.forward
-        return run(told(self, self.petune_board, forward, given, generation.inserted, generation))
+        return run(
+            told(
+                self, self.petune_board, forward, given, generation.inserted, generation
+            )
+        )
 
     def as_the_user_counts(self, config: Any, made: dict[str, Any]) -> Any:
         layout = self._layout_in_ids()
@@ -127,4 +131,8 @@ def _inside(board: Board) -> AbstractContextManager[None]:
 
 def _is_plain(board: Board, forward: ForwardPass) -> bool:
     """Nothing has to be known of the batch, and nothing goes into it."""
-    return forward.plan is None and not board.prompts(forward) and not board.reads_batch(forward)
+    return (
+        forward.plan is None
+        and not board.prompts(forward)
+        and not board.reads_batch(forward)
+    )

@@ -48,7 +48,9 @@ def batches(
     if generation is not None:
         seen = generation.seen(seen, given)
         return {
-            "decoder": _in_generation(generation.mask, given, seen, virtual, generation.prompted)
+            "decoder": _in_generation(
+                generation.mask, given, seen, virtual, generation.prompted
+            )
         }
     if seen:  # a decoding by hand: the prompt was in the first forward
         return {"decoder": _decoding(given)}
@@ -58,7 +60,10 @@ def batches(
 
 
 def _of_two_stacks(
-    model: Any, arguments: Arguments, virtual: Tensor | None, generation: Generation | None
+    model: Any,
+    arguments: Arguments,
+    virtual: Tensor | None,
+    generation: Generation | None,
 ) -> dict[str, Batch]:
     """The encoder's batch, and the decoder's."""
     found: dict[str, Batch] = {}
@@ -75,18 +80,24 @@ def _of_two_stacks(
     answer = given if answer is None else answer
     if answer is not None:
         answer_mask = arguments.get("decoder_attention_mask")
-        found["decoder"] = _numbered(_tokens(mask if answer_mask is None else answer_mask, answer))
+        found["decoder"] = _numbered(
+            _tokens(mask if answer_mask is None else answer_mask, answer)
+        )
     return found
 
 
-def _of_decoder(arguments: Arguments, answer: Tensor, generation: Generation | None) -> Batch:
+def _of_decoder(
+    arguments: Arguments, answer: Tensor, generation: Generation | None
+) -> Batch:
     """The batch of a decoder, whose prompt is what the decoding starts with."""
     mask, seen = arguments.get("decoder_attention_mask"), seen_tokens(arguments)
     if generation is None:
         return _in_generation(mask, answer, seen, None, 1)
     is_of_a_static_cache = mask is not None and mask.dim() != 2
     told = None if is_of_a_static_cache else mask
-    return _in_generation(told, answer, generation.seen(seen, answer), None, generation.prompted)
+    return _in_generation(
+        told, answer, generation.seen(seen, answer), None, generation.prompted
+    )
 
 
 def _starts(arguments: Arguments, tokens: Tensor) -> Tensor | None:
@@ -106,7 +117,10 @@ def _answers(arguments: Arguments) -> Tensor | None:
 
 
 def _tokens(
-    mask: Tensor | None, given: Tensor, virtual: Tensor | None = None, width: int | None = None
+    mask: Tensor | None,
+    given: Tensor,
+    virtual: Tensor | None = None,
+    width: int | None = None,
 ) -> Tensor:
     """(batch, width) bool: the columns that hold the user's tokens.
 
@@ -159,11 +173,15 @@ def _numbered(tokens: Tensor) -> Batch:
     return Batch(place, tokens.sum(1, keepdim=True).expand_as(place))
 
 
-def _by_sequence(tokens: Tensor, answers: Tensor | None, starts: Tensor | None) -> Batch:
+def _by_sequence(
+    tokens: Tensor, answers: Tensor | None, starts: Tensor | None
+) -> Batch:
     """The batch of rows in which several sequences may stand. In each the prompt goes up to the first answer, or it
     is all of it where the answers begin with the second token: the first has none before it that could tell it.
     """
-    first_column = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens) == 0
+    first_column = (
+        torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens) == 0
+    )
     starts = first_column if starts is None else starts | first_column
     sequence = starts.cumsum(1) - 1
     if answers is not None:
@@ -185,4 +203,8 @@ def _so_far(hits: Tensor, starts: Tensor) -> Tensor:
 
 def _total(hits: Tensor, sequence: Tensor) -> Tensor:
     """How many hits there are in the sequence of each column."""
-    return torch.zeros_like(sequence).scatter_add(1, sequence, hits.long()).gather(1, sequence)
+    return (
+        torch.zeros_like(sequence)
+        .scatter_add(1, sequence, hits.long())
+        .gather(1, sequence)
+    )
