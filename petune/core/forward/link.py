@@ -41,6 +41,11 @@ class Acting:
         return any(link.reads_batch for link in self.links)
 
     @property
+    def shares_notes(self) -> bool:
+        """Whether its sites tell each other something within a forward."""
+        return any(link.takes_notes for link in self.links)
+
+    @property
     def weight(self) -> float:
         """How much of the tuning acts: at each site y = inner(x) + weight (adapter(inner, x) - inner(x)). So tunings
         that add something, stacked, are their weighted sum.

@@ -79,10 +79,11 @@ class Outside:
         if self.table is None:
             return []
         weight = self.table.weight
-        modules = [module for _, module in walk(self.model)]
-        embeddings = [module for module in modules if isinstance(module, nn.Embedding)]
+        modules = dict(walk(self.model)).values()
+        embeddings = (module for module in modules if isinstance(module, nn.Embedding))
         same: list[nn.Module] = [each for each in embeddings if each.weight is weight]
-        return [module for module in same if module is not self.table] or same
+        others = [module for module in same if module is not self.table]
+        return others or same
 
     def _new_heads(self) -> Iterator[nn.Module]:
         """The modules around the base model that hold no output embedding: the heads of

@@ -57,7 +57,8 @@ def probe(
         dtype: that of what goes into f; the layer's own unless given.
     """
     into, _ = features(module) or (0, 0)
-    device, dtype = module.weight.device, dtype or compute_dtype(module)
+    device = module.weight.device
+    dtype = compute_dtype(module) if dtype is None else dtype
     b = _at_zero(f, into, dtype, device)
     columns = []
     for start in range(0, into, ROWS):

@@ -37,11 +37,11 @@ class Board:
         """A forward pass under what is switched on now, in this context."""
         settings = settings_of(self)
         plan = settings.plan
-        weights: dict[str, float] = {}
-        for name, tuning in self.tunings.items():
-            acts = name in plan.names if plan is not None else self.is_on(tuning)
-            if acts:
-                weights[name] = settings.weights.get(name, tuning.weight)
+        on = filter(self.is_on, self.tunings.values())
+        names = [tuning.name for tuning in on] if plan is None else plan.served
+        weights = {name: self.tunings[name].weight for name in names}
+        for name in settings.weights.keys() & weights.keys():
+            weights[name] = settings.weights[name]
         return ForwardPass(self, weights, plan)
 
     def is_on(self, tuning: Acting) -> bool:

@@ -17,13 +17,11 @@ def check_checkpointing(model: Any, tunings: Iterable[Acting]) -> None:
     Raises:
         UnsupportedError: it is the reentrant kind, and the sites of a method share notes: no gradient reaches those.
     """
-    if not any(is_reentrant(function) for _, function in checkpointed(model)):
-        return
-    for tuning in tunings:
-        if any(link.takes_notes for link in tuning.links):
-            raise UnsupportedError(
-                f"{tuning.method!r} with reentrant gradient checkpointing: use use_reentrant=False."
-            )
+    functions = dict(checkpointed(model)).values()
+    sharing = [tuning.method for tuning in tunings if tuning.shares_notes]
+    if sharing and any(map(is_reentrant, functions)):
+        what = f"{sharing[0]!r} with reentrant gradient checkpointing"
+        raise UnsupportedError(f"{what}: use use_reentrant=False.")
 
 
 def remember(model: Any) -> None:
