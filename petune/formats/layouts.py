@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from petune.core.frozen.modules import base_class, is_causal
+from petune.core.frozen.modules import base_class
+from petune.core.frozen.tables import is_causal
 from petune.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -68,7 +69,9 @@ def _gain(place: Place) -> Tensor:
     module = place.site.module
     plain = copy.copy(module)
     plain.__class__ = base_class(module)
-    zeros = {name: torch.zeros_like(p) for name, p in plain.named_parameters(recurse=False)}
+    zeros = {
+        name: torch.zeros_like(p) for name, p in plain.named_parameters(recurse=False)
+    }
     weight: Any = module.weight
     if (
         torch.func.functional_call(plain, zeros, torch.ones_like(weight)[None]).any()
@@ -86,16 +89,20 @@ def _bias(place: Place) -> Tensor:
 
 
 SHAPES = {
-    "column": Shape(lambda ours, place: ours[:, None], lambda theirs, place: theirs.flatten()),
+    "column": Shape(
+        lambda ours, place: ours[:, None], lambda theirs, place: theirs.flatten()
+    ),
     "row or column": Shape(
         lambda ours, place: ours.reshape((1, -1) if place.listed else (-1, 1)), _vector
     ),
     "skew": Shape(_to_skew, _from_skew),
     "gain": Shape(
-        lambda ours, place: ours * _gain(place), lambda theirs, place: theirs / _gain(place)
+        lambda ours, place: ours * _gain(place),
+        lambda theirs, place: theirs / _gain(place),
     ),
     "shift": Shape(
-        lambda ours, place: ours + _bias(place), lambda theirs, place: theirs - _bias(place)
+        lambda ours, place: ours + _bias(place),
+        lambda theirs, place: theirs - _bias(place),
     ),
 }
 """`gain` and `shift`: ours are relative to the base's weight and bias (`scale`, and what is added), PEFT's absolute."""
@@ -120,7 +127,9 @@ def _write_prompt(model: PreTrainedModel, tensors: Plain, sites: list[Site]) -> 
     return tensors[sites[0].name]["rows"]
 
 
-def _read_prompt(model: PreTrainedModel, theirs: Tensor, sites: list[Site]) -> dict[str, Tensor]:
+def _read_prompt(
+    model: PreTrainedModel, theirs: Tensor, sites: list[Site]
+) -> dict[str, Tensor]:
     _check_prompt(model)
     return {f"{sites[0].name}.rows": theirs}
 
@@ -139,11 +148,15 @@ def _write_prefix(model: PreTrainedModel, tensors: Plain, sites: list[Site]) -> 
     )  # (length, layers · 2 · kv_heads · head_dim)
 
 
-def _read_prefix(model: PreTrainedModel, theirs: Tensor, sites: list[Site]) -> dict[str, Tensor]:
+def _read_prefix(
+    model: PreTrainedModel, theirs: Tensor, sites: list[Site]
+) -> dict[str, Tensor]:
     _check_prefix(model, sites)
     length, found = len(theirs), {}
     for site, pair in zip(sites, theirs.chunk(len(sites), 1), strict=True):
-        keys, values = pair.reshape(length, 2, site.kv_heads, site.head_dim).permute(1, 2, 0, 3)
+        keys, values = pair.reshape(length, 2, site.kv_heads, site.head_dim).permute(
+            1, 2, 0, 3
+        )
         found[f"{site.name}.keys"], found[f"{site.name}.values"] = (
             _turned(model, site, keys, -length),
             values,
@@ -164,7 +177,9 @@ def _turned(model: PreTrainedModel, site: Site, keys: Tensor, by: int) -> Tensor
     """Keys turned on by some positions. PEFT's prefix takes the first positions, so that its tokens stand behind it;
     ours has none. Where positions are rotations the two are one but for this turn.
     """
-    turn = getattr(sys.modules[base_class(site.module).__module__], "apply_rotary_pos_emb", None)
+    turn = getattr(
+        sys.modules[base_class(site.module).__module__], "apply_rotary_pos_emb", None
+    )
     found = [m for m in model.modules() if hasattr(m, "inv_freq")]
     if turn is None or len(found) != 1 or not getattr(site.module, "use_rope", True):
         raise UnsupportedError(

@@ -44,7 +44,9 @@ TASKS = {
 }
 
 
-def export(tuning: Tuning, *, parts: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def export(
+    tuning: Tuning, *, parts: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, configuration) as PEFT would have written them.
 
     Args:
@@ -61,25 +63,33 @@ def export(tuning: Tuning, *, parts: bool = False) -> tuple[dict[str, Tensor], d
     own = [link for link in tuning.links if link.site.kind != "module"]
     if not parts and any(link.site.part is not None for link in own):
         what = f"{tuning.method!r} acts on parts of a fused projection here, which PEFT can't"
-        raise UnsupportedError(f'{what}; format="serving" can write some for the whole.')
+        raise UnsupportedError(
+            f'{what}; format="serving" can write some for the whole.'
+        )
     plain = {link.site.name: dict(link.adapter.plain()) for link in own}
     config: dict[str, Any] = {
         "peft_type": twin.kind,
         "task_type": _task(tuning.model),
         "inference_mode": True,
     }
-    config["base_model_name_or_path"] = getattr(tuning.model.config, "name_or_path", None)
-    config |= {key: allowed[0] for key, allowed in twin.neutral.items()} | dict(twin.training)
+    config["base_model_name_or_path"] = getattr(
+        tuning.model.config, "name_or_path", None
+    )
+    config |= {key: allowed[0] for key, allowed in twin.neutral.items()} | dict(
+        twin.training
+    )
     config |= _arguments(tuning, twin)
     for theirs, name in twin.arguments.items() if twin.same else []:
         odd = next(
-            (k for k in own if name in twin.same and getattr(k.adapter, name) != config[theirs]),
+            (
+                k
+                for k in own
+                if name in twin.same and getattr(k.adapter, name) != config[theirs]
+            ),
             None,
         )
         if odd is not None:
-            what = (
-                f"{odd.site.name} has {name}={getattr(odd.adapter, name)!r}, not {config[theirs]!r}"
-            )
+            what = f"{odd.site.name} has {name}={getattr(odd.adapter, name)!r}, not {config[theirs]!r}"
             raise UnsupportedError(
                 f"{what}, and PEFT has one for all; attach with a {name} that fits all."
             )
@@ -101,11 +111,17 @@ def export(tuning: Tuning, *, parts: bool = False) -> tuple[dict[str, Tensor], d
             tuning.model, plain, [link.site for link in own]
         )
     else:
-        listed = {link.site.name for link in own if link.site.role in _roles(tuning, twin)}
+        listed = {
+            link.site.name for link in own if link.site.role in _roles(tuning, twin)
+        }
         config |= dict.fromkeys(twin.roles, short_names(tuning.model, listed))
         found = _renamed(tuning, own, plain, twin, listed)
-        tensors |= {f"{PREFIX}{module}.{theirs}": t for (module, theirs), t in found.items()}
-        config["target_modules"] = short_names(tuning.model, {module for module, _ in found})
+        tensors |= {
+            f"{PREFIX}{module}.{theirs}": t for (module, theirs), t in found.items()
+        }
+        config["target_modules"] = short_names(
+            tuning.model, {module for module, _ in found}
+        )
     return {key: t.detach().cpu().contiguous() for key, t in tensors.items()}, config
 
 
@@ -117,14 +133,18 @@ def _renamed(
     for link in own:
         site = link.site
         place = Place(site, site.name in listed, plain[site.name])
-        module = _input_embedding(tuning.model) if site.kind == "embedding" else site.name
+        module = (
+            _input_embedding(tuning.model) if site.kind == "embedding" else site.name
+        )
         for key, tensor in plain[site.name].items():
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 tensor = tensor.detach().cpu()
                 layout = twin.layouts.get(key)
                 theirs = twin.tensors[key] if twin.tensors is not None else key
-                found[module, theirs] = SHAPES[layout].write(tensor, place) if layout else tensor
+                found[module, theirs] = (
+                    SHAPES[layout].write(tensor, place) if layout else tensor
+                )
     return found
 
 
@@ -143,7 +163,9 @@ def load(model: PreTrainedModel, folder: Path, name: str) -> Tuning:
     heads = _heads(saved.keys() - modules.keys(), config.get("modules_to_save") or ())
     names = dict.fromkeys(module for module, _ in modules.values())
     if strange := sorted(names.keys() - site.keys()):
-        raise UnsupportedError(f"{folder}: it adapts {strange[0]}, where petune has no hook point.")
+        raise UnsupportedError(
+            f"{folder}: it adapts {strange[0]}, where petune has no hook point."
+        )
     given = {
         our: config[theirs]
         for theirs, our in twin.arguments.items()
@@ -151,7 +173,9 @@ def load(model: PreTrainedModel, folder: Path, name: str) -> Tuning:
     }
     for theirs, our in twin.roles.items():
         given[our] = " ".join(
-            sorted({site[n].role for n in names if _listed(n, config.get(theirs) or ())})
+            sorted(
+                {site[n].role for n in names if _listed(n, config.get(theirs) or ())}
+            )
         )
     if twin.ranked:
         patterns = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
@@ -160,21 +184,30 @@ def load(model: PreTrainedModel, folder: Path, name: str) -> Tuning:
             for k, p in patterns.items()
         }
     tuning = attach(
-        model, method, name=name, where=_where(model, site, list(names)), train=heads, **given
+        model,
+        method,
+        name=name,
+        where=_where(model, site, list(names)),
+        train=heads,
+        **given,
     )
     try:
         sites = [link.site for link in tuning.links if link.site.kind != "module"]
         _check_drawn(tuning, drawn, folder)
         found: dict[str, Tensor] = {}
         if twin.whole:
-            found |= WHOLES[twin.whole].read(model, saved.pop("prompt_embeddings"), sites)
+            found |= WHOLES[twin.whole].read(
+                model, saved.pop("prompt_embeddings"), sites
+            )
         else:
             found |= _uncut(tuning, _read(tuning, saved, modules, twin), twin)
         for key in sorted(saved.keys() - modules.keys()):
             if key.startswith(tuple(h + "." for h in heads)):
                 found[".module.".join(key.rsplit(".", 1))] = saved[key]
             elif not _is_base(model, key, saved[key]):
-                raise UnsupportedError(f"{folder}: {key} is nothing that {method!r} has.")
+                raise UnsupportedError(
+                    f"{folder}: {key} is nothing that {method!r} has."
+                )
         fill(tuning, found, folder)
     except PetuneError:
         tuning.detach()
@@ -199,7 +232,9 @@ def _read(
     order, listed = list(twin.tensors or ()), _roles(tuning, twin)
     sites = {link.site.name: link.site for link in tuning.links}
     found: dict[str, dict[str, Tensor]] = {}
-    for key in sorted(modules, key=lambda k: order.index(modules[k][1]) if order else 0):
+    for key in sorted(
+        modules, key=lambda k: order.index(modules[k][1]) if order else 0
+    ):
         module, ours = modules[key]
         here, layout = found.setdefault(module, {}), twin.layouts.get(ours)
         if layout and module in sites:
@@ -217,24 +252,39 @@ def _read(
         if link.site.kind != "module"
         for name, tensor in link.adapter.plain().items()
     }
-    flat = {f"{module}.{ours}": t for module, here in found.items() for ours, t in here.items()}
+    flat = {
+        f"{module}.{ours}": t
+        for module, here in found.items()
+        for ours, t in here.items()
+    }
     return {own.get(key, key): tensor for key, tensor in flat.items()}
 
 
-def _uncut(tuning: Tuning, found: dict[str, Tensor], twin: PeftTwin) -> dict[str, Tensor]:
+def _uncut(
+    tuning: Tuning, found: dict[str, Tensor], twin: PeftTwin
+) -> dict[str, Tensor]:
     """The tensors with zeros for the ranks that PEFT has left out."""
     for link in tuning.links if twin.cut else []:
         own = link.adapter.plain()
         for name, axis in twin.cut.items():
             key = f"{link.site.name}.{name}"
-            if key in found and (gone := own[name].shape[axis] - found[key].shape[axis]) > 0:
-                shape = [gone if i == axis else size for i, size in enumerate(found[key].shape)]
+            if (
+                key in found
+                and (gone := own[name].shape[axis] - found[key].shape[axis]) > 0
+            ):
+                shape = [
+                    gone if i == axis else size
+                    for i, size in enumerate(found[key].shape)
+                ]
                 found[key] = torch.cat([found[key], found[key].new_zeros(shape)], axis)
     return found
 
 
 def _modules(
-    model: PreTrainedModel, saved: Iterable[str], sites: Mapping[str, Site], twin: PeftTwin
+    model: PreTrainedModel,
+    saved: Iterable[str],
+    sites: Mapping[str, Site],
+    twin: PeftTwin,
 ) -> dict[str, tuple[str, str]]:
     """(module, our tensor) of each key that is the method's."""
     found: dict[str, tuple[str, str]] = {}
@@ -264,7 +314,9 @@ def _heads(keys: Iterable[str], ends: Iterable[str]) -> list[str]:
     return sorted(found - {""})
 
 
-def _where(model: PreTrainedModel, sites: dict[str, Site], names: list[str]) -> str | None:
+def _where(
+    model: PreTrainedModel, sites: dict[str, Site], names: list[str]
+) -> str | None:
     """What picks these sites: short names where they do. Embeddings and prompts have none that `where` knows."""
     if not names or any(sites[n].kind not in ("linear", "block") for n in names):
         return None
@@ -274,7 +326,11 @@ def _where(model: PreTrainedModel, sites: dict[str, Site], names: list[str]) -> 
 
 
 def _plain_key(key: str) -> str:
-    return key.removeprefix(PREFIX) if key.startswith(PREFIX) else key.removeprefix("base_model.")
+    return (
+        key.removeprefix(PREFIX)
+        if key.startswith(PREFIX)
+        else key.removeprefix("base_model.")
+    )
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -289,7 +345,9 @@ def _is_base(model: PreTrainedModel, key: str, tensor: Tensor) -> bool:
     return own is not None and _same(own, tensor)
 
 
-def _check_drawn(tuning: Tuning, drawn: Mapping[str, Tensor | None], folder: Path) -> None:
+def _check_drawn(
+    tuning: Tuning, drawn: Mapping[str, Tensor | None], folder: Path
+) -> None:
     for ours, theirs in drawn.items():
         for link in tuning.links if theirs is not None else []:
             mine = getattr(link.adapter, ours, None)  # a head has none
@@ -304,7 +362,11 @@ def _check_drawn(tuning: Tuning, drawn: Mapping[str, Tensor | None], folder: Pat
 
 
 def _scales(
-    tuning: Tuning, own: list[Link], plain: Plain, twin: PeftTwin, config: Mapping[str, Any]
+    tuning: Tuning,
+    own: list[Link],
+    plain: Plain,
+    twin: PeftTwin,
+    config: Mapping[str, Any],
 ) -> dict[str, Any]:
     """PEFT's rank and alpha, and the exceptions by module, of a method whose sites may differ in them."""
     if not twin.ranked:
@@ -313,7 +375,10 @@ def _scales(
     root = math.sqrt if config.get("use_rslora") else float
     scale: dict[str, Any] = {link.site.name: link.adapter.scale for link in own}
     exact = {name: round(scale[name] * root(r), 6) for name, r in rank.items()}
-    alpha = {name: int(value) if value.is_integer() else value for name, value in exact.items()}
+    alpha = {
+        name: int(value) if value.is_integer() else value
+        for name, value in exact.items()
+    }
     found: dict[str, Any] = {}
     for key, pattern, values in (
         ("r", "rank_pattern", rank),
@@ -336,10 +401,15 @@ def _listed(name: str, ends: str | Sequence[str]) -> bool:
     )
 
 
-def _by_site(pattern: Mapping[str, Any] | None, names: Iterable[str]) -> dict[str, Any] | None:
+def _by_site(
+    pattern: Mapping[str, Any] | None, names: Iterable[str]
+) -> dict[str, Any] | None:
     """PEFT's exceptions, which are ends of names or regular expressions, by the names that they mean."""
     hits = {
-        n: next((v for k, v in (pattern or {}).items() if re.match(rf"(.*\.)?({k})$", n)), None)
+        n: next(
+            (v for k, v in (pattern or {}).items() if re.match(rf"(.*\.)?({k})$", n)),
+            None,
+        )
         for n in names
     }
     return {name: value for name, value in hits.items() if value is not None} or None
@@ -356,7 +426,9 @@ def _roles(tuning: Tuning, twin: PeftTwin) -> set[str]:
 
 
 def _arguments(tuning: Tuning, twin: PeftTwin) -> dict[str, Any]:
-    defaults = {key: p.default for key, p in arguments(resolve(tuning.method)[1]).items()}
+    defaults = {
+        key: p.default for key, p in arguments(resolve(tuning.method)[1]).items()
+    }
     said = {*twin.arguments.values(), *twin.roles.values(), *twin.unsaid}
     if twin.ranked:
         said |= {f"{twin.arguments[key]}_pattern" for key in ("r", "lora_alpha")}
@@ -383,7 +455,9 @@ def _twin(tuning: Tuning) -> PeftTwin:
         raise UnsupportedError(
             "PEFT's format has no place for a tuning of several methods; save without format=."
         )
-    twin = vars(resolve(tuning.method)[1]).get("peft")  # its own: a subclass is another method
+    twin = vars(resolve(tuning.method)[1]).get(
+        "peft"
+    )  # its own: a subclass is another method
     if not isinstance(twin, PeftTwin):
         raise UnsupportedError(
             f"PEFT's format has no {tuning.method!r}; save in petune's own, or merge it."
@@ -399,23 +473,35 @@ def _method(config: Mapping[str, Any], folder: Path) -> tuple[str, PeftTwin]:
         for name, twin in found.items()
         if isinstance(twin, PeftTwin) and twin.tensors != {}
     }
-    twins = {name: twin for name, twin in known.items() if kind in (twin.kind, *twin.also)}
+    twins = {
+        name: twin for name, twin in known.items() if kind in (twin.kind, *twin.also)
+    }
     renamed = {name: twin for name, twin in twins.items() if twin.tensors is not None}
     refused = ""
     for name, twin in (
         renamed or twins
     ).items():  # our own method of that kind, if there is one, or PEFT's in ours
         other = next(
-            (k for k, allowed in twin.neutral.items() if config.get(k, allowed[0]) not in allowed),
+            (
+                k
+                for k, allowed in twin.neutral.items()
+                if config.get(k, allowed[0]) not in allowed
+            ),
             None,
         )
         if other is None:
             return name, twin
         refused = refused or f" with {other}={config[other]!r}"
     if refused:
-        raise UnsupportedError(f"{folder / CONFIG}: no method here is PEFT's {kind}{refused}.")
-    have = ", ".join(sorted({kind for twin in known.values() for kind in (twin.kind, *twin.also)}))
-    raise UnsupportedError(f"{folder / CONFIG}: no method here is PEFT's {kind}. Known: {have}.")
+        raise UnsupportedError(
+            f"{folder / CONFIG}: no method here is PEFT's {kind}{refused}."
+        )
+    have = ", ".join(
+        sorted({kind for twin in known.values() for kind in (twin.kind, *twin.also)})
+    )
+    raise UnsupportedError(
+        f"{folder / CONFIG}: no method here is PEFT's {kind}. Known: {have}."
+    )
 
 
 def _task(model: PreTrainedModel) -> str | None:

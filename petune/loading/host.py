@@ -44,7 +44,9 @@ def built(loader: Any, config: Any) -> PreTrainedModel:
     Args:
         loader: a model's class, or one of transformers' auto classes.
     """
-    build = loader.from_config if hasattr(loader, "from_config") else loader._from_config
+    build = (
+        loader.from_config if hasattr(loader, "from_config") else loader._from_config
+    )
     model: PreTrainedModel = build(config)
     return model
 
@@ -92,7 +94,8 @@ def _hidden(factory: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any
 def _gguf_files_are_read_dense() -> bool:
     config = _gguf_config()
     if config is None:
-        return not _has_gguf_quantizer()  # before 5.17 transformers reads them dense by itself
+        # before 5.17 transformers reads them dense by itself
+        return not _has_gguf_quantizer()
     return "dequantize" in inspect.signature(config).parameters
 
 

@@ -8,7 +8,12 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from petune.core.frozen.weights import is_quantized
 from petune.core.registry.plugins import registry
@@ -18,7 +23,9 @@ from petune.loading.checkpoint import plainly, resolve
 from petune.loading.host import SEAMS, built
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-HEADS: dict[str, Any] = {  # for a checkpoint that doesn't say, the first that its architecture has
+HEADS: dict[
+    str, Any
+] = {  # for a checkpoint that doesn't say, the first that its architecture has
     "causal-lm": transformers.AutoModelForCausalLM,
     "seq2seq-lm": transformers.AutoModelForSeq2SeqLM,
     "masked-lm": transformers.AutoModelForMaskedLM,
@@ -27,7 +34,9 @@ HEADS: dict[str, Any] = {  # for a checkpoint that doesn't say, the first that i
     "question-answering": transformers.AutoModelForQuestionAnswering,
     "base": transformers.AutoModel,
 }
-_MODELS: dict[str, Any] = {  # by the head: which classes of configurations have a model with it
+_MODELS: dict[
+    str, Any
+] = {  # by the head: which classes of configurations have a model with it
     "causal-lm": transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
     "seq2seq-lm": transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     "masked-lm": transformers.MODEL_FOR_MASKED_LM_MAPPING,
@@ -63,9 +72,7 @@ def from_pretrained(
     """
     SEAMS.require()
     quantizer = _quantizer(precision)
-    options = {"trust_remote_code": False, "use_safetensors": True, **kwargs}
-    options["output_loading_info"] = True
-    options.setdefault("dtype", DTYPES.get(precision) or _compute_dtype(kwargs.get("device_map")))
+    options = _options(precision, kwargs)
     with plainly(name):
         place = resolve(name, options)
         config = AutoConfig.from_pretrained(place, **options)
@@ -78,6 +85,15 @@ def from_pretrained(
     _check_has_weights(model, name)
     _prepare(model, name, precision)
     return model
+
+
+def _options(precision: str, told: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers is told for a load, `told` by the user included."""
+    options = {"trust_remote_code": False, "use_safetensors": True, **told}
+    options["output_loading_info"] = True
+    dtype = DTYPES.get(precision) or _compute_dtype(told.get("device_map"))
+    options.setdefault("dtype", dtype)
+    return options
 
 
 def _quantizer(precision: str) -> Quantizer | None:
@@ -135,7 +151,9 @@ def _prepare(model: PreTrainedModel, name: str | Path, precision: str) -> None:
         )
 
 
-def skeleton(name: str | Path, *, head: str | None = None, **kwargs: Any) -> PreTrainedModel:
+def skeleton(
+    name: str | Path, *, head: str | None = None, **kwargs: Any
+) -> PreTrainedModel:
     """The model's modules without weights, on the meta device, from its configuration alone.
 
     Raises:
@@ -144,7 +162,9 @@ def skeleton(name: str | Path, *, head: str | None = None, **kwargs: Any) -> Pre
     SEAMS.require()
     options = {"trust_remote_code": False, **kwargs}
     with plainly(name):
-        config = AutoConfig.from_pretrained(resolve(name, options, weights=False), **options)
+        config = AutoConfig.from_pretrained(
+            resolve(name, options, weights=False), **options
+        )
         loader = _loader(config, head)
         with torch.device("meta"):
             return built(loader, config)
@@ -204,7 +224,11 @@ def _compute_dtype(device_map: Any) -> torch.dtype:
 def _outside(model: Any) -> list[str]:
     """The modules around the base model, and the output embeddings wherever they are."""
     base, out = model.base_model, model.get_output_embeddings()
-    around = [] if base is model else [child for child in model.children() if child is not base]
+    around = (
+        []
+        if base is model
+        else [child for child in model.children() if child is not base]
+    )
     if out is not None:
         around.append(out)
     kept = {id(module) for module in around if list(module.parameters())}

@@ -9,8 +9,14 @@ from typing import Any
 
 def mentions(owner: type, name: str) -> bool:
     """Whether a method of a class, other than the one of that name, uses the attribute or method `name`."""
-    methods = (inspect.unwrap(f) for f in vars(owner).values() if isinstance(f, FunctionType))
-    return any(name in used_names(method.__code__) for method in methods if method.__name__ != name)
+    methods = (
+        inspect.unwrap(f) for f in vars(owner).values() if isinstance(f, FunctionType)
+    )
+    return any(
+        name in used_names(method.__code__)
+        for method in methods
+        if method.__name__ != name
+    )
 
 
 def used_names(code: Any) -> set[str]:

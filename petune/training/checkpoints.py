@@ -35,8 +35,8 @@ def last_checkpoint(folder: Path) -> tuple[Path, int] | None:
     for path in folder.glob("checkpoint-*"):
         try:
             step = int(read_json(path / STATE_FILE)["global_step"])
-        except (ValueError, KeyError):  # PetuneError, which read_json raises, is a ValueError
-            continue
+        except (ValueError, KeyError):
+            continue  # PetuneError, which read_json raises, is a ValueError
         found.append((step, path))
     if not found:
         return None

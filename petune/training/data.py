@@ -9,19 +9,17 @@ least) goes to each missing split, `test` first.
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Callable, Iterable, Mapping
-from difflib import get_close_matches
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from petune.core.registry.plugins import registry
 from petune.errors import PetuneError, unknown
+from petune.training.rows import READERS, existing, one_line, read_rows
 
 if TYPE_CHECKING:
     import datasets
-    import pyarrow
 
     from petune.training.dataset import Dataset
 
@@ -49,10 +47,10 @@ def check_source(data: str | Mapping[str, str]) -> None:
             for split, path in data.items():
                 if split not in SPLITS:
                     raise PetuneError(f"data: {unknown('split', split, SPLITS)}")
-                _existing(path)
+                existing(path)
         return
     if is_local(data):
-        _existing(data)
+        existing(data)
     elif "/" not in data:
         _alias(data)
 
@@ -71,7 +69,9 @@ def load_splits(
     name = data if isinstance(data, str) else ", ".join(data.values())
     splits, known = _read_source(data)
     if "train" not in splits:
-        raise PetuneError(f"data {name}: no 'train' split; it has {', '.join(splits) or 'none'}.")
+        raise PetuneError(
+            f"data {name}: no 'train' split; it has {', '.join(splits) or 'none'}."
+        )
     named = {**known, **columns}
     return {
         split: assign(rows, named, roles, optional, source=f"data {name}")
@@ -86,7 +86,7 @@ def _read_source(data: str | Mapping[str, str]) -> tuple[Splits, Mapping[str, st
             return _hub(data), {}
         return {split: read_rows(path) for split, path in data.items()}, {}
     if is_local(data):
-        path = _existing(data)
+        path = existing(data)
         return (_folder(path) if path.is_dir() else {"train": read_rows(data)}), {}
     if "/" in data:
         return _hub({"hub": data}), {}
@@ -144,45 +144,11 @@ def _check_apart(chosen: Mapping[str, str], source: str) -> None:
             )
 
 
-def read_rows(path: str | Path) -> datasets.Dataset:
-    """The rows of one file; the kind is told by its ending.
-
-    Raises:
-        PetuneError: no such file, an ending that is not known, or content that is not what the ending says.
-    """
-    from datasets import Dataset
-
-    path = _existing(path)
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        raise PetuneError(f"{path}: {unknown('kind of file', path.suffix, _READERS)}")
-    try:
-        found = reader(path)
-        rows = Dataset.from_list(found) if isinstance(found, list) else Dataset(found)
-    except PetuneError:
-        raise
-    except Exception as error:  # pyarrow's own errors share no base class with one another
-        raise PetuneError(f"{path}: {_line(error)}") from error
-    if not len(rows):
-        raise PetuneError(f"{path}: no rows.")
-    return rows
-
-
 def is_local(data: str) -> bool:
     """Whether it names a file or folder here, rather than a built-in set or a Hub id."""
     path = Path(data)
     looks_local = data.startswith((".", "/", "~"))
-    return path.exists() or path.suffix.lower() in _READERS or looks_local
-
-
-def _existing(path: str | Path) -> Path:
-    path = Path(path).expanduser()
-    if not path.exists():
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = get_close_matches(path.name, siblings, n=1)
-        hint = f" Did you mean {path.parent / near[0]}?" if near else ""
-        raise PetuneError(f"{path}: no such file.{hint}")
-    return path
+    return path.exists() or path.suffix.lower() in READERS or looks_local
 
 
 def _alias(name: str) -> Dataset:
@@ -200,7 +166,7 @@ def _folder(folder: Path) -> Splits:
     splits: Splits = {}
     for path in sorted(folder.iterdir()):
         split = _OTHER_NAMES.get(path.stem, path.stem)
-        if path.suffix.lower() in _READERS and split in SPLITS:
+        if path.suffix.lower() in READERS and split in SPLITS:
             if split in splits:
                 raise PetuneError(f"{folder}: two files for the split {split!r}.")
             splits[split] = read_rows(path)
@@ -215,10 +181,9 @@ def _hub(source: Mapping[str, str]) -> Splits:
         found = _downloaded(name, source.get("config"))
     except PetuneError:
         raise
-    except (
-        Exception
-    ) as error:  # the hub's client, its server and the network have errors of their own
-        raise PetuneError(f"data {name}: {_line(error)}") from error
+    except Exception as error:
+        # the hub's client, its server and the network have errors of their own
+        raise PetuneError(f"data {name}: {one_line(error)}") from error
     named = {split: source[split] for split in SPLITS if split in source}
     for split in named.values():
         if split not in found:
@@ -249,7 +214,9 @@ def _downloaded(name: str, config: str | None) -> Any:
     builder = datasets.load_dataset_builder(name, config)
     kind = kind_of_files(type(builder))
     if kind not in _PLAIN:
-        raise PetuneError(f"data {name}: its files are {kind!r}; petune reads {', '.join(_PLAIN)}.")
+        raise PetuneError(
+            f"data {name}: its files are {kind!r}; petune reads {', '.join(_PLAIN)}."
+        )
     builder.download_and_prepare()
     return builder.as_dataset()
 
@@ -291,60 +258,3 @@ def _complete(splits: Splits, name: str) -> Splits:
         found[split] = train.select(order[i * share : (i + 1) * share])
     found["train"] = train.select(order[share * len(missing) :])
     return {split: found[split] for split in SPLITS}
-
-
-def _jsonl(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise PetuneError(f"{path} line {number}: {error.msg}.") from None
-        if not isinstance(row, dict):
-            raise PetuneError(
-                f'{path} line {number}: each line is an object, such as {{"text": …}}.'
-            )
-        rows.append(row)
-    return rows
-
-
-def _json(path: Path) -> list[dict[str, Any]]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # one object a line, under the other ending
-            return _jsonl(path)
-        raise PetuneError(f"{path} line {error.lineno}: {error.msg}.") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise PetuneError(
-            f"{path}: a .json file is a list of objects; put one object a line into a .jsonl file."
-        )
-    return rows
-
-
-def _csv(path: Path, delimiter: str = ",") -> pyarrow.Table:
-    from pyarrow import csv
-
-    parse = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-    return csv.read_csv(path, parse_options=parse)
-
-
-def _parquet(path: Path) -> pyarrow.Table:
-    from pyarrow import parquet
-
-    return parquet.read_table(path)
-
-
-_READERS: dict[str, Callable[[Path], Any]] = {
-    ".jsonl": _jsonl,
-    ".json": _json,
-    ".csv": _csv,
-    ".tsv": lambda path: _csv(path, "\t"),
-    ".parquet": _parquet,
-}
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -148,9 +148,9 @@ def _checkpoints_hold_a_state() -> bool:
 def _trainer_asks_for_the_number_of_devices() -> bool:
     from transformers import Trainer, TrainingArguments
 
-    return isinstance(inspect.getattr_static(TrainingArguments, "n_gpu"), property) and mentions(
-        Trainer, "n_gpu"
-    )
+    return isinstance(
+        inspect.getattr_static(TrainingArguments, "n_gpu"), property
+    ) and mentions(Trainer, "n_gpu")
 
 
 @SEAMS.lean(

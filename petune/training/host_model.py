@@ -39,7 +39,11 @@ def _loss_can_be_set() -> bool:
     loss = F.cross_entropy
     with loss_as(model, loss):
         replaced = model.loss_function is loss
-    return replaced and "_loss_function" not in vars(model) and _asks_for_loss(LlamaForCausalLM)
+    return (
+        replaced
+        and "_loss_function" not in vars(model)
+        and _asks_for_loss(LlamaForCausalLM)
+    )
 
 
 @contextmanager
@@ -67,7 +71,10 @@ def _losses_are_cross_entropies() -> bool:
     logits = torch.arange(16.0).view(1, 4, 4).sin()  # (batch, length, vocabulary)
     labels = torch.tensor([[3, SKIP, 1, 2]])
     for loss, expected in (
-        (ForCausalLMLoss, F.cross_entropy(logits[0, 1:3], labels[0, 2:], reduction="sum")),
+        (
+            ForCausalLMLoss,
+            F.cross_entropy(logits[0, 1:3], labels[0, 2:], reduction="sum"),
+        ),
         (ForMaskedLMLoss, F.cross_entropy(logits[0], labels[0], reduction="sum")),
     ):
         found = loss(logits, labels, vocab_size=4, num_items_in_batch=torch.tensor(5))
@@ -110,7 +117,10 @@ def _checkpointing_has_a_name() -> bool:
     word = _checkpointing()
     names = {field.name for field in fields(TrainingArguments)}
     known = {word, f"{word}_kwargs"} <= names and mentions(Trainer, word)
-    return known and f"{word}_kwargs" in inspect.signature(_enabling(PreTrainedModel)).parameters
+    return (
+        known
+        and f"{word}_kwargs" in inspect.signature(_enabling(PreTrainedModel)).parameters
+    )
 
 
 def _checkpointing() -> str:
@@ -196,7 +206,9 @@ ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
 def _activations_live_there() -> bool:
     from transformers.activations import ACT2FN
 
-    return all(is_activation(ACT2FN[name]) for name in ("gelu", "gelu_new", "silu", "relu"))
+    return all(
+        is_activation(ACT2FN[name]) for name in ("gelu", "gelu_new", "silu", "relu")
+    )
 
 
 def is_activation(module: nn.Module) -> bool:
@@ -215,7 +227,9 @@ def _quantizers_know_what_they_can_save() -> bool:
     from transformers.quantizers.base import HfQuantizer
 
     _, *others = inspect.signature(HfQuantizer.is_serializable).parameters.values()
-    needs_nothing = all(parameter.default is not parameter.empty for parameter in others)
+    needs_nothing = all(
+        parameter.default is not parameter.empty for parameter in others
+    )
     used = used_names(inspect.unwrap(PreTrainedModel.save_pretrained).__code__)
     return needs_nothing and "is_serializable" in used
 

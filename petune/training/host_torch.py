@@ -46,7 +46,9 @@ def storage_key(tensor: Tensor) -> int:
 def _subclasses_name_their_tensors() -> bool:
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass_type
 
-    members = dict.fromkeys(("__tensor_flatten__", "__tensor_unflatten__"), lambda *_: None)
+    members = dict.fromkeys(
+        ("__tensor_flatten__", "__tensor_unflatten__"), lambda *_: None
+    )
     return is_traceable_wrapper_subclass_type(type("Wrapper", (Tensor,), members))
 
 
@@ -71,7 +73,9 @@ def _profiler_keeps_its_events() -> bool:
     # a trial would end the profile of a user who trains under one
     from torch._C._autograd import _KinetoEvent, _ProfilerResult
 
-    reported = all(hasattr(_KinetoEvent, name) for name in ("name", "nbytes", "start_ns"))
+    reported = all(
+        hasattr(_KinetoEvent, name) for name in ("name", "nbytes", "start_ns")
+    )
     kept = mentions(torch.autograd.profiler.profile, "kineto_results")
     held = any(mentions(cls, "profiler") for cls in profile.__mro__)
     return reported and kept and held and hasattr(_ProfilerResult, "events")
@@ -90,7 +94,11 @@ def memory_changes(run: Callable[[], None]) -> list[tuple[int, int]]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watch:
         run()
     events: Any = watch.profiler.kineto_results.events()
-    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    changes = [
+        (event.start_ns(), event.nbytes())
+        for event in events
+        if event.name() == "[memory]"
+    ]
     if not changes:
         raise MovedError(
             f"torch {installed('torch')}: the profiler reports no event named [memory]. petune measures the memory "

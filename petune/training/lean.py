@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petune.core.frozen.modules import base_forward, blocks, children, features, is_norm, walk
+from petune.core.frozen.blocks import blocks
+from petune.core.frozen.modules import base_forward, children, features, is_norm, walk
 from petune.core.frozen.weights import compute_dtype
 from petune.core.ops import recompute
 from petune.core.registry.sites import find_sites
@@ -78,8 +79,8 @@ class Gated:
         with evaluating(self.mlp):
             try:
                 return torch.equal(base_forward(self.mlp)(x), self.forward(x))
-            except (RuntimeError, TypeError, AttributeError):  # it takes something else, or more
-                return False
+            except (RuntimeError, TypeError, AttributeError):
+                return False  # it takes something else, or more
 
 
 def _gated(model: Any) -> Iterator[Gated]:
@@ -124,7 +125,10 @@ def _keeps_more_than_its_input(module: Any, dtype: torch.dtype) -> bool:
         kept.setdefault(storage_key(tensor), tensor.untyped_storage().nbytes())
         return tensor
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with (
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+    ):
         out = base_forward(module)(x)
     del out
     return sum(kept.values()) > NEXT_TO_NOTHING * x.nbytes

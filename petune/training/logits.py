@@ -16,7 +16,12 @@ from petune.core.frozen.modules import base_forward
 from petune.core.graft.board import board_of
 from petune.core.method.batch import SKIP
 from petune.errors import PetuneError, UnsupportedError
-from petune.training.host_model import LOSSES, has_token_loss, loss_as, predicts_next_token
+from petune.training.host_model import (
+    LOSSES,
+    has_token_loss,
+    loss_as,
+    predicts_next_token,
+)
 from petune.training.swap import forward_as
 
 ROWS = 128
@@ -163,10 +168,17 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, head: Head, rows: int, targets: Tensor, hidden: Tensor, *params: Tensor
+        ctx: Any,
+        head: Head,
+        rows: int,
+        targets: Tensor,
+        hidden: Tensor,
+        *params: Tensor,
     ) -> Tensor:
         ctx.wanted = [t.requires_grad for t in (hidden, *params)]
-        sums = {id(t): torch.zeros_like(t) for t in (hidden, *params) if t.requires_grad}
+        sums = {
+            id(t): torch.zeros_like(t) for t in (hidden, *params) if t.requires_grad
+        }
         total = hidden.new_zeros((), dtype=torch.float32)
         for here in _chunks(len(targets), rows):
             chunk = hidden[here].detach().requires_grad_(hidden.requires_grad)

@@ -83,7 +83,9 @@ class _Session:
 
         began = time.perf_counter()
         self.recipe, self.path, self.quiet = recipe, run, quiet
-        self.checkpoint = last_checkpoint(run / run_folder.CHECKPOINTS) if resume else None
+        self.checkpoint = (
+            last_checkpoint(run / run_folder.CHECKPOINTS) if resume else None
+        )
         self.splits = make_splits(recipe)
         self.task = make_task(recipe)
         self.task.quiet = quiet
@@ -105,7 +107,9 @@ class _Session:
         steps, tokens = self._train(loop)
         self.tuning.save(self.path / run_folder.ADAPTER)
         began = time.perf_counter()
-        metrics = self.task.score(self.acting, self._scored("test")) if final_eval else {}
+        metrics = (
+            self.task.score(self.acting, self._scored("test")) if final_eval else {}
+        )
         eval_seconds = time.perf_counter() - began
         peak, saved = self._measure(loop)
         # Trainer turns it off, and who brought `adapt` has the model still
@@ -150,7 +154,13 @@ class _Session:
             return attach(self.model, r.method, where=r.where, **r.method_args)
         except (PetuneError, torch.OutOfMemoryError):
             raise
-        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        except (
+            ArithmeticError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
             # a value of the right type that the method can't work with, such as a rank of 0
             raise PetuneError(
                 f"method {r.method!r} with method_args {r.method_args}: {error}"
@@ -224,11 +234,14 @@ class _Session:
         from petune.training.memory import measure_step
 
         training, lengths = self.recipe.training, loop.recorder.sampler.lengths
-        longest = sorted(range(len(lengths)), key=lambda i: -lengths[i])[: training.batch_size]
+        longest = sorted(range(len(lengths)), key=lambda i: -lengths[i])[
+            : training.batch_size
+        ]
         rows = self.task.collate([self.examples[i] for i in longest])
         model = self.acting.train()
         optimizer: Any = loop.optimizer or loop.create_optimizer()
-        plain_optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's holds torch's
+        # accelerate's optimizer holds torch's
+        plain_optimizer = getattr(optimizer, "optimizer", optimizer)
 
         def loss() -> Tensor:
             with loop.accelerator.autocast():

@@ -33,14 +33,14 @@ def measure_step(
     """
     SEAMS.require()
     with _harmless(optimizer):
-        resident = _Storages(_tensors(model))
+        resident = _Storages()
+        resident.add(_tensors(model))
         resident.add(_tensors([optimizer.param_groups, dict(optimizer.state)]))
-        own = set(resident.sizes)
+        saved = _Storages(ignored=resident.sizes)
         resident.add(batch)
-        saved = _Storages(())
 
         def pack(tensor: Tensor) -> Tensor:
-            saved.add(part for part in plain_tensors(tensor) if storage_key(part) not in own)
+            saved.add(plain_tensors(tensor))
             return tensor
 
         def step() -> None:
@@ -56,20 +56,28 @@ def measure_step(
 
 def resident_bytes(model: nn.Module) -> int:
     """The bytes of a model's tensors, what quantized weights carry along included."""
-    return _Storages(_tensors(model)).total
+    storages = _Storages()
+    storages.add(_tensors(model))
+    return storages.total
 
 
 class _Storages:
-    """The sizes in bytes of storages, by a key. All of them must stay alive as long as this is used."""
+    """The sizes in bytes of storages, by a key. All of them must stay alive as long as this is used.
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
+    Args:
+        ignored: the keys of storages that are not counted.
+    """
+
+    def __init__(self, ignored: Iterable[int] = ()) -> None:
         self.sizes: dict[int, int] = {}
-        self.add(tensors)
+        self.ignored = frozenset(ignored)
 
     def add(self, tensors: Iterable[Tensor]) -> None:
         """Count the storages of tensors, those that are known already not again."""
         for tensor in tensors:
-            self.sizes[storage_key(tensor)] = tensor.untyped_storage().nbytes()
+            key = storage_key(tensor)
+            if key not in self.ignored:
+                self.sizes[key] = tensor.untyped_storage().nbytes()
 
     @property
     def total(self) -> int:

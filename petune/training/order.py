@@ -8,7 +8,9 @@ import torch
 from torch.utils.data import Sampler
 
 _POOL = 50  # batches among which rows are exchanged for the sake of like lengths
-_EPOCH = 1_000_003  # what an epoch adds to the seed: more than the seeds of runs differ by
+_EPOCH = (
+    1_000_003  # what an epoch adds to the seed: more than the seeds of runs differ by
+)
 
 
 class EpochSampler(Sampler[int]):
@@ -17,7 +19,9 @@ class EpochSampler(Sampler[int]):
     `epoch` is set from outside; the same seed and epoch give the same order.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, grouped: bool) -> None:
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, seed: int, grouped: bool
+    ) -> None:
         self.lengths = lengths
         self.batch_size = batch_size
         self.seed = seed
@@ -42,4 +46,5 @@ class EpochSampler(Sampler[int]):
         mixed: list[int] = []
         for batch in torch.randperm(whole, generator=generator).tolist():
             mixed += alike[batch * size : (batch + 1) * size]
-        return mixed + alike[whole * size :]  # the rest fills no batch, so it can only come last
+        rest = alike[whole * size :]  # fills no batch, so it can only come last
+        return mixed + rest

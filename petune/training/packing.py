@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from petune.core.frozen.blocks import blocks
 from petune.core.frozen.computes import calls_attention_interface
-from petune.core.frozen.modules import base_class, blocks, walk
+from petune.core.frozen.modules import base_class, walk
 from petune.core.host.attention import Attention, wrap_interface
 from petune.core.method.batch import SKIP
 from petune.training.host_model import predicts_next_token
@@ -67,7 +68,8 @@ def flatten(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Rows]:
     mask = batch["attention_mask"].bool()
     position = mask.cumsum(1) - 1
     is_first = position <= 0
-    labels = batch["labels"].masked_fill(is_first, SKIP)  # nothing stands before it to tell it
+    # nothing stands before a row's first token that could tell it
+    labels = batch["labels"].masked_fill(is_first, SKIP)
     told = {**batch, "labels": labels, "position_ids": position}
     del told["attention_mask"]
     flat = {key: value[mask][None] for key, value in told.items()}
@@ -126,7 +128,9 @@ def _is_same(model: Any) -> bool:
     del flat["labels"]
     with evaluating(model):
         try:
-            padded = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+            padded = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[
+                mask.bool()
+            ]
             with packed(rows):
                 found = model(**flat, use_cache=False).logits[0]
         except Exception:  # whatever a stranger's model says: it is left as it is
@@ -154,7 +158,8 @@ def _attend(
         (1, tokens, heads, head_dim), and no attention weights.
     """
     rows = _Current.rows
-    if rows is None or mask is None:  # one row alone, or flash attention, which reads the positions
+    if rows is None or mask is None:
+        # one row alone, or flash attention, which reads the positions
         return base(module, query, key, value, mask, **options)
     padded = (_padded(tensor, rows) for tensor in (query, key, value))
     out, _ = base(module, *padded, _mask_of(mask[0, 0], rows), **options)
@@ -209,4 +214,6 @@ class _Pick(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (place,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.size, *grad.shape[1:]).index_copy_(0, place, grad), None
+        return grad.new_zeros(ctx.size, *grad.shape[1:]).index_copy_(
+            0, place, grad
+        ), None

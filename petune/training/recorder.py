@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from petune.files import read_json, write_text
 from petune.training.checkpoints import CLOCK
@@ -25,7 +30,9 @@ WARM_UP = 2
 class Recorder(TrainerCallback):
     """Times every step, writes metrics.jsonl, and stops the training at a step's end when told to."""
 
-    def __init__(self, path: Path, sampler: EpochSampler, updates_per_epoch: int) -> None:
+    def __init__(
+        self, path: Path, sampler: EpochSampler, updates_per_epoch: int
+    ) -> None:
         self.path = path
         self.sampler = sampler
         self.updates_per_epoch = updates_per_epoch
@@ -41,7 +48,11 @@ class Recorder(TrainerCallback):
         clock = read_json(checkpoint / CLOCK)
         self.seconds = clock["seconds"]
         self.loss = clock["loss"] or float("nan")
-        rows = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        rows = (
+            self.path.read_text(encoding="utf-8").splitlines()
+            if self.path.exists()
+            else []
+        )
         kept = [row for row in rows if _step(row) <= step]
         write_text(self.path, "".join(row + "\n" for row in kept))
 
@@ -70,22 +81,38 @@ class Recorder(TrainerCallback):
         return sum(tokens for _, tokens in self.timed) / spent
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
     ) -> None:
         self._tokens = state.num_input_tokens_seen
 
     def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
     ) -> None:
         self.sampler.epoch = state.global_step // self.updates_per_epoch
 
     def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
     ) -> None:
         self._began = _now()
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
     ) -> None:
         spent = _now() - self._began
         seen = int(state.num_input_tokens_seen)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from petune.core.frozen.modules import blocks
+from petune.core.frozen.blocks import blocks
 from petune.errors import PetuneError
 from petune.training.host_torch import has_cpp_compiler, keeping_little, recompiling
 from petune.training.swap import forward_as
@@ -32,11 +32,14 @@ def compiled(model: Any, budget: float | None = None) -> Iterator[None]:
     """
     on_cpu = next(model.parameters()).device.type == "cpu"
     if on_cpu and not has_cpp_compiler():
-        raise PetuneError("training.compile: found no C++ compiler; install one or leave it out.")
+        raise PetuneError(
+            "training.compile: found no C++ compiler; install one or leave it out."
+        )
     with ExitStack() as stack:
         stack.enter_context(keeping_little(budget))
         stack.enter_context(recompiling(COMPILATIONS))
-        stack.callback(torch.compiler.reset)  # another budget would be given the code of this one
+        # without it another budget would be given the code of this one
+        stack.callback(torch.compiler.reset)
         for _, _, block in blocks(model):
             stack.enter_context(forward_as(block, _Region(block, block.forward)))
         yield

@@ -12,8 +12,9 @@ from petune.core.registry.plugins import registry
 from petune.errors import PetuneError
 from petune.files import read_json
 from petune.training import run_folder
-from petune.training.data import assign, read_rows
+from petune.training.data import assign
 from petune.training.recipe import Recipe, load_recipe
+from petune.training.rows import read_rows
 from petune.training.setup import make_model, make_splits, make_task, quietly, sample
 from petune.training.tasks import Task
 
@@ -52,9 +53,15 @@ class Run:
             rows = assign(given, columns, needed, self.task.optional, source=str(data))
         most = self.recipe.training.eval_rows or self.task.eval_rows
         metrics = self.task.score(self.model, sample(rows, most))
-        return {"score": metrics[self.task.metric], "metric": self.task.metric, **metrics}
+        return {
+            "score": metrics[self.task.metric],
+            "metric": self.task.metric,
+            **metrics,
+        }
 
-    def predict(self, data: str | Path | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def predict(
+        self, data: str | Path | Sequence[Mapping[str, Any]]
+    ) -> list[dict[str, Any]]:
         """The rows of a file or a list, in their order, each with the answer under `prediction`.
 
         Raises:
@@ -66,9 +73,14 @@ class Run:
             rows, source = read_rows(data), str(data)
         else:
             rows, source = Dataset.from_list([dict(row) for row in data]), "rows"
-        asked = assign(rows, self._columns(), self.task.inputs, self.task.optional, source=source)
+        asked = assign(
+            rows, self._columns(), self.task.inputs, self.task.optional, source=source
+        )
         answers = self.task.predict(self.model, asked)
-        return [{**row, "prediction": answer} for row, answer in zip(rows, answers, strict=True)]
+        return [
+            {**row, "prediction": answer}
+            for row, answer in zip(rows, answers, strict=True)
+        ]
 
     def merge(self, out: str | Path, *, quantized: bool = False) -> Merged:
         """Fold the tuning into the base and write a transformers folder that needs no petune.
@@ -112,7 +124,9 @@ class Run:
         SEAMS.require()
         precision = self.recipe.precision
         if not any(is_quantized(module) for module in self.model.modules()):
-            raise PetuneError(f"the base of {self.path} is not quantized (precision: {precision}).")
+            raise PetuneError(
+                f"the base of {self.path} is not quantized (precision: {precision})."
+            )
         if not can_save_quantized(self.model):
             raise PetuneError(
                 f"transformers can't save {precision} weights; merge into dense ones."
@@ -178,7 +192,10 @@ def evaluate(
 
 
 def predict(
-    run: str | Path, data: str | Path | Sequence[Mapping[str, Any]], *, quiet: bool = True
+    run: str | Path,
+    data: str | Path | Sequence[Mapping[str, Any]],
+    *,
+    quiet: bool = True,
 ) -> list[dict[str, Any]]:
     """See `Run.predict`."""
     loaded = load_run(run)
@@ -198,9 +215,12 @@ def export_run(run: str | Path, out: str | Path, format: str) -> None:
     """See `Run.export`."""
     if format == "gguf":
         remedy = f"run llama.cpp's convert_lora_to_gguf.py on `petune export {run} {out} --format serving`"
-        raise PetuneError(f"--format gguf: petune has no converter of its own; {remedy}.")
+        raise PetuneError(
+            f"--format gguf: petune has no converter of its own; {remedy}."
+        )
     if format != "dense":
-        registry().get("petune_formats", format, "dense")  # before a model is loaded for it
+        # an unknown name is said before a model is loaded for it
+        registry().get("petune_formats", format, "dense")
     loaded = load_run(run)
     with quietly():
         loaded.export(out, format)

@@ -35,7 +35,9 @@ def make_room(run: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> No
         raise PetuneError(f"output {run}: is a file; name a folder.")
     if not (run / RECIPE).exists():
         if any(run.iterdir()):
-            raise PetuneError(f"output {run}: holds other files than a run; name a new folder.")
+            raise PetuneError(
+                f"output {run}: holds other files than a run; name a new folder."
+            )
         return
     if overwrite:
         _clear(run)
@@ -70,7 +72,9 @@ def _check_not_begun(run: Path) -> None:
 
 def write_recipe(run: Path, recipe: Recipe) -> None:
     """The resolved recipe, every default included."""
-    text = yaml.safe_dump(recipe.resolved().model_dump(), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(
+        recipe.resolved().model_dump(), sort_keys=False, allow_unicode=True
+    )
     write_text(run / RECIPE, text)
 
 

@@ -18,8 +18,8 @@ class Stoppable(Protocol):
 @contextmanager
 def stop_on_signal(recorder: Stoppable) -> Iterator[None]:
     """The first Ctrl-C (or SIGTERM) ends the training after the step, with a checkpoint; the second at once."""
-    if threading.current_thread() is not threading.main_thread():  # signals reach only that one
-        yield
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals reach only that one
         return
 
     def stop(number: int, frame: Any) -> None:

@@ -67,7 +67,8 @@ class Task:
         config: Any = model.config
         text = config.get_text_config()
         if getattr(text, "pad_token_id", None) is None:
-            text.pad_token_id = self.pad_id  # decoders find the last token of a row by it
+            # decoders find the last token of a row by it
+            text.pad_token_id = self.pad_id
 
     def encode(self, row: Mapping[str, Any]) -> Example:
         """A row with its target, as one training example."""
@@ -91,7 +92,9 @@ class Task:
         chosen = self.tokenizer.pad_token_id
         return int(chosen if chosen is not None else self.tokenizer.eos_token_id or 0)
 
-    def pad(self, examples: Sequence[Example], side: str = "right") -> dict[str, Tensor]:
+    def pad(
+        self, examples: Sequence[Example], side: str = "right"
+    ) -> dict[str, Tensor]:
         """Rows of like keys as rectangular tensors, (batch, length); `labels` are filled with -100."""
         import torch
 
@@ -121,8 +124,12 @@ class Task:
         """
         import torch
 
-        size = self.recipe.training.eval_batch_size or 2 * self.recipe.training.batch_size
-        longest_first = sorted(range(len(examples)), key=lambda i: -len(examples[i]["input_ids"]))
+        size = (
+            self.recipe.training.eval_batch_size or 2 * self.recipe.training.batch_size
+        )
+        longest_first = sorted(
+            range(len(examples)), key=lambda i: -len(examples[i]["input_ids"])
+        )
         found: list[Any] = [None] * len(examples)
         device = next(model.parameters()).device
         training = model.training
@@ -143,7 +150,9 @@ class Task:
         from tqdm import tqdm
 
         hidden = True if self.quiet else None  # None: where there is no terminal
-        for start in tqdm(range(0, len(order), size), "eval", leave=False, disable=hidden):
+        for start in tqdm(
+            range(0, len(order), size), "eval", leave=False, disable=hidden
+        ):
             yield order[start : start + size]
 
 

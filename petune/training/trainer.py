@@ -23,7 +23,12 @@ from transformers import (
 from petune.core.attached.tuning import Tuning
 from petune.errors import PetuneError
 from petune.training.checkpoints import write_checkpoint
-from petune.training.host import SEAMS, ResumesWithoutWeights, average_over_tokens, tell_scores
+from petune.training.host import (
+    SEAMS,
+    ResumesWithoutWeights,
+    average_over_tokens,
+    tell_scores,
+)
 from petune.training.host_model import checkpointing_arguments, plain_input
 from petune.training.lean import recomputed
 from petune.training.logits import labelled_logits
@@ -54,7 +59,12 @@ class AdapterTrainer(ResumesWithoutWeights, Trainer):
     """
 
     def __init__(
-        self, model: nn.Module, tuning: Adapted, task: Task, recorder: Recorder, **kwargs: Any
+        self,
+        model: nn.Module,
+        tuning: Adapted,
+        task: Task,
+        recorder: Recorder,
+        **kwargs: Any,
     ) -> None:
         SEAMS.require()
         self.settings = task.recipe.training
@@ -62,8 +72,11 @@ class AdapterTrainer(ResumesWithoutWeights, Trainer):
         self.task = task
         self.recorder = recorder
         self.tuning = tuning
-        self.packs = self._packs()  # Trainer makes its folder; what can't be is said before
-        super().__init__(model=model, callbacks=[recorder], data_collator=task.collate, **kwargs)
+        # Trainer makes its folder; what can't be is said before
+        self.packs = self._packs()
+        super().__init__(
+            model=model, callbacks=[recorder], data_collator=task.collate, **kwargs
+        )
         average_over_tokens(self, task.token_loss)
         if isinstance(tuning, Tuning):
             self.add_callback(Schedule(tuning))
@@ -163,21 +176,27 @@ class AdapterTrainer(ResumesWithoutWeights, Trainer):
         tell_scores(self, metrics)
         return metrics
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+    def save_model(
+        self, output_dir: str | None = None, _internal_call: bool = False
+    ) -> None:
         """Write what a checkpoint needs beside Trainer's own state: the adapter, and no base."""
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
             write_checkpoint(folder, self.tuning, self.recorder.clock())
 
 
-def _set_rate(optimizer: torch.optim.Optimizer, parameters: Iterable[Any], rate: float) -> None:
+def _set_rate(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[Any], rate: float
+) -> None:
     """Train parameters at a rate of their own: they move out of their groups into new ones, else the same."""
     own = {id(parameter) for parameter in parameters}
     for group in list(optimizer.param_groups):
         moved = [parameter for parameter in group["params"] if id(parameter) in own]
         if not moved or group["lr"] == rate:
             continue
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+        group["params"] = [
+            parameter for parameter in group["params"] if id(parameter) not in own
+        ]
         optimizer.add_param_group({**group, "params": moved, "lr": rate})
 
 
@@ -190,10 +209,14 @@ class OneDevice(TrainingArguments):
         return min(found, 1)
 
 
-def arguments(recipe: Recipe, folder: Path, steps: int, *, quiet: bool) -> TrainingArguments:
+def arguments(
+    recipe: Recipe, folder: Path, steps: int, *, quiet: bool
+) -> TrainingArguments:
     """A recipe in Trainer's words."""
     t = recipe.training
-    schedule = "constant_with_warmup" if t.schedule == "constant" and t.warmup else t.schedule
+    schedule = (
+        "constant_with_warmup" if t.schedule == "constant" and t.warmup else t.schedule
+    )
     return OneDevice(
         output_dir=str(folder),
         max_steps=steps,

@@ -25,7 +25,9 @@ def models_are_built_otherwise(patch: Patch) -> None:
 
 
 def models_are_built_from_more(patch: Patch) -> None:
-    patch.setattr(PreTrainedModel, "_from_config", classmethod(lambda cls, config, dtype: None))
+    patch.setattr(
+        PreTrainedModel, "_from_config", classmethod(lambda cls, config, dtype: None)
+    )
 
 
 def the_hook_has_another_name(patch: Patch) -> None:
@@ -63,20 +65,26 @@ def seam_of(name: str) -> Seam:
     return found
 
 
-@pytest.mark.parametrize(("name", "plant"), PLANTED, ids=[p.__name__ for _, p in PLANTED])
+@pytest.mark.parametrize(
+    ("name", "plant"), PLANTED, ids=[p.__name__ for _, p in PLANTED]
+)
 def test_a_planted_change_is_named(
     monkeypatch: Patch, name: str, plant: Callable[[Patch], None]
 ) -> None:
     seam = seam_of(name)
     with monkeypatch.context() as patch:
         plant(patch)
-        with pytest.raises(MovedError, match=f"^transformers .*{name}.*install a newer petune"):
+        with pytest.raises(
+            MovedError, match=f"^transformers .*{name}.*install a newer petune"
+        ):
             raise_first([seam])
     assert seam.trouble() is None, "the change was taken back"
 
 
 def test_a_change_is_planted_in_every_seam() -> None:
-    assert {seam_of(name).name for name, _ in PLANTED} == {seam.name for seam in SEAMS.all}
+    assert {seam_of(name).name for name, _ in PLANTED} == {
+        seam.name for seam in SEAMS.all
+    }
 
 
 def test_nothing_is_loaded_on_what_has_moved(saved: Any, monkeypatch: Patch) -> None:
@@ -94,7 +102,9 @@ def test_before_there_was_a_hook_bars_are_shown(monkeypatch: Patch) -> None:
         pass
 
 
-def test_before_there_was_a_configuration_gguf_files_were_read_dense(monkeypatch: Patch) -> None:
+def test_before_there_was_a_configuration_gguf_files_were_read_dense(
+    monkeypatch: Patch,
+) -> None:
     monkeypatch.setattr(transformers, "GgufConfig", None, raising=False)
     monkeypatch.setattr("petune.loading.host._has_gguf_quantizer", lambda: False)
     assert seam_of("GgufConfig").trouble() is None

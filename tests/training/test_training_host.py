@@ -37,7 +37,9 @@ def the_loss_has_no_setter(patch: Patch) -> None:
 
 
 def models_call_their_loss_otherwise(patch: Patch) -> None:
-    patch.setattr(transformers.LlamaForCausalLM, "forward", lambda self, **_: self.criterion())
+    patch.setattr(
+        transformers.LlamaForCausalLM, "forward", lambda self, **_: self.criterion()
+    )
 
 
 def a_loss_has_moved(patch: Patch) -> None:
@@ -74,7 +76,9 @@ def no_longer_called(name: str) -> Callable[[Patch], None]:
 
 def users_of(owner: type, name: str) -> list[str]:
     functions = [f for f in vars(owner).values() if isinstance(f, FunctionType)]
-    return [f.__name__ for f in functions if name in used_names(f.__code__) - {f.__name__}]
+    return [
+        f.__name__ for f in functions if name in used_names(f.__code__) - {f.__name__}
+    ]
 
 
 def weights_are_loaded_from_elsewhere(patch: Patch) -> None:
@@ -113,7 +117,9 @@ def nothing_asks_for_gradients(patch: Patch) -> None:
 
 
 def activations_live_elsewhere(patch: Patch) -> None:
-    patch.setattr(transformers.activations.NewGELUActivation, "__module__", "transformers.layers")
+    patch.setattr(
+        transformers.activations.NewGELUActivation, "__module__", "transformers.layers"
+    )
 
 
 def quantizers_want_to_know_more(patch: Patch) -> None:
@@ -121,7 +127,9 @@ def quantizers_want_to_know_more(patch: Patch) -> None:
 
 
 def storages_have_no_number(patch: Patch) -> None:
-    patch.setattr(torch.UntypedStorage, "_cdata", property(lambda self: self.gone), raising=False)
+    patch.setattr(
+        torch.UntypedStorage, "_cdata", property(lambda self: self.gone), raising=False
+    )
 
 
 def every_view_has_a_storage_of_its_own(patch: Patch) -> None:
@@ -131,7 +139,9 @@ def every_view_has_a_storage_of_its_own(patch: Patch) -> None:
 
 def subclasses_are_taken_apart_otherwise(patch: Patch) -> None:
     other = "is_traceable_wrapper_subclass_type"
-    patch.setattr(_python_dispatch, other, lambda kind: hasattr(kind, "__tensor_parts__"))
+    patch.setattr(
+        _python_dispatch, other, lambda kind: hasattr(kind, "__tensor_parts__")
+    )
 
 
 def events_have_no_beginning(patch: Patch) -> None:
@@ -160,10 +170,21 @@ PLANTED: list[tuple[str, str, Callable[[Patch], None]]] = [
     ("transformers", "ForCausalLMLoss and ForMaskedLMLoss", a_loss_has_moved),
     ("transformers", "ForCausalLMLoss and ForMaskedLMLoss", a_loss_is_not_divided),
     *(("transformers", f"Trainer.{name}", without(name)) for name in OVERRIDDEN),
-    *(("transformers", f"Trainer.{name}", no_longer_called(name)) for name in OVERRIDDEN),
+    *(
+        ("transformers", f"Trainer.{name}", no_longer_called(name))
+        for name in OVERRIDDEN
+    ),
     ("transformers", "Trainer._load_from_checkpoint", without("_load_from_checkpoint")),
-    ("transformers", "Trainer._load_from_checkpoint", weights_are_loaded_from_elsewhere),
-    ("transformers", "model_accepts_loss_kwargs", the_mean_of_a_loss_is_asked_for_otherwise),
+    (
+        "transformers",
+        "Trainer._load_from_checkpoint",
+        weights_are_loaded_from_elsewhere,
+    ),
+    (
+        "transformers",
+        "model_accepts_loss_kwargs",
+        the_mean_of_a_loss_is_asked_for_otherwise,
+    ),
     ("transformers", "on_evaluate", callbacks_get_other_arguments),
     ("transformers", "ProgressCallback.training_bar", the_bar_has_another_name),
     ("transformers", "trainer_state.json", the_state_lies_elsewhere),
@@ -189,7 +210,9 @@ def seam_of(name: str) -> Seam:
 
 
 @pytest.mark.parametrize(
-    ("library", "name", "plant"), PLANTED, ids=[f"{n}-{p.__name__}" for _, n, p in PLANTED]
+    ("library", "name", "plant"),
+    PLANTED,
+    ids=[f"{n}-{p.__name__}" for _, n, p in PLANTED],
 )
 def test_a_planted_change_is_named(
     monkeypatch: Patch, library: str, name: str, plant: Callable[[Patch], None]
@@ -208,7 +231,9 @@ def test_a_planted_change_is_named(
 
 
 def test_a_change_is_planted_in_every_seam() -> None:
-    assert {seam_of(name).name for _, name, _ in PLANTED} == {seam.name for seam in SEAMS.all}
+    assert {seam_of(name).name for _, name, _ in PLANTED} == {
+        seam.name for seam in SEAMS.all
+    }
 
 
 def test_a_training_does_not_begin_on_what_has_moved(
@@ -231,7 +256,10 @@ def test_labelled_logits_check_the_losses_alone(monkeypatch: Patch) -> None:
         pass
     losses.checked = False
     a_loss_is_not_divided(monkeypatch)
-    with pytest.raises(MovedError, match="ForCausalLMLoss"), labelled_logits(torch.nn.Linear(1, 1)):
+    with (
+        pytest.raises(MovedError, match="ForCausalLMLoss"),
+        labelled_logits(torch.nn.Linear(1, 1)),
+    ):
         pass
 
 
@@ -243,18 +271,25 @@ def test_a_profiler_that_reports_no_memory_is_found_out() -> None:
 
 
 @pytest.mark.parametrize("every", [0, 1, 3])
-def test_checkpointing_by_the_name_that_transformers_has(tmp_path: Path, every: int) -> None:
+def test_checkpointing_by_the_name_that_transformers_has(
+    tmp_path: Path, every: int
+) -> None:
     told = host_model.checkpointing_arguments(every)
     arguments: Any = TrainingArguments(str(tmp_path), **told)
     word, _ = told
     assert word in ("activation_checkpointing", "gradient_checkpointing")
     assert getattr(arguments, word) is bool(every)
-    assert host_model.checkpointing_arguments(0) == {word: False, f"{word}_kwargs": None}
+    assert host_model.checkpointing_arguments(0) == {
+        word: False,
+        f"{word}_kwargs": None,
+    }
 
 
 def test_checkpointing_of_older_versions(monkeypatch: Patch) -> None:
     """5.22 has the older name; 5.15 checkpoints all blocks or none."""
-    monkeypatch.delattr(PreTrainedModel, "activation_checkpointing_enable", raising=False)
+    monkeypatch.delattr(
+        PreTrainedModel, "activation_checkpointing_enable", raising=False
+    )
     enabled: list[Any] = []
     monkeypatch.setattr(
         PreTrainedModel,
@@ -265,8 +300,13 @@ def test_checkpointing_of_older_versions(monkeypatch: Patch) -> None:
     )
     told = host_model.checkpointing_arguments(1)
     kept = {"use_reentrant": False}
-    assert told == {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kept}
+    assert told == {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": kept,
+    }
     host_model.checkpoint_blocks(object.__new__(PreTrainedModel))
     assert enabled == [kept]
-    with pytest.raises(UnsupportedError, match=r"training\.gradient_checkpointing: 2: .* 5\.16"):
+    with pytest.raises(
+        UnsupportedError, match=r"training\.gradient_checkpointing: 2: .* 5\.16"
+    ):
         host_model.checkpointing_arguments(2)

@@ -28,7 +28,10 @@ def arguments_at(sites: Sequence[Site], part: Part) -> list[dict[str, Any]]:
 
 
 def _apply(
-    name: str, pattern: dict[str, Any], sites: Sequence[Site], found: list[dict[str, Any]]
+    name: str,
+    pattern: dict[str, Any],
+    sites: Sequence[Site],
+    found: list[dict[str, Any]],
 ) -> None:
     """Set what a pattern says; of two words that mean a site the first one counts."""
     argument = name.removesuffix(PATTERN)

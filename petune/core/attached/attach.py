@@ -104,10 +104,13 @@ def _made(part: Part, sites: list[Site]) -> Made:
     picked = _picked(part, part.cls, sites)
     pool: dict[Any, Any] = {}
     own: list[Site] = []
-    own += [replace(site, peers=own, _pool=pool) for site in picked]
+    own += [replace(site, peers=own, pool=pool) for site in picked]
     settled = replace(part, arguments=part.cls.settle(own, dict(part.arguments)))
     at_each = arguments_at(own, settled)
-    adapters = [(part.cls(site, **given), site) for site, given in zip(own, at_each, strict=True)]
+    adapters = [
+        (part.cls(site, **given), site)
+        for site, given in zip(own, at_each, strict=True)
+    ]
     return Made(settled, adapters=adapters)
 
 

@@ -31,14 +31,18 @@ def trained_copies(model: nn.Module, names: Sequence[str]) -> list[Copied]:
     whole: list[str] = []
     for name in names:
         if name not in everything:
-            raise PetuneError(unknown("module to train:", name, [n for n, _ in children(model)]))
+            raise PetuneError(
+                unknown("module to train:", name, [n for n, _ in children(model)])
+            )
         for path, module in _owners(everything[name], name, whole):
             if path not in found:
                 found[path] = _copied(path, module, shared)
     return list(found.values())
 
 
-def _owners(module: nn.Module, name: str, whole: list[str]) -> Iterator[tuple[str, nn.Module]]:
+def _owners(
+    module: nn.Module, name: str, whole: list[str]
+) -> Iterator[tuple[str, nn.Module]]:
     """The modules in it to copy: those with parameters of their own, and none inside one that is copied whole, the
     names of which are noted in `whole`.
     """
@@ -60,7 +64,9 @@ def _copied(path: str, module: nn.Module, shared: dict[int, Any]) -> Copied:
     into, out = features(module) or (0, 0)
     site = Site(path, "module", "parameters", None, into, out, module)
     if _reads_inside(module):
-        owners = {name: inner for name, inner in walk(module) if not is_quantized(inner)}
+        owners = {
+            name: inner for name, inner in walk(module) if not is_quantized(inner)
+        }
         return TrainedParameters(owners), site
     own = dense(module) if is_quantized(module) else _plain_copy(module, shared)
     dtype = next(own.parameters()).dtype
@@ -72,7 +78,11 @@ def _plain_copy(module: nn.Module, shared: dict[int, Any]) -> nn.Module:
     """The module without what petune has put on it."""
     if "petune_graft" not in vars(module):
         return copy.deepcopy(module, shared)
-    state = {key: value for key, value in vars(module).items() if not key.startswith("petune_")}
+    state = {
+        key: value
+        for key, value in vars(module).items()
+        if not key.startswith("petune_")
+    }
     state["_modules"] = {
         key: inner for key, inner in children_of(module).items() if key != "petune"
     }

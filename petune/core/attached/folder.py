@@ -74,9 +74,15 @@ def save(tuning: Kept, path: str | PathLike[str], format: str = "petune") -> Non
     Raises:
         PetuneError: no such format, or one that has no place for this tuning; nothing is written then.
     """
-    form = OWN if format == "petune" else registry().get("petune_formats", format, "petune")
+    form = (
+        OWN
+        if format == "petune"
+        else registry().get("petune_formats", format, "petune")
+    )
     tensors, config = form.export(tuning)
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    tensors = {
+        key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()
+    }
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
@@ -116,7 +122,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / CONFIG)
     missing = {"petune", "method", "arguments", "where", "train"} - config.keys()
     if missing:
-        raise PetuneError(f"{folder / CONFIG} is not a tuning's: it has no {min(missing)!r}.")
+        raise PetuneError(
+            f"{folder / CONFIG} is not a tuning's: it has no {min(missing)!r}."
+        )
     if config["petune"] > VERSION:
         raise PetuneError(
             f"{folder / CONFIG}: format {config['petune']} is newer than this petune; upgrade it."

@@ -9,16 +9,26 @@ from torch import nn
 
 from petune.core.forward.link import Acting, Link
 from petune.core.frozen.computes import calls_attention_interface
-from petune.core.frozen.modules import base_class, input_table, is_causal, tables, walk
+from petune.core.frozen.modules import base_class, walk
+from petune.core.frozen.tables import input_table, is_causal, tables
 from petune.core.frozen.weights import is_quantized
 from petune.core.graft import observed
 from petune.core.graft.attend import install as install_attention
 from petune.core.graft.board import Board, board_of
-from petune.core.graft.module import Alone, Grafted, add, graft_of, hold, release, remove
+from petune.core.graft.module import (
+    Alone,
+    Grafted,
+    add,
+    graft_of,
+    hold,
+    release,
+    remove,
+)
+from petune.core.graft.remembering import check_checkpointing, forget, remember
 from petune.core.host.seams import SEAMS
 from petune.core.host.trainer import say_adapted, say_plain
 from petune.core.method.copies import TrainedParameters
-from petune.core.tokens.model import AdaptedModel, forget, remember
+from petune.core.tokens.model import AdaptedModel
 from petune.core.tokens.table import PromptTable
 from petune.errors import PetuneError
 
@@ -28,19 +38,21 @@ def install(model: Any, tuning: Acting) -> None:
 
     Raises:
         MovedError: a library has changed something that petune leans on.
+        UnsupportedError: the model's gradient checkpointing is of a kind that the method can't take.
         PetuneError: another thread runs a forward of the model.
     """
     SEAMS.require()
     board = board_of(model) or Board()
+    check_checkpointing(model, [tuning])
     with board.gate.change(f"attach {tuning.name!r}"):
         if not board.tunings:
             _begin(model, board)
         hold(model, board, AdaptedModel)
-        remember(model)
         place_stacks(model, tuning)
         for link in tuning.links:
             _put(model, link, board)
-        board.tunings[tuning.name] = tuning  # last: a forward that begins sees all of it or nothing
+        board.tunings[tuning.name] = tuning
+        remember(model)
 
 
 def uninstall(model: Any, tuning: Acting) -> None:
@@ -75,7 +87,9 @@ def attached_board(model: Any, tuning: Acting) -> Board:
 
 def _begin(model: Any, board: Board) -> None:
     """Note what the base is before the first tuning, and freeze it."""
-    board.asked_gradients = {name: p.requires_grad for name, p in model.named_parameters()}
+    board.asked_gradients = {
+        name: p.requires_grad for name, p in model.named_parameters()
+    }
     board.causal = is_causal(model)
     table = input_table(model)
     board.vocabulary = len(table.weight) if table is not None else 0
@@ -87,7 +101,9 @@ def _begin(model: Any, board: Board) -> None:
 def _end(model: Any, board: Board) -> None:
     """The counterpart of `_begin`."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(board.asked_gradients.get(name, parameter.requires_grad))
+        parameter.requires_grad_(
+            board.asked_gradients.get(name, parameter.requires_grad)
+        )
     say_plain(model)
 
 

@@ -53,7 +53,9 @@ def merge(model: Any, tuning: Acting, quantize: bool = False) -> Merged:
 
 def _check_mergeable(tuning: Acting, link: Link) -> None:
     site = link.site
-    is_affine = link.adapter.mergeable and (site.kind != "block" or is_norm(site.module))
+    is_affine = link.adapter.mergeable and (
+        site.kind != "block" or is_norm(site.module)
+    )
     if not is_affine:
         raise UnmergeableError(
             f"{tuning.method!r} has no merged form: it is no affine change of a linear layer."

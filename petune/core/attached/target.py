@@ -17,7 +17,14 @@ from petune.core.forward.forward_pass import ForwardPass
 from petune.core.forward.link import Acting, Link
 from petune.core.frozen.modules import base_forward, features, is_norm
 from petune.core.frozen.norms import probe_norm, swapped, write_norm
-from petune.core.frozen.weights import compute_dtype, is_dense, is_quantized, linear, probe, stored
+from petune.core.frozen.weights import (
+    compute_dtype,
+    is_dense,
+    is_quantized,
+    linear,
+    probe,
+    stored,
+)
 from petune.core.graft.module import graft_of
 from petune.core.method.copies import TrainedCopy, TrainedParameters
 from petune.errors import PetuneError, UnmergeableError
@@ -30,8 +37,15 @@ TRIED = 4
 class Target:
     """One module of the base, and the links of a tuning on it."""
 
-    def __init__(self, model: Any, tuning: Acting, links: Sequence[Link], quantize: bool) -> None:
-        self.model, self.tuning, self.links, self.quantize = model, tuning, list(links), quantize
+    def __init__(
+        self, model: Any, tuning: Acting, links: Sequence[Link], quantize: bool
+    ) -> None:
+        self.model, self.tuning, self.links, self.quantize = (
+            model,
+            tuning,
+            list(links),
+            quantize,
+        )
         self.module: Any = links[0].site.module
         self.name = links[0].site.module_name
 
@@ -42,7 +56,11 @@ class Target:
             UnmergeableError: the method does more here than a merged module can.
             PetuneError: the result would not be finite.
         """
-        tensors = [tensor for link in self.links for tensor in link.adapter.state_dict().values()]
+        tensors = [
+            tensor
+            for link in self.links
+            for tensor in link.adapter.state_dict().values()
+        ]
         self._check_finite(
             tensor.to(self._dtype()) for tensor in tensors if tensor.is_floating_point()
         )
@@ -64,7 +82,9 @@ class Target:
                 f"{self.name}: the merged weights are not finite; nothing was changed."
             )
 
-    def adapted(self, base: Callable[..., Any], links: Sequence[Link] | None = None) -> Map:
+    def adapted(
+        self, base: Callable[..., Any], links: Sequence[Link] | None = None
+    ) -> Map:
         """The computation `base` with adapters around it, by default the target's own, whatever is switched on."""
         around = self.links if links is None else links
         weights = {link.tuning.name: link.tuning.weight for link in around}
@@ -121,7 +141,9 @@ class LinearTarget(Target):
         return self._read_over(*stored(self.module))
 
     def _read_over(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        return probe(self.adapted(_linear_map(weight, bias)), self.module, torch.float32)
+        return probe(
+            self.adapted(_linear_map(weight, bias)), self.module, torch.float32
+        )
 
     def write(self, merged: Merged) -> None:
         before, bias_before = stored(self.module)
@@ -211,9 +233,15 @@ class CopyTarget(Target):
         own, dtype = _copy_of(self.links), self._dtype()
         if features(self.module) is not None and is_dense(own):
             weight = stored(own)[0]
-            merged.add(self.name, stored(self.module)[0], weight, weight.to(dtype).float())
-        self.links[0].adapter.module = nn.Identity()  # the copy is moved, so that ties survive
-        replace_module(self.model, self.name, self.module, own.to(dtype).requires_grad_(False))
+            merged.add(
+                self.name, stored(self.module)[0], weight, weight.to(dtype).float()
+            )
+        self.links[
+            0
+        ].adapter.module = nn.Identity()  # the copy is moved, so that ties survive
+        replace_module(
+            self.model, self.name, self.module, own.to(dtype).requires_grad_(False)
+        )
 
 
 class ParametersTarget(Target):
@@ -225,7 +253,9 @@ class ParametersTarget(Target):
         adapter.write()
 
 
-def target_of(model: Any, tuning: Acting, links: Sequence[Link], quantize: bool) -> Target:
+def target_of(
+    model: Any, tuning: Acting, links: Sequence[Link], quantize: bool
+) -> Target:
     """The target that the module of these links is."""
     return _kind(links, quantize)(model, tuning, links, quantize)
 
@@ -254,4 +284,6 @@ def _linear_map(weight: Tensor, bias: Tensor) -> Map:
 
 def _alike(one: Tensor, other: Tensor) -> bool:
     near = 1e-3 if one.dtype in (torch.float32, torch.float64) else 3e-2
-    return torch.allclose(one.float(), other.float(), atol=near * float(one.abs().max()), rtol=near)
+    return torch.allclose(
+        one.float(), other.float(), atol=near * float(one.abs().max()), rtol=near
+    )

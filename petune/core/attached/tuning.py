@@ -14,7 +14,7 @@ from petune.core.attached.merge import Merged, merge
 from petune.core.attached.parts import Part, Where
 from petune.core.forward.link import Acting, Link
 from petune.core.forward.settings import setting, settings_of
-from petune.core.frozen.config import settle
+from petune.core.frozen.config import declare
 from petune.core.graft.board import board_of
 from petune.core.method.adapter import Adapter
 
@@ -35,7 +35,11 @@ class Tuning(Acting):
     """
 
     def __init__(
-        self, model: PreTrainedModel, name: str, parts: Sequence[Part], heads: tuple[str, ...]
+        self,
+        model: PreTrainedModel,
+        name: str,
+        parts: Sequence[Part],
+        heads: tuple[str, ...],
     ) -> None:
         super().__init__(name, "+".join(part.name for part in parts))
         self.model, self.parts, self.heads = model, tuple(parts), heads
@@ -59,6 +63,10 @@ class Tuning(Acting):
         """Whether it acts, in this context, where nothing is routed."""
         board = board_of(self.model)
         return self.switched_on if board is None else board.is_on(self)
+
+    @enabled.setter
+    def enabled(self, on: bool) -> None:
+        self.switched_on = on
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.parameters())
@@ -88,7 +96,9 @@ class Tuning(Acting):
         for parameter in self.parameters():
             groups.setdefault(factors.get(id(parameter), 1.0), []).append(parameter)
         return [
-            {"params": own, "lr": learning_rate * factor} for factor, own in groups.items() if own
+            {"params": own, "lr": learning_rate * factor}
+            for factor, own in groups.items()
+            if own
         ]
 
     @contextmanager
@@ -119,7 +129,11 @@ class Tuning(Acting):
             if _has_schedule(link):
                 saved = link.adapter.state_dict()
                 buffers = link.adapter.named_buffers()
-                found |= {f"{link.label}.{name}": b for name, b in buffers if name not in saved}
+                found |= {
+                    f"{link.label}.{name}": b
+                    for name, b in buffers
+                    if name not in saved
+                }
         return found
 
     def enable(self) -> None:
@@ -172,7 +186,7 @@ class Tuning(Acting):
         with board.gate.change(f"merge {self.name!r}"):
             merged = merge(self.model, self, quantize)
             self.detach()
-            settle(self.model)
+            declare(self.model)
         return merged
 
     def detach(self) -> None:

@@ -6,6 +6,7 @@ Letters of shapes: B batch, H query heads, G key/value heads, Q queries, K keys,
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +48,9 @@ class FrozenAttention(Computation):
         self.masked = inputs[3] is not None
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
-        more = key.shape[2] - self.keys  # of the adapter, on the left; below 0 if it left some out
+        more = (
+            key.shape[2] - self.keys
+        )  # of the adapter, on the left; below 0 if it left some out
         options = self._options(more)
         mask = self._mask(mask, more)
         if mask is None and (self.masked or more < 0):
@@ -79,16 +82,18 @@ class FrozenAttention(Computation):
             raise UnsupportedError(
                 "route(): FlexAttention's mask has no rows; use attn_implementation='sdpa'."
             )
-        batch = query.shape[0]
-        options = {name: _rows_of(option, index, batch) for name, option in self.options.items()}
-        inputs = query[index], key[index], value[index], _rows_of(mask, index, batch)
-        return FrozenAttention(self.forward, self.base, self.module, inputs, options, index)
+        of_batch = partial(_rows_of, index, query.shape[0])
+        options = {name: of_batch(option) for name, option in self.options.items()}
+        inputs = query[index], key[index], value[index], of_batch(mask)
+        return FrozenAttention(
+            self.forward, self.base, self.module, inputs, options, index
+        )
 
 
-def _rows_of(value: Any, index: Index, batch: int) -> Any:
-    """Rows of a tensor that has them; what is the same for all rows stays."""
-    has_rows = isinstance(value, Tensor) and value.dim() > 0
-    return value[index] if has_rows and value.shape[0] == batch > 1 else value
+def _rows_of(index: Index, batch: int, value: Any) -> Any:
+    """Rows of a tensor that has one for each of the batch; what is the same for all of them stays."""
+    rows = value.shape[:1] if isinstance(value, Tensor) else ()
+    return value[index] if batch > 1 and rows == (batch,) else value
 
 
 def explicit_mask(
@@ -97,11 +102,14 @@ def explicit_mask(
     """The mask, also where it is left out because the kernel knows it from `is_causal`: with more keys on the left
     that fails, since a kernel aligns causality with the first key.
     """
-    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", False)
     queries, keys = query.shape[2], key.shape[2]
-    told = mask is not None or not causal or queries == 1
-    if told or is_flash(module):
+    hides = is_causal and queries > 1
+    if mask is not None or not hides:
         return mask
+    if is_flash(module):  # it aligns causality with the last key
+        return None
     seen = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
     return seen.tril(keys - queries)[None, None]
 

@@ -29,8 +29,6 @@ def chain(links: Iterable[Link], call: Computation) -> Call:
 
 def _around(link: Link, inner: Call, call: Computation) -> Call:
     adapter, site = bound(link, call), link.site
-    if site.kind == "module":
-        return partial(apply, _with_other_arguments(adapter, call), inner)
     if isinstance(site.module, nn.Embedding):
         return partial(_on_ids, adapter, inner, site.module)
     if site.part is not None:
@@ -41,8 +39,10 @@ def _around(link: Link, inner: Call, call: Computation) -> Call:
 
 
 def bound(link: Link, call: Computation) -> Call:
-    """The adapter as it acts: with the batch and the notes that it asks for, and at its tuning's weight."""
+    """The adapter as it acts: with all that it asks for besides its input, and at its tuning's weight."""
     adapter: Call = link.adapter
+    if link.site.kind == "module":
+        adapter = _with_other_arguments(adapter, call)
     if link.reads_batch:
         adapter = partial(adapter, batch=call.batch(link))
     if link.takes_notes:
@@ -80,7 +80,9 @@ def _on_part(adapter: Call, inner: Call, part: Part, x: Tensor) -> Tensor:
     return torch.cat([whole[..., : part.start], out, whole[..., part.stop :]], -1)
 
 
-def _spanning(adapter: Call, inner: Call, site: Site, begin: Tensor, x: Tensor) -> Tensor:
+def _spanning(
+    adapter: Call, inner: Call, site: Site, begin: Tensor, x: Tensor
+) -> Tensor:
     """Adapt a computation that several modules share: it begins with `begin` at another one and ends here, with x."""
 
     def whole(h: Tensor) -> Tensor:

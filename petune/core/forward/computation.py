@@ -25,7 +25,9 @@ class Computation:
         index: the rows of the batch that it is for, None for all.
     """
 
-    def __init__(self, forward: ForwardPass, inputs: Inputs, index: Index | None = None) -> None:
+    def __init__(
+        self, forward: ForwardPass, inputs: Inputs, index: Index | None = None
+    ) -> None:
         self.forward, self.inputs, self.index = forward, inputs, index
 
     def __call__(self, *inputs: Any) -> Tensor:
@@ -56,7 +58,9 @@ class Computation:
     def input_at(self, entry: nn.Module) -> Tensor:
         """The input of the module at which a site begins."""
         seen = self.forward.inputs.get(entry)
-        assert seen is not None, f"{type(entry).__name__} did not run, where a site begins"
+        assert seen is not None, (
+            f"{type(entry).__name__} did not run, where a site begins"
+        )
         return self.taken(seen)
 
 
@@ -146,7 +150,9 @@ class SharedRows(Computation):
         return self(*self.inputs)
 
 
-def once(inner: Callable[..., Tensor], *inputs: Any) -> tuple[Tensor, Callable[..., Tensor]]:
+def once(
+    inner: Callable[..., Tensor], *inputs: Any
+) -> tuple[Tensor, Callable[..., Tensor]]:
     """The result of `inner` for some inputs, and a map that is `inner` but computes nothing anew for the same ones."""
     result = inner(*inputs)
 

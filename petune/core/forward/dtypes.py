@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -19,15 +21,25 @@ def apply(adapter: Call, inner: Call, x: Tensor, *rest: Tensor | None) -> Tensor
     device, dtype = x.device.type, x.dtype
     if dtype in PLAIN or torch.is_autocast_enabled(device):
         return adapter(inner, x, *rest)
-
-    def plain(*inputs: Tensor | None) -> Tensor:
-        with torch.autocast(device, enabled=False):
-            return inner(*(_cast(value, dtype) for value in inputs))
-
     with torch.autocast(device, dtype=dtype):
-        return adapter(plain, x, *rest).to(dtype)
+        out = adapter(partial(_without_autocast, inner, device, dtype), x, *rest)
+    return out.to(dtype)
 
 
-def _cast(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    is_float = value is not None and value.is_floating_point()
-    return value.to(dtype) if value is not None and is_float else value
+def _without_autocast(
+    inner: Call,
+    device: str,
+    dtype: torch.dtype,
+    *inputs: Tensor | None,
+) -> Tensor:
+    """The frozen computation as it is without an adapter: all that goes in is in its own dtype."""
+    cast = [_as_dtype(value, dtype) for value in inputs]
+    with torch.autocast(device, enabled=False):
+        out: Tensor = inner(*cast)
+    return out
+
+
+def _as_dtype(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if value is None or not value.is_floating_point():
+        return value
+    return value.to(dtype)

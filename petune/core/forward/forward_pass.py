@@ -90,13 +90,17 @@ class Remembering:
     def __init__(self, checkpoint: Callable[..., Any]) -> None:
         self.checkpoint = checkpoint
 
-    def __call__(self, function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+    def __call__(
+        self, function: Callable[..., Any], *inputs: Any, **options: Any
+    ) -> Any:
         forward = _thread.running
         if forward is not None:
             function = partial(_again, forward, function)
         return self.checkpoint(function, *inputs, **options)
 
 
-def _again(forward: ForwardPass, function: Callable[..., Any], *inputs: Any, **others: Any) -> Any:
+def _again(
+    forward: ForwardPass, function: Callable[..., Any], *inputs: Any, **others: Any
+) -> Any:
     with run(forward):
         return function(*inputs, **others)

@@ -72,7 +72,9 @@ class Acting:
 @cache
 def _keywords(cls: Any) -> frozenset[str]:
     """What the method's `forward` asks for besides its input: `batch`, `notes`."""
-    return frozenset({"batch", "notes"} & set(inspect.signature(cls.forward).parameters))
+    return frozenset(
+        {"batch", "notes"} & set(inspect.signature(cls.forward).parameters)
+    )
 
 
 @dataclass(eq=False)

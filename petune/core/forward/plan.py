@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -53,58 +54,73 @@ class Plan:
     def __init__(self, names: Sequence[str | None], beams: int = 1) -> None:
         self.names = list(names)
         self.beams = beams
-        self._splits: dict[Any, tuple[list[tuple[str | None, Index]], Tensor | None]] = {}
+        self.by_row = _repeated(self.names, beams)
+        self._rows: dict[Any, Rows] = {}
 
     def with_beams(self, beams: int) -> Plan:
         """The plan of a batch that holds each row `beams` times over, one after another."""
         return Plan(self.names, beams)
 
-    def by_row(self, batch: int) -> list[str | None]:
-        """A name for each row of a batch of this size.
+    def check(self, batch: int) -> None:
+        """See that a batch of this size has one row for each name and beam.
 
         Raises:
-            PetuneError: the batch does not have one row a name (and beam).
+            PetuneError: it has not.
         """
-        wanted = len(self.names) * self.beams
-        if batch != wanted:
+        if batch != len(self.by_row):
             raise PetuneError(
-                f"route(): {len(self.names)} names for a batch of {batch // self.beams} rows."
+                f"route(): {len(self.names)} names for a batch of {batch} rows."
             )
-        return [name for name in self.names for _ in range(self.beams)]
 
     def split(self, links: list[Link], batch: int, device: torch.device) -> Split:
-        """The rows of a batch by what serves them among the links that meet at a site."""
-        by_name: dict[str, list[Link]] = {}
+        """The rows of a batch by what serves them among the links that meet at a site.
+
+        Args:
+            batch: the size of what comes to the site, where a row may stand several times: its tokens, flattened.
+        """
+        by_name: dict[str | None, list[Link]] = {}
         for link in links:
             by_name.setdefault(link.tuning.name, []).append(link)
         key = (tuple(by_name), batch, device)
-        if key not in self._splits:
-            self._splits[key] = self._grouped(set(by_name), batch, device)
-        groups, back = self._splits[key]
-        return Split([Group(by_name.get(name or "", []), index) for name, index in groups], back)
+        if key not in self._rows:
+            self._rows[key] = self._grouped(by_name.keys(), batch, device)
+        rows = self._rows[key]
+        groups = [Group(by_name.get(name, []), index) for name, index in rows.of_each]
+        return Split(groups, rows.back)
 
     def _grouped(
-        self, here: set[str], batch: int, device: torch.device
-    ) -> tuple[list[tuple[str | None, Index]], Tensor | None]:
+        self, here: Collection[str | None], batch: int, device: torch.device
+    ) -> Rows:
+        times, left = divmod(batch, len(self.by_row))
+        if left or not times:
+            self.check(batch)
         rows_of: dict[str | None, list[int]] = {}
-        for row, name in enumerate(self._names_of(batch)):
+        for row, name in enumerate(_repeated(self.by_row, times)):
             served = name if name in here else None
             rows_of.setdefault(served, []).append(row)
-        order = torch.tensor([row for rows in rows_of.values() for row in rows], dtype=torch.long)
+        order = torch.tensor(list(chain.from_iterable(rows_of.values())))
         in_order = bool((order.diff() == 1).all())
         back = None if in_order else order.argsort().to(device)
-        return [(name, _index(rows, device)) for name, rows in rows_of.items()], back
+        return Rows(
+            [(name, _index(rows, device)) for name, rows in rows_of.items()], back
+        )
 
-    def _names_of(self, batch: int) -> list[str | None]:
-        """The names by row at a site, where each row may stand several times (tokens that are flattened into it)."""
-        names = self.by_row(len(self.names) * self.beams)
-        times, left = divmod(batch, len(names))
-        if left or not times:
-            raise PetuneError(f"route(): {len(self.names)} names for a batch of {batch} rows.")
-        return [name for name in names for _ in range(times)]
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows that each tuning serves, None being the base, and the permutation that puts results back in order."""
+
+    of_each: list[tuple[str | None, Index]]
+    back: Tensor | None
+
+
+def _repeated(names: Sequence[str | None], times: int) -> list[str | None]:
+    """Each name `times` times, one after another."""
+    return list(chain.from_iterable(repeat(name, times) for name in names))
 
 
 def _index(rows: list[int], device: torch.device) -> Index:
-    if rows == list(range(rows[0], rows[-1] + 1)):
-        return slice(rows[0], rows[-1] + 1)
+    first, last = rows[0], rows[-1]
+    if rows == list(range(first, last + 1)):
+        return slice(first, last + 1)
     return torch.tensor(rows, dtype=torch.long, device=device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -21,45 +20,46 @@ def run_routed(plan: Plan, links: list[Link], call: ModuleForward) -> Tensor:
     for link in links:
         _check_routable(link)
     (x,) = call.inputs
-    if links and x.shape[0] == 1:  # positions, say, which the rows share until now
-        x = x.expand(len(plan.names) * plan.beams, *x.shape[1:])
+    if x.shape[0] == 1:  # positions, say, which the rows share until now
+        x = x.expand(len(plan.by_row), *x.shape[1:])
         call.inputs = (x,)
     split = plan.split(links, x.shape[0], x.device)
     if len(split.groups) == 1:
-        (group,) = split.groups
-        return chain(group.links, call)(x)
+        return chain(split.groups[0].links, call)(x)
     shared = call.groups([group.index for group in split.groups])
-    results: list[Tensor | None] = [None] * len(shared)
-    for i in _base_last(split.groups):
-        results[i] = _result(split.groups[i], shared[i])
-    return split.joined([result for result in results if result is not None])
-
-
-def _base_last(groups: Sequence[Group]) -> list[int]:
-    """The order in which groups run: the rows of the base after all that may have computed them along."""
-    return sorted(range(len(groups)), key=lambda i: not groups[i].links)
+    pairs = list(zip(split.groups, shared, strict=True))
+    adapted = {id(rows): _result(group, rows) for group, rows in pairs if group.links}
+    # the base's own rows last: another group may have computed them along
+    results = [
+        adapted[id(rows)] if group.links else rows.base() for group, rows in pairs
+    ]
+    return split.joined(results)
 
 
 def _result(group: Group, rows: SharedRows) -> Tensor:
-    if not group.links:
-        return rows.base()
     out = chain(group.links, rows)(*rows.inputs)
     if not isinstance(out, Tensor):
-        raise UnsupportedError(f"route(): {group.links[0].site.name} gives more than one tensor.")
+        raise UnsupportedError(
+            f"route(): {group.links[0].site.name} gives more than one tensor."
+        )
     return out
 
 
 def _check_routable(link: Link) -> None:
     in_a_block = re.search(r"\.\d+\.", link.site.name)
     if isinstance(link.site.module, nn.Embedding) and in_a_block:
-        raise UnsupportedError(f"route(): {link.site.name} is looked up once for all rows.")
+        raise UnsupportedError(
+            f"route(): {link.site.name} is looked up once for all rows."
+        )
     if isinstance(link.adapter, TrainedParameters):
         raise UnsupportedError(
             f"route(): {link.site.name} runs once for all rows, with one set of parameters."
         )
 
 
-def run_routed_attention(plan: Plan, links: list[Link], call: FrozenAttention) -> Tensor:
+def run_routed_attention(
+    plan: Plan, links: list[Link], call: FrozenAttention
+) -> Tensor:
     """An attention's forward: each group of rows attends on its own."""
     query = call.inputs[0]
     split = plan.split(links, query.shape[0], query.device)

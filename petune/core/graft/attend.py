@@ -43,7 +43,9 @@ def attend(
     """
     acting = attention_links(module)
     if acting is None:
-        found: tuple[Tensor, Any] = base(module, query, key, value, attention_mask, **options)
+        found: tuple[Tensor, Any] = base(
+            module, query, key, value, attention_mask, **options
+        )
         return found
     forward, links = acting
     mask = explicit_mask(attention_mask, module, query, key, options.get("is_causal"))

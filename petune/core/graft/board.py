@@ -54,7 +54,9 @@ class Board:
 
     def prompts(self, forward: ForwardPass) -> list[Link]:
         """The prompts that act in a forward."""
-        acting = (tuning for name, tuning in self.tunings.items() if name in forward.weights)
+        acting = (
+            tuning for name, tuning in self.tunings.items() if name in forward.weights
+        )
         return [link for tuning in acting for link in tuning.prompts]
 
     def reads_batch(self, forward: ForwardPass) -> bool:

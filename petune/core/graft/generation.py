@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -32,7 +33,30 @@ class Generation:
         self.board, self.forward, self.prompted = board, forward, prompted
         self.layout, self.inserted = layout, inserted
         self.mask: Tensor | None = None
+        self.columns = 0
 
-    def see_mask(self, mask: Any) -> None:
-        """Take the mask of a step: which columns so far hold tokens, (rows, columns), None if all do."""
+    def see(self, ids: Any, mask: Any) -> None:
+        """Take what a step begins with: all ids so far, (rows, columns), and which of these columns hold tokens, None
+        if all do.
+        """
+        self.columns = ids.shape[1] if isinstance(ids, Tensor) else 0
         self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+    def seen(self, cached: int, given: Tensor) -> int:
+        """How many columns came before those of a step.
+
+        Args:
+            cached: how many the cache says, if it can.
+        """
+        return max(cached, self.columns - given.shape[1])
+
+    def at_step(self, forward: ForwardPass, given: Tensor, cached: int) -> ForwardPass:
+        """What a step goes by, whose new columns are `given`: rows stand there as often as there are beams, and behind
+        the prompts no id is virtual.
+        """
+        plan = forward.plan
+        if plan is not None:
+            beams = given.shape[0] // len(plan.names)
+            forward = replace(forward, plan=plan.with_beams(beams))
+        in_prompts = self.seen(cached, given) < self.prompted
+        return replace(forward, may_have_virtual=in_prompts)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial, wraps
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -72,6 +72,8 @@ class Adapters(nn.ModuleDict):
 class Grafted(nn.Module):
     """The mixin of every adapted module but the model itself."""
 
+    signed: ClassVar[dict[str, str]] = {"forward": "forward"}
+    """The methods of the base whose signatures transformers reads, and the mixin's that take their places."""
     petune_graft: Graft
     petune_hooked: Call | None = None
 
@@ -100,8 +102,10 @@ def _adapted(links: list[Link], call: ModuleForward) -> torch.Tensor:
     plan = call.forward.plan
     if plan is None:
         return chain(links, call)(*call.inputs)
-    if call.forward.part_alone:  # the model, which would have looked at the batch, does not run
-        plan.by_row(call.inputs[0].shape[0])
+    if (
+        call.forward.part_alone
+    ):  # the model, which would have looked at the batch, does not run
+        plan.check(call.inputs[0].shape[0])
     return run_routed(plan, links, call)
 
 
@@ -125,23 +129,28 @@ def _restored(base: type[nn.Module], mixin: type[nn.Module]) -> nn.Module:
 @cache
 def grafted_class(cls: Any, mixin: Any) -> type[nn.Module]:
     """`cls` with the mixin in front: one class for all modules of a kind, so that compiled code is shared."""
-
-    @wraps(cls.forward)  # Trainer and generate read the signature
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return mixin.forward(self, *args, **kwargs)
-
-    own = {
-        "forward": forward,
-        "petune_base": cls,
-        "__module__": cls.__module__,
-        "__doc__": cls.__doc__,
-    }
+    own = {"petune_base": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    for name, method in mixin.signed.items():
+        if hasattr(cls, name):
+            own[name] = _signed(getattr(cls, name), getattr(mixin, method))
     return type(cls.__name__, (mixin, cls), own)
+
+
+def _signed(shown: Call, method: Call) -> Call:
+    """A method that shows the signature of another one."""
+
+    @wraps(shown)
+    def same(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return method(self, *args, **kwargs)
+
+    return same
 
 
 @cache
 def _parameters(cls: Any) -> list[str]:
-    return [name for name in inspect.signature(cls.forward).parameters if name != "self"]
+    return [
+        name for name in inspect.signature(cls.forward).parameters if name != "self"
+    ]
 
 
 def graft(module: nn.Module, board: Board, mixin: type[nn.Module] = Grafted) -> Graft:

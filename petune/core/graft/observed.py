@@ -80,7 +80,11 @@ class TorchCall:
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor)]
+        return [
+            value
+            for value in (*self.args, *self.kwargs.values())
+            if isinstance(value, Tensor)
+        ]
 
     def run(self) -> Any:
         return self.function(*self.args, **self.kwargs)
@@ -147,7 +151,11 @@ class Observed(TorchFunctionMode):
         query = self._by_head(query) * (
             scores.scale * size**0.5
         )  # as if the scale were the usual one
-        options = {"scores": self._by_head(logits), "dropout": scores.dropout, "is_causal": False}
+        options = {
+            "scores": self._by_head(logits),
+            "dropout": scores.dropout,
+            "is_causal": False,
+        }
         self.met = True
         out, _ = attend(
             _attention,
@@ -180,14 +188,21 @@ class Observed(TorchFunctionMode):
         """Torch's own function for the whole attention, with adapters around it."""
 
         def base(
-            module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any
+            module: nn.Module,
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            mask: Any,
+            **options: Any,
         ) -> tuple[Tensor, None]:
             options["is_causal"] = options.get("is_causal", False) and mask is None
             return func(q, k, v, attn_mask=mask, **options).transpose(1, 2), None
 
         self.met = True
         options.setdefault("is_causal", False)
-        return attend(base, self.module, query, key, value, attn_mask, **options)[0].transpose(1, 2)
+        return attend(base, self.module, query, key, value, attn_mask, **options)[
+            0
+        ].transpose(1, 2)
 
 
 def _attention(
@@ -224,7 +239,11 @@ def _factor(call: TorchCall) -> float:
 
 
 def _is_number(value: Any) -> bool:
-    return value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, int | float)
+    return (
+        value.numel() == 1
+        if isinstance(value, Tensor)
+        else isinstance(value, int | float)
+    )
 
 
 def _rate(p: float = 0.5, training: bool = True, *_: Any, **__: Any) -> float:

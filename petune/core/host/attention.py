@@ -36,7 +36,9 @@ def asks_interface(cls: Any) -> bool:
     """Whether the forward of a class names the interface and asks it for an attention function."""
     forward: Any = getattr(cls, "forward", None)  # a scripted module has none
     code = getattr(inspect.unwrap(forward), "__code__", None)
-    return code is not None and {"ALL_ATTENTION_FUNCTIONS", "get_interface"} <= set(code.co_names)
+    return code is not None and {"ALL_ATTENTION_FUNCTIONS", "get_interface"} <= set(
+        code.co_names
+    )
 
 
 def wrap_interface(name: str, wrap: Wrap) -> Callable[[], None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import Cache, LlamaForCausalLM
@@ -25,7 +25,9 @@ recurrent state said `cache_params`."""
 )
 def _forward_takes_a_cache() -> bool:
     parameters = inspect.signature(inspect.unwrap(LlamaForCausalLM.forward)).parameters
-    return any(name in parameters for name in NAMES) and hasattr(Cache, "get_seq_length")
+    return any(name in parameters for name in NAMES) and hasattr(
+        Cache, "get_seq_length"
+    )
 
 
 def cache_of(arguments: Mapping[str, Any]) -> Any:
@@ -46,8 +48,38 @@ def cache_of(arguments: Mapping[str, Any]) -> Any:
     return None
 
 
+def under_its_name(
+    arguments: dict[str, Any], parameters: Sequence[str]
+) -> dict[str, Any]:
+    """The arguments of a forward, its cache under the name that this version's forward takes.
+
+    Args:
+        parameters: the names of the forward's arguments.
+    """
+    for name in NAMES:
+        if name in arguments and name not in parameters:
+            own = next((other for other in NAMES if other in parameters), name)
+            renamed = {
+                own if key == name else key: value for key, value in arguments.items()
+            }
+            return renamed
+    return arguments
+
+
 def seen_tokens(arguments: Mapping[str, Any]) -> int:
-    """How many columns the cache among the arguments of a model's forward holds, 0 without one."""
+    """How many columns the cache among the arguments of a model's forward holds: 0 without one, and 1 for a recurrent
+    state, which does not tell how many have gone into it, unless it is empty.
+    """
     cache = cache_of(arguments)
     length = getattr(cache, "get_seq_length", None)
-    return int(length()) if length is not None else 0
+    if length is None:
+        return 0
+    try:
+        return int(length())
+    except ValueError:  # transformers' answer for a cache of recurrent states alone
+        return int(_has_state(cache))
+
+
+def _has_state(cache: Any) -> bool:
+    asked = getattr(cache, "has_previous_state", False)
+    return bool(asked() if callable(asked) else asked)

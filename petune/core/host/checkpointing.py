@@ -26,12 +26,14 @@ def _blocks_hold_the_function() -> bool:
     from transformers import modeling_layers
 
     sets = inspect.getsource(PreTrainedModel._set_gradient_checkpointing)
-    return FUNCTION in sets and f"self.{FUNCTION}(" in inspect.getsource(modeling_layers)
+    return FUNCTION in sets and f"self.{FUNCTION}(" in inspect.getsource(
+        modeling_layers
+    )
 
 
 def checkpointed(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
     """The modules of a model that hold a function to checkpoint with, and that function."""
-    for module in model.modules():
+    for module in list(model.modules()):
         function = vars(module).get(FUNCTION)
         if function is not None:
             yield module, function
@@ -40,6 +42,15 @@ def checkpointed(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., An
 def checkpoint_with(module: nn.Module, function: Callable[..., Any]) -> None:
     """Give a module another function to checkpoint with."""
     vars(module)[FUNCTION] = function
+
+
+def is_reentrant(function: Any) -> bool:
+    """Whether a function to checkpoint with is torch's, of the reentrant kind."""
+    torchs = getattr(
+        function, "checkpoint", function
+    )  # what petune has put around it aside
+    options: dict[str, Any] = getattr(torchs, "keywords", {})
+    return bool(options.get("use_reentrant"))
 
 
 class Checkpointing:

@@ -27,7 +27,8 @@ def _parameters(name: str) -> list[str]:
 def _processors_are_made_there() -> bool:
     made = inspect.getsource(GenerationMixin.generate)
     return (
-        "self._get_logits_processor(" in made and _parameters("_get_logits_processor")[0] == "self"
+        "self._get_logits_processor(" in made
+        and _parameters("_get_logits_processor")[0] == "self"
     )
 
 
@@ -58,7 +59,11 @@ ENCODE = next((name for name in NAMES if hasattr(GenerationMixin, name)), NAMES[
 )
 def _encoder_runs_there() -> bool:
     called = f"self.{ENCODE}(" in inspect.getsource(GenerationMixin.generate)
-    return called and _parameters(ENCODE)[:3] == ["self", "inputs_tensor", "model_kwargs"]
+    return called and _parameters(ENCODE)[:3] == [
+        "self",
+        "inputs_tensor",
+        "model_kwargs",
+    ]
 
 
 class Generating:
@@ -82,20 +87,28 @@ class Generating:
         """What stands around the encoder's run, if there is an encoder."""
         return nullcontext()
 
-    def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+    def _get_logits_processor(
+        self, generation_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         make = super()._get_logits_processor  # type: ignore[misc]
         kwargs.update(zip(_parameters("_get_logits_processor")[2:], args, strict=False))
         config = self.as_the_user_counts(generation_config, kwargs)
         return self.seen_by_processors(make(config, **kwargs))
 
-    def _get_stopping_criteria(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+    def _get_stopping_criteria(
+        self, generation_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         make = super()._get_stopping_criteria  # type: ignore[misc]
         config = self.as_the_user_counts(generation_config, {})
         return self.seen_by_criteria(make(config, *args, **kwargs))
 
 
 def _encode(
-    self: Any, inputs_tensor: Tensor, model_kwargs: dict[str, Any], *rest: Any, **others: Any
+    self: Any,
+    inputs_tensor: Tensor,
+    model_kwargs: dict[str, Any],
+    *rest: Any,
+    **others: Any,
 ) -> Any:
     encode = getattr(super(Generating, self), ENCODE)
     if not self.config.is_encoder_decoder:

@@ -53,7 +53,9 @@ class Seams:
         self.all: list[Seam] = [seam for part in parts for seam in part.all]
         self.checked = False
 
-    def lean(self, library: str, name: str, *, since: str, why: str) -> Callable[[Check], Check]:
+    def lean(
+        self, library: str, name: str, *, since: str, why: str
+    ) -> Callable[[Check], Check]:
         """Declare a seam; decorates its check."""
 
         def declare(check: Check) -> Check:

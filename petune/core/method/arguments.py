@@ -38,7 +38,9 @@ def type_name(annotation: Any) -> str:
         return type_name(typing.get_args(annotation)[0])
     parts = typing.get_args(annotation)
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return " | ".join("None" if part is type(None) else type_name(part) for part in parts)
+        return " | ".join(
+            "None" if part is type(None) else type_name(part) for part in parts
+        )
     if typing.get_origin(annotation) in (list, dict):
         return f"{typing.get_origin(annotation).__name__}[{', '.join(map(type_name, parts))}]"
     return (
@@ -48,7 +50,9 @@ def type_name(annotation: Any) -> str:
     )
 
 
-def check_arguments(name: str, method: type, given: Mapping[str, Any]) -> dict[str, Any]:
+def check_arguments(
+    name: str, method: type, given: Mapping[str, Any]
+) -> dict[str, Any]:
     """`given`, converted to the types of the signature.
 
     Raises:

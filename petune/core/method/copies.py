@@ -49,7 +49,10 @@ class TrainedParameters(TrainedCopy):
         return self.module
 
     def forward(self, inner: Inner, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        before = {key: owner.get_parameter(name) for key, (owner, name) in self.owner_of.items()}
+        before = {
+            key: owner.get_parameter(name)
+            for key, (owner, name) in self.owner_of.items()
+        }
         try:
             for key, (owner, name) in self.owner_of.items():
                 put_parameter(owner, name, self.copies[key].to(before[key].dtype))

@@ -11,7 +11,9 @@ from typing import Any, TypeVar
 import torch
 
 Value = TypeVar("Value")
-_kept: ContextVar[dict[tuple[int, str], Any] | None] = ContextVar("petune_derived", default=None)
+_kept: ContextVar[dict[tuple[int, str], Any] | None] = ContextVar(
+    "petune_derived", default=None
+)
 
 
 def derived(make: Callable[[Any], Value]) -> Callable[[Any], Value]:

@@ -112,7 +112,11 @@ def longer(arguments: dict[str, Any], inserted: int) -> dict[str, Any]:
     if out.get("max_length") is not None:
         out["max_length"] += inserted
     config = out.get("generation_config")
-    if config is not None and config.max_length is not None and config.max_new_tokens is None:
+    if (
+        config is not None
+        and config.max_length is not None
+        and config.max_new_tokens is None
+    ):
         out["generation_config"] = copy.deepcopy(config)
         out["generation_config"].max_length += inserted
     return out

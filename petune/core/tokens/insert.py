@@ -27,13 +27,20 @@ class Insertion:
     def __init__(
         self, model: Any, layout: Layout, vocabulary: int, rows: Callable[[], Tensor]
     ) -> None:
-        self.model, self.layout, self.vocabulary, self.rows = model, layout, vocabulary, rows
+        self.model, self.layout, self.vocabulary, self.rows = (
+            model,
+            layout,
+            vocabulary,
+            rows,
+        )
         self.one_stack = not model.config.is_encoder_decoder
         self.shape = (layout.source.shape[0], layout.tokens)
 
     def into(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """What the model is to be called with."""
-        out = dict(arguments, attention_mask=self.layout.mask(arguments.get("attention_mask")))
+        out = dict(
+            arguments, attention_mask=self.layout.mask(arguments.get("attention_mask"))
+        )
         for name, value in arguments.items():
             if isinstance(value, Tensor) and name != "attention_mask":
                 spread = self._spread(name, value)
@@ -56,8 +63,14 @@ class Insertion:
         if not self.one_stack or value.shape[:2] != self.shape:
             return None
         if name == "labels":
-            return (lambda labels: layout.spread(labels, SKIP, SKIP)) if value.dim() == 2 else None
-        return lambda other: layout.spread(other, 0, 0)  # boxes of a layout, logits to keep
+            return (
+                (lambda labels: layout.spread(labels, SKIP, SKIP))
+                if value.dim() == 2
+                else None
+            )
+        return lambda other: layout.spread(
+            other, 0, 0
+        )  # boxes of a layout, logits to keep
 
     def _ids(self, ids: Tensor) -> Tensor:
         pad = getattr(self.model.config, "pad_token_id", None) or 0
@@ -80,6 +93,10 @@ class Insertion:
         get = getattr(out, "get", lambda name: None)
         for name, dims in fields.items():
             value = get(name)
-            if value is not None and value.dim() == dims and value.shape[1] == self.layout.length:
+            if (
+                value is not None
+                and value.dim() == dims
+                and value.shape[1] == self.layout.length
+            ):
                 out[name] = self.layout.gather(value)
         return out

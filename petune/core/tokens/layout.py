@@ -92,6 +92,11 @@ class Layout:
         )
 
     @property
+    def rows(self) -> int:
+        """B."""
+        return int(self.source.shape[0])
+
+    @property
     def length(self) -> int:
         """L, how many columns there are now."""
         return int(self.source.shape[1])
@@ -130,7 +135,9 @@ class Layout:
     def mask(self, mask: Tensor | None) -> Tensor | None:
         """The attention mask, (B, T) or (B, 1, queries, keys), with the virtual tokens seen by all."""
         if mask is None:
-            return (self.source.ge(0) | self.virtual.ge(0)).long() if self.uneven else None
+            return (
+                (self.source.ge(0) | self.virtual.ge(0)).long() if self.uneven else None
+            )
         if mask.dim() == 2:
             return self.spread(mask, 1, 0)
         return self._mask_by_query(mask)
@@ -152,7 +159,9 @@ class Layout:
         """
         token = torch.arange(self.tokens, device=positions.device)[None]
         moved = positions + torch.where(token < self.at, 0, self.count)
-        first = positions.expand(len(self.at), -1).gather(1, self.at.clamp(max=self.tokens - 1))
+        first = positions.expand(len(self.at), -1).gather(
+            1, self.at.clamp(max=self.tokens - 1)
+        )
         return self.spread(moved, first + self.virtual - self.start, 0)
 
 

@@ -46,38 +46,58 @@ def batches(
         return {}
     seen = seen_tokens(arguments)
     if generation is not None:
-        tokens = _tokens(generation.mask, given, seen, virtual)
-        return {"decoder": _in_generation(tokens, seen, generation.prompted)}
+        seen = generation.seen(seen, given)
+        return {
+            "decoder": _in_generation(
+                generation.mask, given, seen, virtual, generation.prompted
+            )
+        }
     if seen:  # a decoding by hand: the prompt was in the first forward
         return {"decoder": _decoding(given)}
-    tokens = _tokens(arguments.get("attention_mask"), given, seen, virtual)
+    tokens = _tokens(arguments.get("attention_mask"), given, virtual)
     answers = _answers(arguments) if model.can_generate() else None
     return {"decoder": _by_sequence(tokens, answers, _starts(arguments, tokens))}
 
 
 def _of_two_stacks(
-    model: Any, arguments: Arguments, virtual: Tensor | None, generation: Generation | None
+    model: Any,
+    arguments: Arguments,
+    virtual: Tensor | None,
+    generation: Generation | None,
 ) -> dict[str, Batch]:
-    """The encoder's batch, and the decoder's, whose prompt is what the decoding starts with."""
+    """The encoder's batch, and the decoder's."""
     found: dict[str, Batch] = {}
     given, mask = given_of(arguments), arguments.get("attention_mask")
     if given is not None:
-        found["encoder"] = _numbered(_tokens(mask, given, 0, virtual))
-    answer, answer_mask = given_of(arguments, "decoder_"), arguments.get("decoder_attention_mask")
-    if not model.can_generate():  # a classifier, whose decoder reads what its encoder does
-        answer = given if answer is None else answer
-        answer_mask = mask if answer_mask is None else answer_mask
+        found["encoder"] = _numbered(_tokens(mask, given, virtual))
+    answer = given_of(arguments, "decoder_")
+    if model.can_generate():
+        answer = arguments.get("labels") if answer is None else answer
         if answer is not None:
-            found["decoder"] = _numbered(_tokens(answer_mask, answer, 0, None))
+            found["decoder"] = _of_decoder(arguments, answer, generation)
         return found
-    if answer is None:
-        answer = arguments.get("labels")
+    # a classifier, whose decoder reads what its encoder does
+    answer = given if answer is None else answer
     if answer is not None:
-        is_of_a_static_cache = answer_mask is not None and answer_mask.dim() != 2
-        seen, prompted = seen_tokens(arguments), 1 if generation is None else generation.prompted
-        told = None if generation is not None and is_of_a_static_cache else answer_mask
-        found["decoder"] = _in_generation(_tokens(told, answer, seen, None), seen, prompted)
+        answer_mask = arguments.get("decoder_attention_mask")
+        found["decoder"] = _numbered(
+            _tokens(mask if answer_mask is None else answer_mask, answer)
+        )
     return found
+
+
+def _of_decoder(
+    arguments: Arguments, answer: Tensor, generation: Generation | None
+) -> Batch:
+    """The batch of a decoder, whose prompt is what the decoding starts with."""
+    mask, seen = arguments.get("decoder_attention_mask"), seen_tokens(arguments)
+    if generation is None:
+        return _in_generation(mask, answer, seen, None, 1)
+    is_of_a_static_cache = mask is not None and mask.dim() != 2
+    told = None if is_of_a_static_cache else mask
+    return _in_generation(
+        told, answer, generation.seen(seen, answer), None, generation.prompted
+    )
 
 
 def _starts(arguments: Arguments, tokens: Tensor) -> Tensor | None:
@@ -96,9 +116,21 @@ def _answers(arguments: Arguments) -> Tensor | None:
     return F.pad(kept, (1, 0))[:, :-1] if by_token else None
 
 
-def _tokens(mask: Tensor | None, given: Tensor, seen: int, virtual: Tensor | None) -> Tensor:
-    """(batch, seen + length) bool: the columns with the user's tokens, `seen` of them cached and not in `given`."""
-    rows, width = given.shape[0], seen + given.shape[1]
+def _tokens(
+    mask: Tensor | None,
+    given: Tensor,
+    virtual: Tensor | None = None,
+    width: int | None = None,
+) -> Tensor:
+    """(batch, width) bool: the columns that hold the user's tokens.
+
+    Args:
+        mask: (batch, columns so far), None if all hold tokens. What comes later does.
+        virtual: the columns that hold virtual tokens, of the rows without their beams.
+        width: how many columns, those of `given` if it is not said.
+    """
+    rows = given.shape[0]
+    width = given.shape[1] if width is None else width
     if mask is None:
         tokens = given.new_ones((rows, width), dtype=torch.bool)
     elif mask.dim() == 2:
@@ -110,8 +142,7 @@ def _tokens(mask: Tensor | None, given: Tensor, seen: int, virtual: Tensor | Non
         )
     if virtual is None:
         return tokens
-    beams = rows // virtual.shape[0]
-    inserted = virtual.repeat_interleave(beams, 0)[:, :width]
+    inserted = virtual.repeat_interleave(rows // virtual.shape[0], 0)[:, :width]
     return tokens & ~F.pad(inserted, (0, width - inserted.shape[1]))
 
 
@@ -121,13 +152,19 @@ def _decoding(given: Tensor) -> Batch:
     return Batch(column - 1, column, True)
 
 
-def _in_generation(tokens: Tensor, seen: int, prompted: int) -> Batch:
-    """The batch without its first `seen` columns, where the prompts take the first `prompted`."""
+def _in_generation(
+    mask: Tensor | None, given: Tensor, seen: int, virtual: Tensor | None, prompted: int
+) -> Batch:
+    """The batch of the columns `given` behind `seen` others, where the prompts take the first `prompted`: some of them
+    may still be to come, where a long prompt is read in chunks.
+    """
     if seen >= prompted:
-        return _decoding(tokens[:, seen:])
+        return _decoding(given)
+    end = seen + given.shape[1]
+    tokens = _tokens(mask, given, virtual, max(end, prompted))
     column = torch.arange(tokens.shape[1], device=tokens.device)
     batch = _numbered(tokens & (column < prompted))
-    return Batch(batch.place[:, seen:], batch.size[:, seen:])
+    return Batch(batch.place[:, seen:end], batch.size[:, seen:end])
 
 
 def _numbered(tokens: Tensor) -> Batch:
@@ -136,11 +173,15 @@ def _numbered(tokens: Tensor) -> Batch:
     return Batch(place, tokens.sum(1, keepdim=True).expand_as(place))
 
 
-def _by_sequence(tokens: Tensor, answers: Tensor | None, starts: Tensor | None) -> Batch:
+def _by_sequence(
+    tokens: Tensor, answers: Tensor | None, starts: Tensor | None
+) -> Batch:
     """The batch of rows in which several sequences may stand. In each the prompt goes up to the first answer, or it
     is all of it where the answers begin with the second token: the first has none before it that could tell it.
     """
-    first_column = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens) == 0
+    first_column = (
+        torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens) == 0
+    )
     starts = first_column if starts is None else starts | first_column
     sequence = starts.cumsum(1) - 1
     if answers is not None:
@@ -162,4 +203,8 @@ def _so_far(hits: Tensor, starts: Tensor) -> Tensor:
 
 def _total(hits: Tensor, sequence: Tensor) -> Tensor:
     """How many hits there are in the sequence of each column."""
-    return torch.zeros_like(sequence).scatter_add(1, sequence, hits.long()).gather(1, sequence)
+    return (
+        torch.zeros_like(sequence)
+        .scatter_add(1, sequence, hits.long())
+        .gather(1, sequence)
+    )

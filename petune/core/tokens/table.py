@@ -27,7 +27,9 @@ class PromptTable(Grafted):
         is_virtual = ids >= board.vocabulary
         out = super().forward(ids.masked_fill(is_virtual, 0))
         rows = rows_of(prompts).to(out)
-        if rows.shape[-1] != out.shape[-1]:  # a second table that the model looks ids up in
+        if (
+            rows.shape[-1] != out.shape[-1]
+        ):  # a second table that the model looks ids up in
             return out
         found = rows[(ids - board.vocabulary).clamp(min=0)]
         return torch.where(is_virtual[..., None], found, out)
@@ -49,5 +51,6 @@ def spans_of(board: Board, forward: ForwardPass, batch: int) -> list[Span]:
         end += int(length)
     if forward.plan is None:
         return [Span(0, end)] * batch
+    forward.plan.check(batch)
     none = Span(0, 0)
-    return [spans.get(name, none) for name in forward.plan.by_row(batch)]
+    return [spans.get(name, none) for name in forward.plan.by_row]
