@@ -140,14 +140,21 @@ def _takes_every() -> bool:
     return "every_n_layers" in inspect.signature(_enabling(PreTrainedModel)).parameters
 
 
-def _every(count: int) -> dict[str, int]:
-    if _takes_every():
-        return {"every_n_layers": count}
-    if count > 1:
+def check_every(count: int) -> None:
+    """See that the installed transformers can checkpoint every so many-th block.
+
+    Raises:
+        UnsupportedError: it checkpoints all blocks or none.
+    """
+    if count > 1 and not _takes_every():
         raise UnsupportedError(
-            f"training.gradient_checkpointing: {count}: every {count}th block needs transformers 5.16; say true."
+            f"training.gradient_checkpointing: {count} leaves blocks out, which needs transformers 5.16; say true."
         )
-    return {}
+
+
+def _every(count: int) -> dict[str, int]:
+    check_every(count)
+    return {"every_n_layers": count} if _takes_every() else {}
 
 
 def checkpointing_arguments(every: int) -> dict[str, Any]:

@@ -57,11 +57,13 @@ def train(
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
     """
     from petune.training.host import SEAMS
+    from petune.training.host_model import check_every
 
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     recipe.check(method=adapt is None)
     SEAMS.require()
+    check_every(int(recipe.training.gradient_checkpointing))
     run = Path(recipe.output)
     run_folder.make_room(run, recipe, resume=resume, overwrite=overwrite)
     if resume and (run / run_folder.RESULT).exists():
