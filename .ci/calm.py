@@ -37,7 +37,9 @@ def main() -> int:
             print(f"{branches_per_100(path):5.1f}  {path.relative_to(ROOT)}")
     mean = mean_complexity()
     if mean > MEAN_COMPLEXITY:
-        found.append(f"petune/core: mean complexity {mean:.2f}, at most {MEAN_COMPLEXITY}")
+        found.append(
+            f"petune/core: mean complexity {mean:.2f}, at most {MEAN_COMPLEXITY}"
+        )
     for line in found:
         print(line)
     if not found:

@@ -35,7 +35,8 @@ def page() -> str:
     for name, cls in sorted(petune.methods().items()):
         if (
             ":" in name
-            or registry().plugins[registry().owner("petune_methods", name)].package != "petune"
+            or registry().plugins[registry().owner("petune_methods", name)].package
+            != "petune"
         ):
             continue
         known = [

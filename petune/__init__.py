@@ -13,16 +13,18 @@ from petune.errors import PetuneError, UnmergeableError, UnsupportedError
 
 if TYPE_CHECKING:
     from petune import testing
-    from petune.core.attached.attach import attach, tunings
+    from petune.core.attached.attach import attach
     from petune.core.attached.folder import Format
     from petune.core.attached.load import load
     from petune.core.attached.route import route
-    from petune.core.attached.tuning import Tuning
+    from petune.core.attached.tuning import Tuning, tunings
+    from petune.core.forward.computation import once
     from petune.core.frozen.discovery import discover
     from petune.core.frozen.site import ALL_LINEAR, Site
     from petune.core.graft.attend import attend
     from petune.core.method.adapter import Adapter, Inner, Positive, Unfreeze
     from petune.core.method.batch import Batch
+    from petune.core.method.derived import derived
     from petune.core.method.twin import PeftTwin
     from petune.core.ops import lowrank_update, recompute
     from petune.core.registry.methods import methods
@@ -52,6 +54,7 @@ __all__ = [
     "UnsupportedError",
     "attach",
     "attend",
+    "derived",
     "discover",
     "from_pretrained",
     "hookimpl",
@@ -59,6 +62,7 @@ __all__ = [
     "load_tokenizer",
     "lowrank_update",
     "methods",
+    "once",
     "recompute",
     "route",
     "sites",
@@ -67,16 +71,18 @@ __all__ = [
 ]
 
 _HOMES = {
-    "petune.core.attached.attach": ("attach", "tunings"),
+    "petune.core.attached.attach": ("attach",),
     "petune.core.attached.folder": ("Format",),
     "petune.core.attached.load": ("load",),
     "petune.core.attached.route": ("route",),
-    "petune.core.attached.tuning": ("Tuning",),
+    "petune.core.attached.tuning": ("Tuning", "tunings"),
+    "petune.core.forward.computation": ("once",),
     "petune.core.frozen.discovery": ("discover",),
     "petune.core.frozen.site": ("ALL_LINEAR", "Site"),
     "petune.core.graft.attend": ("attend",),
     "petune.core.method.adapter": ("Adapter", "Inner", "Positive", "Unfreeze"),
     "petune.core.method.batch": ("Batch",),
+    "petune.core.method.derived": ("derived",),
     "petune.core.method.twin": ("PeftTwin",),
     "petune.core.ops": ("lowrank_update", "recompute"),
     "petune.core.registry.methods": ("methods",),

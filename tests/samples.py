@@ -38,11 +38,17 @@ IDS = torch.arange(10)[None]  # (batch, length)
 def save_tokenizer(folder: Path, **more: Any) -> int:
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "</s>", *WORDS]
     plain = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]")
+        models.WordLevel(
+            {word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"
+        )
     )
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=plain, unk_token="[UNK]", pad_token="[PAD]", eos_token="</s>", **more
+        tokenizer_object=plain,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        eos_token="</s>",
+        **more,
     )
     fast.save_pretrained(folder)
     return len(vocabulary)
@@ -66,15 +72,18 @@ def save_decoder(folder: Path) -> Path:
 def save_encoder(folder: Path) -> Path:
     size = save_tokenizer(folder, cls_token="[CLS]", sep_token="[SEP]")
     torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=size, max_position_embeddings=128, **SIZES)).save_pretrained(
-        folder
-    )
+    BertModel(
+        BertConfig(vocab_size=size, max_position_embeddings=128, **SIZES)
+    ).save_pretrained(folder)
     return folder
 
 
 def rows(run: str) -> list[dict[str, Any]]:
     """What a run has logged."""
-    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (Path(run) / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def opinions(count: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -125,7 +134,12 @@ def recipe(tmp_path: Path, encoder: Path) -> dict[str, Any]:
         "task": "classification",
         "data": str(jsonl(tmp_path / "opinions.jsonl", opinions(60))),
         "columns": {"text": "sentence", "label": "gold"},
-        "training": {"steps": 6, "batch_size": 4, "learning_rate": 1e-2, "log_every": 2},
+        "training": {
+            "steps": 6,
+            "batch_size": 4,
+            "learning_rate": 1e-2,
+            "log_every": 2,
+        },
         "output": str(tmp_path / "run"),
     }
 
@@ -164,7 +178,9 @@ def defaults(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> dict[st
     return {
         "model": str(encoder),
         "task": "classification",
-        "data": str(jsonl(tmp_path_factory.mktemp("bench") / "rows.jsonl", opinions(120))),
+        "data": str(
+            jsonl(tmp_path_factory.mktemp("bench") / "rows.jsonl", opinions(120))
+        ),
         "columns": {"text": "sentence", "label": "gold"},
         "training": {"steps": 3, "batch_size": 8, "learning_rate": 1e-2},
     }
@@ -178,7 +194,12 @@ def suite(tmp_path: Path, defaults: dict[str, Any]) -> Callable[..., str]:
         path = tmp_path / "tiny.yaml"
         path.write_text(
             yaml.safe_dump(
-                {"title": "A tiny suite", "defaults": defaults, "cells": list(cells), **more}
+                {
+                    "title": "A tiny suite",
+                    "defaults": defaults,
+                    "cells": list(cells),
+                    **more,
+                }
             )
         )
         return str(path)

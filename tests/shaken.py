@@ -12,7 +12,9 @@ import petune
 
 
 def close(one: torch.Tensor, other: torch.Tensor) -> None:
-    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
+    torch.testing.assert_close(
+        one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max())
+    )
 
 
 @torch.no_grad()
@@ -22,7 +24,9 @@ def shake(parameters: Iterable[torch.Tensor], seed: int = 0) -> None:
         p.add_(torch.randn_like(p) * 0.1)
 
 
-def shaken(model: Any, method: Any, name: str = "default", **arguments: Any) -> petune.Tuning:
+def shaken(
+    model: Any, method: Any, name: str = "default", **arguments: Any
+) -> petune.Tuning:
     """A tuning that acts; several on one model act in ways of their own."""
     tuning = petune.attach(model, method, name=name, **arguments)
     shake(tuning.parameters(), seed=len(petune.tunings(model)))
@@ -35,7 +39,10 @@ def cache_of(tuning: petune.Tuning, rows: int) -> DynamicCache:
     for link in tuning.links:
         adapter: Any = link.adapter
         cache.update(
-            *(t.expand(rows, -1, -1, -1).clone() for t in (adapter.keys, adapter.values)),
+            *(
+                t.expand(rows, -1, -1, -1).clone()
+                for t in (adapter.keys, adapter.values)
+            ),
             link.site.layer,
         )
     return cache

@@ -12,19 +12,25 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(page, language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    return re.findall(
+        rf"^```{language}\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE
+    )
 
 
 def plugin(folder):
     """The README's plugin, saved under the name that its first line says."""
-    text = next(b for b in blocks(ROOT / "README.md", "python") if b.startswith("# ssf.py"))
+    text = next(
+        b for b in blocks(ROOT / "README.md", "python") if b.startswith("# ssf.py")
+    )
     path = folder / "ssf.py"
     path.write_text(text)
     return path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.stem
+)
 def test_python(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for i, block in enumerate(blocks(page, "python")):
@@ -79,7 +85,10 @@ def test_commands_exist():
             if words[:1] != ["petune"]:
                 continue
             assert words[1] in commands, line
-            known = {o for p in commands[words[1]].params for o in p.opts} | {"--plugin", "--debug"}
+            known = {o for p in commands[words[1]].params for o in p.opts} | {
+                "--plugin",
+                "--debug",
+            }
             assert {w for w in words if w.startswith("--")} <= known, line
 
 
@@ -98,7 +107,9 @@ def test_the_readme_trains_its_plugin(tmp_path, monkeypatch):
     (tmp_path / "my-data.jsonl").touch()
     monkeypatch.chdir(tmp_path)
     registry().add_file(plugin(tmp_path))
-    load_recipe(yaml.safe_load(recipe), [word for word in line.split() if "=" in word]).check()
+    load_recipe(
+        yaml.safe_load(recipe), [word for word in line.split() if "=" in word]
+    ).check()
 
 
 @pytest.mark.usefixtures("single_files")
@@ -124,7 +135,10 @@ def test_the_plugin_of_the_readme_is_compared_at_nf4(tmp_path, suite, defaults):
         )
         == 0
     )
-    rows = [yaml.safe_load(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    rows = [
+        yaml.safe_load(line)
+        for line in (out / "results.jsonl").read_text().splitlines()
+    ]
     assert {(r["method"], r["precision"], r["status"]) for r in rows} == {
         ("lora", "nf4", "ok"),
         ("ssf", "nf4", "ok"),
@@ -142,4 +156,6 @@ def test_the_plugin_of_the_readme_holds_the_kit(tmp_path):
 
 def test_the_page_of_methods_is_current():
     generate = runpy.run_path(str(ROOT / "docs/generate.py"))
-    assert generate["PAGE"].read_text() == generate["page"](), "run python docs/generate.py"
+    assert generate["PAGE"].read_text() == generate["page"](), (
+        "run python docs/generate.py"
+    )

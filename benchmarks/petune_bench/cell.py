@@ -52,7 +52,9 @@ class Cell:
         r = self.recipe
         known = {
             **vars(self),
-            **r.model_dump(include={"model", "precision", "method", "method_args", "task", "data"}),
+            **r.model_dump(
+                include={"model", "precision", "method", "method_args", "task", "data"}
+            ),
             **measured,
             "method": r.method if isinstance(r.method, str) else "+".join(r.method),
             "schema_version": SCHEMA_VERSION,
@@ -71,7 +73,9 @@ def configuration(
     """The hash of a cell; `source` is the method's code, so that a method under development is measured anew."""
     values = recipe.resolved().model_dump(exclude={"output"})
     del values["training"]["seed"]
-    text = json.dumps([values, implementation, dict(versions), source], sort_keys=True, default=str)
+    text = json.dumps(
+        [values, implementation, dict(versions), source], sort_keys=True, default=str
+    )
     return sha256(text.encode()).hexdigest()[:12]
 
 
@@ -94,9 +98,15 @@ def _measure(cell: Cell) -> Row:
 
     for file in cell.plugins:
         registry().add_file(file)
-    result = train(cell.recipe, adapt=_adapt(cell.implementation), overwrite=True, quiet=True)
+    result = train(
+        cell.recipe, adapt=_adapt(cell.implementation), overwrite=True, quiet=True
+    )
     measured: dict[str, Any] = {key: getattr(result, key) for key in MEASURED}
-    environment = {**cell.environment, **machine(), "test_rows": _test_rows(cell.recipe)}
+    environment = {
+        **cell.environment,
+        **machine(),
+        "test_rows": _test_rows(cell.recipe),
+    }
     if result.score is None or not math.isfinite(result.train_loss):
         return cell.row(
             "failed",
@@ -119,7 +129,10 @@ def _test_rows(recipe: Recipe) -> int:
     from petune.core.registry.plugins import registry
     from petune.training.setup import make_splits
 
-    most = recipe.training.eval_rows or registry().get("petune_tasks", recipe.task).eval_rows
+    most = (
+        recipe.training.eval_rows
+        or registry().get("petune_tasks", recipe.task).eval_rows
+    )
     count = len(make_splits(recipe)["test"])
     return min(count, most) if most else count
 
@@ -141,6 +154,10 @@ def _status(error: Exception) -> str:
 
 def folder_of(out: Path, name: str, seed: int) -> Path:
     """Where a cell's run goes; the name as far as a file system takes it."""
-    if not (slug := "".join(c if c.isalnum() or c in "-_.=" else "-" for c in name).strip("-.")):
+    if not (
+        slug := "".join(c if c.isalnum() or c in "-_.=" else "-" for c in name).strip(
+            "-."
+        )
+    ):
         raise PetuneError(f"a cell can't be called {name!r}: use a letter or a digit.")
     return out / "runs" / f"{slug}-seed{seed}"

@@ -47,7 +47,9 @@ def load() -> Any:
     try:
         import ray
     except ImportError:
-        raise PetuneError("--executor ray: ray is not installed; run `pip install ray`.") from None
+        raise PetuneError(
+            "--executor ray: ray is not installed; run `pip install ray`."
+        ) from None
     return ray
 
 
@@ -58,6 +60,8 @@ def _share(ray: Any) -> dict[str, float]:
     if gpus:
         return {
             "num_gpus": 1,
-            "num_cpus": min(max(1, int(node.get("CPU", 1) // node["GPU"])) for node in gpus),
+            "num_cpus": min(
+                max(1, int(node.get("CPU", 1) // node["GPU"])) for node in gpus
+            ),
         }
     return {"num_cpus": min(int(node["CPU"]) for node in nodes if node.get("CPU"))}

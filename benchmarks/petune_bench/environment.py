@@ -26,8 +26,16 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, Any]:
     """The processor, and how much of it this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": _processor(), "cores": cores, "platform": platform.platform(terse=True)}
+    cores = (
+        len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count()
+    )
+    return {
+        "cpu": _processor(),
+        "cores": cores,
+        "platform": platform.platform(terse=True),
+    }
 
 
 def _processor() -> str:

@@ -102,7 +102,9 @@ def _end_with(join: Callable[[], None]) -> None:
 
 def _steps(metrics: Path) -> int:
     try:
-        return int(json.loads(metrics.read_text(encoding="utf-8").splitlines()[-1])["step"])
+        return int(
+            json.loads(metrics.read_text(encoding="utf-8").splitlines()[-1])["step"]
+        )
     except (OSError, ValueError, LookupError):  # not there yet, or half a line
         return 0
 
@@ -112,5 +114,8 @@ def _death(code: int, log: Path) -> tuple[str, str]:
         return "failed", f"the process ended with exit code {code}; see {log}."
     name = signal.Signals(-code).name
     if name == "SIGKILL":
-        return "oom", "the process was killed (SIGKILL), as the kernel does when memory runs out."
+        return (
+            "oom",
+            "the process was killed (SIGKILL), as the kernel does when memory runs out.",
+        )
     return "failed", f"the process died of {name}; see {log}."

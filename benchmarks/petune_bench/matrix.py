@@ -20,7 +20,9 @@ from petune.testing import Row, reasons
 from petune_bench.environment import versions
 
 FAMILIES, PRECISIONS = "llama gpt2 bert t5", "fp32 bf16 nf4 fp4 int8 int8wo"
-ARGUMENTS: dict[str, dict[str, Any]] = {"trainable-tokens": {"ids": [81, 10, 20, 59, 102, 93, 41]}}
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "trainable-tokens": {"ids": [81, 10, 20, 59, 102, 93, 41]}
+}
 """For methods that can't do without: tokens of the kit's batch."""
 NAMES = {"llama": "Llama (grouped-query)", "gpt2": "GPT-2", "bert": "BERT", "t5": "T5"}
 Cell = tuple[str, str, str]
@@ -43,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     done = read(results)
     ran_on = {**versions(), "source": source()}
     missing = [cell for cell in cells if cell not in done]
-    for number, (cell, rows, seconds) in enumerate(run(missing, options.jobs, options.device), 1):
+    for number, (cell, rows, seconds) in enumerate(
+        run(missing, options.jobs, options.device), 1
+    ):
         line = {
             "cell": cell,
             "rows": [vars(row) for row in rows],
@@ -56,8 +60,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             sum(bool(row.error) for row in rows),
             sum(bool(row.refused) for row in rows),
         )
-        said = f"{failed} FAIL" if failed else "refused" if refused == len(rows) else "holds"
-        print(f"{number}/{len(missing)}  {' '.join(cell)}  {said}  {seconds:.1f} s", flush=True)
+        said = (
+            f"{failed} FAIL"
+            if failed
+            else "refused"
+            if refused == len(rows)
+            else "holds"
+        )
+        print(
+            f"{number}/{len(missing)}  {' '.join(cell)}  {said}  {seconds:.1f} s",
+            flush=True,
+        )
     done = read(results)
     found = {cell: done[cell] for cell in cells}
     if options.out:
@@ -73,7 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m petune_bench.matrix", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m petune_bench.matrix", description=__doc__
+    )
     parser.add_argument("--out", help="the page to write, such as docs/matrix.md")
     parser.add_argument(
         "--results",
@@ -82,9 +97,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--fresh", action="store_true", help="run everything anew")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument("--methods", default="", help="all that are registered by default")
     parser.add_argument(
-        "--all", action="store_true", help="also methods of other packages behind a prefix (peft:…)"
+        "--methods", default="", help="all that are registered by default"
+    )
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="also methods of other packages behind a prefix (peft:…)",
     )
     parser.add_argument("--families", default=FAMILIES)
     parser.add_argument("--precisions", default=PRECISIONS)
@@ -92,7 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(cells: Sequence[Cell], jobs: int, device: str) -> Iterator[tuple[Cell, list[Row], float]]:
+def run(
+    cells: Sequence[Cell], jobs: int, device: str
+) -> Iterator[tuple[Cell, list[Row], float]]:
     """The cells as they get done, each method's in one process."""
     if jobs < 2:
         for cell in cells:
@@ -102,7 +123,9 @@ def run(cells: Sequence[Cell], jobs: int, device: str) -> Iterator[tuple[Cell, l
         "1"  # threads that wait for each other take most of the time of a tiny model
     )
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(check, cell, device) for cell in cells]):
+        for future in as_completed(
+            [pool.submit(check, cell, device) for cell in cells]
+        ):
             yield future.result()
 
 
@@ -114,11 +137,17 @@ def check(cell: Cell, device: str = "cpu") -> tuple[Cell, list[Row], float]:
 
     method, family, precision = cell
     began = time.perf_counter()
-    options: dict[str, Any] = {"families": [family], "precisions": [precision], "device": device}
+    options: dict[str, Any] = {
+        "families": [family],
+        "precisions": [precision],
+        "device": device,
+    }
     try:
         with quietly():
             rows = list(run_checks(method, **options, **ARGUMENTS.get(method, {})))
-    except petune.PetuneError as wrong:  # it needs arguments that ARGUMENTS does not have
+    except (
+        petune.PetuneError
+    ) as wrong:  # it needs arguments that ARGUMENTS does not have
         rows = [Row("run", family, precision, str(wrong))]
     return cell, rows, time.perf_counter() - began
 
@@ -152,14 +181,22 @@ def page(found: dict[Cell, list[Row]]) -> str:
         list(dict.fromkeys(cell[i] for cell in found)) for i in range(3)
     )
     notes: dict[str, int] = {}
-    lines = [f"| method | {' | '.join(precisions)} |", f"| --- |{' :-: |' * len(precisions)}"]
+    lines = [
+        f"| method | {' | '.join(precisions)} |",
+        f"| --- |{' :-: |' * len(precisions)}",
+    ]
     for method in methods:
         cells = []
         for precision in precisions:
             rows = [
-                row for family in families for row in found.get((method, family, precision), [])
+                row
+                for family in families
+                for row in found.get((method, family, precision), [])
             ]
-            why = [notes.setdefault(f"{method}, {each}", len(notes) + 1) for each in reasons(rows)]
+            why = [
+                notes.setdefault(f"{method}, {each}", len(notes) + 1)
+                for each in reasons(rows)
+            ]
             mark = (
                 "✗"
                 if any(row.error for row in rows)
@@ -167,7 +204,9 @@ def page(found: dict[Cell, list[Row]]) -> str:
                 if all(row.refused for row in rows)
                 else "✓"
             )
-            cells.append(mark + (f" <sup>{' '.join(map(str, why))}</sup>" if why else ""))
+            cells.append(
+                mark + (f" <sup>{' '.join(map(str, why))}</sup>" if why else "")
+            )
         lines.append(f"| {method} | {' | '.join(cells)} |")
     rows = [row for each in found.values() for row in each]
     behaviours = list(dict.fromkeys(row.behaviour for row in rows))
@@ -187,7 +226,8 @@ def page(found: dict[Cell, list[Row]]) -> str:
         refused=sum(bool(row.refused) and not row.error for row in rows),
         failed=sum(bool(row.error) for row in rows),
         table="\n".join(lines),
-        notes="\n".join(f"{number}. {note}" for note, number in notes.items()) or "None.",
+        notes="\n".join(f"{number}. {note}" for note, number in notes.items())
+        or "None.",
     )
 
 

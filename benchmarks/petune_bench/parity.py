@@ -22,10 +22,17 @@ from petune.formats.names import PREFIX
 from petune.testing.models import tiny_batch, tiny_model
 from petune_bench.peers import configure
 
-FAMILIES = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
+FAMILIES = {
+    "llama": "CAUSAL_LM",
+    "gpt2": "CAUSAL_LM",
+    "bert": "SEQ_CLS",
+    "t5": "SEQ_2_SEQ_LM",
+}
 # where the defaults say too little, or more than PEFT can without a CUDA compiler (a second factor)
 ARGUMENTS: dict[str, dict[str, Any]] = {
-    "adalora": {"orthogonality": 0.0},  # which PEFT adds to the loss, petune to the gradients
+    "adalora": {
+        "orthogonality": 0.0
+    },  # which PEFT adds to the loss, petune to the gradients
     "boft": {"factors": 1},
     "oft": {"block": 8},
     "prefix-tuning": {"length": 4},
@@ -190,7 +197,9 @@ def _imported(file: Path, known: set[Path]) -> set[Path]:
     """Those known, with the files beside this one that it imports, and those that they import."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level == 1:
-            for name in [node.module] if node.module else [alias.name for alias in node.names]:
+            for name in (
+                [node.module] if node.module else [alias.name for alias in node.names]
+            ):
                 if (found := file.with_name(f"{name}.py")) not in known:
                     known.add(found)
                     _imported(found, known)
@@ -204,7 +213,8 @@ def row(method: str, cells: list[Cell]) -> str:
     first = held[0] if held else cells[0]
     own, shared, peft = lines(method)
     figures = [
-        "–" if cell.refused else f"{cell.logits:.0e}" if cell.logits else "0" for cell in cells
+        "–" if cell.refused else f"{cell.logits:.0e}" if cell.logits else "0"
+        for cell in cells
     ]
     figures += [
         f"{max(gradients):.0e}" if any(gradients) else "0" if gradients else "–",
@@ -230,13 +240,17 @@ def page(methods: list[str]) -> str:
         for cell in cells:
             if cell.refused is not None:
                 reasons.append(f"- {method} on {cell.family}: {cell.refused}")
-    return "\n".join([head + "\n".join(table), "", "## What is not there", "", *reasons, "", TAIL])
+    return "\n".join(
+        [head + "\n".join(table), "", "## What is not there", "", *reasons, "", TAIL]
+    )
 
 
 def main() -> None:
     """Print the page, or write it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="the page to write; printed by default")
+    parser.add_argument(
+        "--out", type=Path, help="the page to write; printed by default"
+    )
     parser.add_argument(
         "--method", action="append", help="one method; all that both have by default"
     )

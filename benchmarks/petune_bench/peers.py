@@ -49,7 +49,9 @@ def adapt(model: Any, recipe: Recipe) -> PeftTuning:
     import peft
 
     if not isinstance(recipe.method, str) or isinstance(recipe.where, dict):
-        raise UnsupportedError(f"PEFT has no several methods in one: {', '.join(recipe.method)}.")
+        raise UnsupportedError(
+            f"PEFT has no several methods in one: {', '.join(recipe.method)}."
+        )
     config = configure(model, recipe.method, recipe.where, recipe.method_args)
     if getattr(config, "total_step", None):
         raise UnsupportedError(
@@ -61,7 +63,9 @@ def adapt(model: Any, recipe: Recipe) -> PeftTuning:
     return PeftTuning(peft.get_peft_model(model, config))
 
 
-def configure(model: Any, method: str, where: str | None, given: Mapping[str, Any]) -> Any:
+def configure(
+    model: Any, method: str, where: str | None, given: Mapping[str, Any]
+) -> Any:
     """PEFT's configuration of what petune's method is with these arguments, at the same modules.
 
     Raises:
@@ -77,7 +81,9 @@ def configure(model: Any, method: str, where: str | None, given: Mapping[str, An
     ours = {**known, **given}
     if missing := given.keys() - {*twin.arguments.values(), *twin.roles.values()}:
         raise UnsupportedError(f"PEFT's {method!r} has no {min(missing)!r}.")
-    options = {key: allowed[0] for key, allowed in twin.neutral.items()} | dict(twin.training)
+    options = {key: allowed[0] for key, allowed in twin.neutral.items()} | dict(
+        twin.training
+    )
     options |= {theirs: ours[name] for theirs, name in twin.arguments.items()}
     sites = select(find_sites(model), where or cls.where, strict=False)
     if all(
@@ -85,5 +91,7 @@ def configure(model: Any, method: str, where: str | None, given: Mapping[str, An
     ):  # embeddings and prompts it finds itself
         options["target_modules"] = [site.name for site in sites]
     for theirs, name in twin.roles.items():
-        options[theirs] = [site.name for site in sites if site.role in ours[name].split()]
+        options[theirs] = [
+            site.name for site in sites if site.role in ours[name].split()
+        ]
     return peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(twin.kind)](**options)

@@ -27,7 +27,14 @@ RC: Any = {
     "font.family": "sans-serif",
     "font.size": 11,
     **dict.fromkeys(
-        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
+        (
+            "text.color",
+            "axes.edgecolor",
+            "axes.labelcolor",
+            "xtick.color",
+            "ytick.color",
+        ),
+        INK,
     ),
 }
 
@@ -38,7 +45,9 @@ def draw(cells: Sequence[Summary], title: str = "") -> Figure | None:
     from matplotlib.figure import Figure
 
     points = [
-        cell for cell in cells if cell.score is not None and "peak_memory_bytes" in cell.figures
+        cell
+        for cell in cells
+        if cell.score is not None and "peak_memory_bytes" in cell.figures
     ]
     if not points:
         return None
@@ -49,7 +58,8 @@ def draw(cells: Sequence[Summary], title: str = "") -> Figure | None:
             chosen = [cell for cell in points if cell.group == group]
             if chosen:
                 doubts = [
-                    cell.error_bar or 0.0 if cell.spread is None else cell.spread for cell in chosen
+                    cell.error_bar or 0.0 if cell.spread is None else cell.spread
+                    for cell in chosen
                 ]
                 axes.errorbar(
                     [_mib(cell) for cell in chosen], [cell.score for cell in chosen], doubts,
@@ -86,11 +96,16 @@ def inline(figure: Figure) -> str:
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     element = text.getvalue().partition("<svg")[2].partition(">")
     body = element[2].replace(INK, "currentColor")
-    body = body[: body.index("<metadata>")] + body[body.index("</metadata>") + len("</metadata>") :]
+    body = (
+        body[: body.index("<metadata>")]
+        + body[body.index("</metadata>") + len("</metadata>") :]
+    )
     size = element[0].partition("viewBox=")[2].split('"')[1]
     # inside HTML an svg needs no namespace declared, save for the links to its own markers
-    return f'<svg viewBox="{size}" role="img" aria-labelledby="plot-text">{body}'.replace(
-        "xlink:href", "href"
+    return (
+        f'<svg viewBox="{size}" role="img" aria-labelledby="plot-text">{body}'.replace(
+            "xlink:href", "href"
+        )
     )
 
 
@@ -102,7 +117,9 @@ def _label(axes: Axes, points: Sequence[Summary]) -> None:
     """Names beside the points, each where it covers the least of points and names already there."""
     figure: Any = axes.figure
     renderer = figure._get_renderer()
-    marks = [axes.transData.transform((_mib(cell), cell.score or 0.0)) for cell in points]
+    marks = [
+        axes.transData.transform((_mib(cell), cell.score or 0.0)) for cell in points
+    ]
     taken: list[Bbox] = []
     legend = axes.get_legend()
     if legend is not None:
@@ -118,7 +135,12 @@ def _label(axes: Axes, points: Sequence[Summary]) -> None:
                 ha=ha,
                 va=va,
                 fontsize=10,
-                arrowprops={"arrowstyle": "-", "color": INK, "alpha": 0.4, "linewidth": 0.7}
+                arrowprops={
+                    "arrowstyle": "-",
+                    "color": INK,
+                    "alpha": 0.4,
+                    "linewidth": 0.7,
+                }
                 if cost >= _NEAR
                 else None,
             )

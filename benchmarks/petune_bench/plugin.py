@@ -28,14 +28,21 @@ def petune_commands() -> Mapping[str, Callable[..., Any]]:
 
 def bench(
     suite: Annotated[
-        str, typer.Argument(metavar="SUITE", help="A suite's name (quickstart) or a YAML file.")
+        str,
+        typer.Argument(
+            metavar="SUITE", help="A suite's name (quickstart) or a YAML file."
+        ),
     ],
     out: Annotated[
-        Path | None, typer.Option(help="Where results and report go; bench/SUITE by default.")
+        Path | None,
+        typer.Option(help="Where results and report go; bench/SUITE by default."),
     ] = None,
     method: Methods = None,
     cells: Annotated[
-        str, typer.Option(metavar="PATTERN", help="Run only the cells so named, such as 'lora*'.")
+        str,
+        typer.Option(
+            metavar="PATTERN", help="Run only the cells so named, such as 'lora*'."
+        ),
     ] = "*",
     seeds: Annotated[
         int | None, typer.Option(min=1, help="Run each cell with so many seeds.")
@@ -44,9 +51,12 @@ def bench(
         str, typer.Option(help="local: one cell at a time; ray: on a cluster.")
     ] = "local",
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Run all cells anew, also those that are done.")
+        bool,
+        typer.Option("--fresh", help="Run all cells anew, also those that are done."),
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the rows as JSON.")
+    ] = False,
 ) -> None:
     """Compare methods on memory, speed and score. A run that was interrupted goes on where it was."""
     from petune_bench.runner import run

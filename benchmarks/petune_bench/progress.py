@@ -62,19 +62,25 @@ class Progress:
     ) -> None:
         self.bars.stop()
         if kind is KeyboardInterrupt:
-            self._say(f"{self.done} of {self.total} cells are done; the same command goes on.")
+            self._say(
+                f"{self.done} of {self.total} cells are done; the same command goes on."
+            )
 
     def started(self, cell: Cell) -> None:
         """A cell begins to load."""
         self.began = time.monotonic()
         steps = cell.recipe.training.steps
-        self.bars.reset(self.one, description=f"{cell.name}: loading", total=steps, visible=True)
+        self.bars.reset(
+            self.one, description=f"{cell.name}: loading", total=steps, visible=True
+        )
 
     def step(self, step: int) -> None:
         """So many steps of the present cell are done."""
         task = self.bars.tasks[self.one]
         name = task.description.rpartition(": ")[0]
-        doing = "loading" if not step else "training" if step != task.total else "scoring"
+        doing = (
+            "loading" if not step else "training" if step != task.total else "scoring"
+        )
         self.bars.update(self.one, completed=step, description=f"{name}: {doing}")
 
     def finished(self, row: Row) -> None:

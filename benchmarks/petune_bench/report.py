@@ -45,12 +45,18 @@ def write_report(
         metric=next((cell.metric for cell in cells if cell.metric), "score"),
         columns=list(COLUMNS),
         cells=[
-            (cell, figures(cell), [cell.figures.get(key) for key, _ in COLUMNS.values()])
+            (
+                cell,
+                figures(cell),
+                [cell.figures.get(key) for key, _ in COLUMNS.values()],
+            )
             for cell in cells
         ],
         several_seeds=any(cell.spread is not None for cell in cells),
         error_bar=max((cell.error_bar or 0.0 for cell in cells), default=0.0),
-        test_rows=max((row["environment"].get("test_rows") or 0 for row in rows), default=0),
+        test_rows=max(
+            (row["environment"].get("test_rows") or 0 for row in rows), default=0
+        ),
     )
     path = out / "report.html"
     write_text(path, text)
@@ -65,7 +71,9 @@ def _facts(rows: Sequence[Row]) -> dict[str, str]:
     """What was run, on what and with what; several values where rows differ."""
 
     def said(values: Iterable[Any]) -> str:
-        return ", ".join(dict.fromkeys(str(value) for value in values if value is not None))
+        return ", ".join(
+            dict.fromkeys(str(value) for value in values if value is not None)
+        )
 
     def noted(key: str) -> str:
         return said(row["environment"].get(key) for row in rows)

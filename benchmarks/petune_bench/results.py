@@ -53,9 +53,9 @@ def append(out: Path, row: Row) -> None:
 
 def current(rows: Sequence[Row], configurations: Mapping[str, str]) -> list[Row]:
     """The last row of each cell and seed, of the cell's configuration: the one given, else its latest."""
-    latest = {row["cell"]: row["environment"].get("configuration") for row in rows} | dict(
-        configurations
-    )
+    latest = {
+        row["cell"]: row["environment"].get("configuration") for row in rows
+    } | dict(configurations)
     chosen = {
         (row["cell"], row["seed"]): row
         for row in rows

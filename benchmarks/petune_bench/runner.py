@@ -54,7 +54,11 @@ def run(
         shutil.rmtree(out / "runs", ignore_errors=True)
     configurations = {cell.name: cell.configuration for cell in todo}
     kept = results.current(results.read(out), configurations)
-    done = {(row["cell"], row["seed"]) for row in kept if row["status"] in ("ok", "unsupported")}
+    done = {
+        (row["cell"], row["seed"])
+        for row in kept
+        if row["status"] in ("ok", "unsupported")
+    }
     missing = [cell for cell in todo if (cell.name, cell.seed) not in done]
     out.mkdir(parents=True, exist_ok=True)
     with Progress(len(todo), len(todo) - len(missing)) as progress:
@@ -69,7 +73,12 @@ def run(
 
 
 def plan(
-    suite: Suite, specs: Sequence[CellSpec], name: str, source: str, out: Path, seeds: int | None
+    suite: Suite,
+    specs: Sequence[CellSpec],
+    name: str,
+    source: str,
+    out: Path,
+    seeds: int | None,
 ) -> list[Cell]:
     """Every cell and seed, checked before anything is loaded or downloaded.
 
@@ -80,18 +89,37 @@ def plan(
     cells = []
     for seed in range(seeds) if seeds else suite.seeds:
         for spec in specs:
-            recipe = suite.recipe(spec, seed, folder_of(out, spec.label, seed), source).resolved()
+            recipe = suite.recipe(
+                spec, seed, folder_of(out, spec.label, seed), source
+            ).resolved()
             recipe.check(source=f"{source}: {spec.label}")
             training = recipe.training.model_dump(exclude={"seed"}, exclude_none=True)
-            key = configuration(recipe, spec.implementation, versions(), _code(spec.method))
-            environment = {**versions(), **machine(), "configuration": key, "training": training}
+            key = configuration(
+                recipe, spec.implementation, versions(), _code(spec.method)
+            )
+            environment = {
+                **versions(),
+                **machine(),
+                "configuration": key,
+                "training": training,
+            }
             cells.append(
-                Cell(name, spec.label, spec.implementation, recipe, files, key, environment)
+                Cell(
+                    name,
+                    spec.label,
+                    spec.implementation,
+                    recipe,
+                    files,
+                    key,
+                    environment,
+                )
             )
     return cells
 
 
-def _specs(suite: Suite, source: str, methods: Sequence[str], pattern: str) -> list[CellSpec]:
+def _specs(
+    suite: Suite, source: str, methods: Sequence[str], pattern: str
+) -> list[CellSpec]:
     present = {cell.label for cell in suite.cells}
     specs = [
         *suite.cells,
@@ -100,7 +128,9 @@ def _specs(suite: Suite, source: str, methods: Sequence[str], pattern: str) -> l
     check_names(specs, source)
     chosen = [cell for cell in specs if fnmatchcase(cell.label, pattern)]
     if not chosen:
-        raise PetuneError(f"--cells: {unknown('cell', pattern, [cell.label for cell in specs])}")
+        raise PetuneError(
+            f"--cells: {unknown('cell', pattern, [cell.label for cell in specs])}"
+        )
     return chosen
 
 

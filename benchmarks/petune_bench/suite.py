@@ -70,7 +70,11 @@ class Suite(_Strict):
         for key in defaults:
             if key not in SHARED:
                 raise PetuneError(
-                    unknown("key", f"defaults.{key}", [f"defaults.{known}" for known in SHARED])
+                    unknown(
+                        "key",
+                        f"defaults.{key}",
+                        [f"defaults.{known}" for known in SHARED],
+                    )
                 )
         return defaults
 
@@ -80,7 +84,9 @@ class Suite(_Strict):
         Raises:
             PetuneError: a key or value that no recipe has.
         """
-        own = cell.model_dump(exclude={"name", "implementation", "training"}, exclude_unset=True)
+        own = cell.model_dump(
+            exclude={"name", "implementation", "training"}, exclude_unset=True
+        )
         training = {**self.defaults.get("training", {}), **cell.training, "seed": seed}
         return parse(
             {**self.defaults, **own, "training": training, "output": str(output)},
@@ -97,7 +103,9 @@ def load_suite(name: str) -> tuple[Suite, str, str]:
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
         found = files("petune_bench.suites").iterdir()
-        known = {Path(file.name).stem: file for file in found if file.name.endswith(".yaml")}
+        known = {
+            Path(file.name).stem: file for file in found if file.name.endswith(".yaml")
+        }
         if name not in known:
             raise PetuneError(unknown("suite", name, known) + " Or name a .yaml file.")
         return (
@@ -108,7 +116,9 @@ def load_suite(name: str) -> tuple[Suite, str, str]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise PetuneError(f"{path}: {getattr(error, 'strerror', None) or error}.") from None
+        raise PetuneError(
+            f"{path}: {getattr(error, 'strerror', None) or error}."
+        ) from None
     return _parse(text, str(path)), path.stem, str(path)
 
 
@@ -120,8 +130,8 @@ def extra_cell(words: str) -> CellSpec:
         key, equals, value = pair.partition("=")
         if not equals:
             raise PetuneError(f"--method {words!r}: {pair!r} is no key=value.")
-        given["training" if key in Training.model_fields else "method_args"][key] = yaml.safe_load(
-            value
+        given["training" if key in Training.model_fields else "method_args"][key] = (
+            yaml.safe_load(value)
         )
     return CellSpec(method=method, name=words if pairs else "", **given)  # type: ignore[arg-type]
 
@@ -151,7 +161,9 @@ def _parse(text: str, source: str) -> Suite:
             f"{source}{line}: {getattr(error, 'problem', None) or 'not YAML'}."
         ) from None
     if not isinstance(values, Mapping):
-        raise PetuneError(f"{source}: a suite is a mapping of keys to values (defaults, cells, …).")
+        raise PetuneError(
+            f"{source}: a suite is a mapping of keys to values (defaults, cells, …)."
+        )
     try:
         suite = Suite.model_validate(values)
     except ValidationError as error:
@@ -167,7 +179,9 @@ def _first(error: ValidationError) -> str:
     *parents, last = (str(part) for part in problem["loc"])
     key = ".".join([*parents, last])
     if problem["type"] == "extra_forbidden":
-        known = CellSpec.model_fields if parents[:1] == ["cells"] else Suite.model_fields
+        known = (
+            CellSpec.model_fields if parents[:1] == ["cells"] else Suite.model_fields
+        )
         return unknown("key", key, [".".join([*parents, name]) for name in known])
     if problem["type"] == "missing":
         return f"key {key!r} is missing."

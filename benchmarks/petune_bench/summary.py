@@ -60,7 +60,8 @@ def summarize(rows: Sequence[Row]) -> list[Summary]:
     for row in rows:
         grouped.setdefault(row["cell"], []).append(row)
     return sorted(
-        map(_summary, grouped.values()), key=lambda cell: (cell.score is None, -(cell.score or 0.0))
+        map(_summary, grouped.values()),
+        key=lambda cell: (cell.score is None, -(cell.score or 0.0)),
     )
 
 

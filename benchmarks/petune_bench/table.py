@@ -29,7 +29,8 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
 def figures(cell: Summary) -> list[str]:
     """The cell's figures as text; empty where it has none."""
     return [
-        write(cell.figures[key]) if key in cell.figures else "" for key, write in COLUMNS.values()
+        write(cell.figures[key]) if key in cell.figures else ""
+        for key, write in COLUMNS.values()
     ]
 
 
@@ -54,7 +55,10 @@ def show(cells: Sequence[Summary]) -> None:
         drawn.add_column(heading, justify="right")
     for cell in cells:
         drawn.add_row(
-            Text(cell.name), cell.precision, cell.score_text or cell.status, *figures(cell)
+            Text(cell.name),
+            cell.precision,
+            cell.score_text or cell.status,
+            *figures(cell),
         )
     console = (
         Console(highlight=False)

@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         rest, files, debug = _common(list(sys.argv[1:] if argv is None else argv))
         with warnings.catch_warnings():
             if not debug and not sys.warnoptions:
-                warnings.simplefilter("ignore")  # a library's word to programmers, not to users
+                warnings.simplefilter(
+                    "ignore"
+                )  # a library's word to programmers, not to users
             for file in files:
                 registry().add_file(file)
             return _run(rest)
@@ -68,24 +70,34 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build() -> Any:
     """The program, the plugins' commands included."""
     app = typer.Typer(
-        name="petune", no_args_is_help=False, add_completion=False, pretty_exceptions_enable=False
+        name="petune",
+        no_args_is_help=False,
+        add_completion=False,
+        pretty_exceptions_enable=False,
     )
     app.callback(invoke_without_command=True)(_top)
     note = "Also: --plugin FILE.py loads a single-file plugin, --debug shows the traceback of an error."
     brought = registry().all("petune_commands")
     for name, function in {**brought, **COMMANDS}.items():
         passes_on = function in (environment.install, environment.uninstall)
-        app.command(name, epilog=note, context_settings=_PASS_ON if passes_on else None)(function)
+        app.command(
+            name, epilog=note, context_settings=_PASS_ON if passes_on else None
+        )(function)
     return typer.main.get_command(app)
 
 
 def _top(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.")
+    ] = False,
     plugin: Annotated[
-        list[str] | None, typer.Option(metavar="FILE.py", help="Load a single-file plugin.")
+        list[str] | None,
+        typer.Option(metavar="FILE.py", help="Load a single-file plugin."),
     ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error.")
+    ] = False,
 ) -> None:
     """Parameter-efficient tuning of transformers. `petune COMMAND --help` says more about a command."""
     if version:
@@ -101,7 +113,9 @@ def _run(argv: list[str]) -> int:
     name = next((word for word in argv if not word.startswith("-")), None)
     if name is not None and name not in program.commands:
         raise PetuneError(unknown("command", name, program.commands))
-    with contextlib.suppress(AttributeError, ValueError):  # a stream that is no text file, in tests
+    with contextlib.suppress(
+        AttributeError, ValueError
+    ):  # a stream that is no text file, in tests
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     done = program.main(argv, prog_name="petune", standalone_mode=False)
     if done == 130:

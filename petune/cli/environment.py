@@ -36,4 +36,6 @@ def _pip(action: str, *words: str) -> None:
         [sys.executable, "-m", "pip", action, *words]
     ).returncode  # its own words reach the user
     if code:
-        raise PetuneError(f"pip {action} failed (exit code {code}); its reason stands above.")
+        raise PetuneError(
+            f"pip {action} failed (exit code {code}); its reason stands above."
+        )

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from petune.testing import Row
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-ARGUMENT = "An argument of the method, such as rank=4; of one of several: 'lora={rank: 4}'."
+ARGUMENT = (
+    "An argument of the method, such as rank=4; of one of several: 'lora={rank: 4}'."
+)
 
 
 def methods(
@@ -29,7 +31,9 @@ def methods(
     more = (
         [] if json or everything else sorted(name for name in known if ":" in name)
     )  # some take seconds to import
-    found = [_method(name, cls) for name, cls in sorted(known.items()) if name not in more]
+    found = [
+        _method(name, cls) for name, cls in sorted(known.items()) if name not in more
+    ]
     warn_of_failures()
     if json:
         as_json(found)
@@ -47,7 +51,9 @@ def methods(
     table(("method", "plugin", "hook points", "mergeable", "arguments"), rows)
     if more:
         prefixes = ", ".join(sorted({name.partition(":")[0] + ":…" for name in more}))
-        print(f"And {len(more)} more as {prefixes}, such as {more[0]}; --all lists them.")
+        print(
+            f"And {len(more)} more as {prefixes}, such as {more[0]}; --all lists them."
+        )
 
 
 def plugins(
@@ -66,11 +72,16 @@ def plugins(
             brought.setdefault(registry().owner(hook, name), []).append(name)
     found = sorted(registry().plugins.values(), key=lambda plugin: plugin.name)
     if requirements:
-        for line in sorted({f"{p.package}=={p.version}" for p in found if p.version != "file"}):
+        for line in sorted(
+            {f"{p.package}=={p.version}" for p in found if p.version != "file"}
+        ):
             print(line)
     elif json:
         as_json(
-            [{**vars(plugin), "brings": sorted(brought.get(plugin.name, []))} for plugin in found]
+            [
+                {**vars(plugin), "brings": sorted(brought.get(plugin.name, []))}
+                for plugin in found
+            ]
         )
     else:
         rows = [
@@ -78,7 +89,9 @@ def plugins(
                 p.name,
                 p.package,
                 p.version,
-                f"not loaded: {p.error}" if p.error else ", ".join(brought.get(p.name, [])),
+                f"not loaded: {p.error}"
+                if p.error
+                else ", ".join(brought.get(p.name, [])),
             )
             for p in found
         ]
@@ -114,7 +127,8 @@ def sites(
         )
         as_json(
             [
-                {key: getattr(site, key) for key in keys} | {"parts": sorted(site.parts)}
+                {key: getattr(site, key) for key in keys}
+                | {"parts": sorted(site.parts)}
                 for site in found
             ]
         )
@@ -129,8 +143,12 @@ def check(
     families: Annotated[
         str, typer.Option(help="The families of models to run on.")
     ] = "llama gpt2 bert t5",
-    precisions: Annotated[str, typer.Option(help="The precisions to run at.")] = "fp32 nf4",
-    argument: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help=ARGUMENT)] = None,
+    precisions: Annotated[
+        str, typer.Option(help="The precisions to run at.")
+    ] = "fp32 nf4",
+    argument: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help=ARGUMENT)
+    ] = None,
     device: Annotated[str, typer.Option(help="Where to run: cpu or cuda.")] = "cpu",
     json: AsJson = False,
 ) -> None:
@@ -150,8 +168,13 @@ def check(
         "device": device,
     }
     rows = []
-    with quietly(), Console(stderr=True).status("") as status:  # nothing where there is no terminal
-        for row in run_checks(several if len(several) > 1 else method, **where, **arguments):
+    with (
+        quietly(),
+        Console(stderr=True).status("") as status,
+    ):  # nothing where there is no terminal
+        for row in run_checks(
+            several if len(several) > 1 else method, **where, **arguments
+        ):
             rows.append(row)
             status.update(f"{row.family} {row.precision}: {row.behaviour} {row.mark}")
     if json:
@@ -169,10 +192,14 @@ def _print_checks(rows: list[Row]) -> None:
     columns = list(dict.fromkeys((row.family, row.precision) for row in rows))
     marks = {(row.behaviour, row.family, row.precision): row.mark for row in rows}
     names = [name for name in BEHAVIOURS if name in {row.behaviour for row in rows}]
-    cells = [(name, *(marks.get((name, *column)) for column in columns)) for name in names]
+    cells = [
+        (name, *(marks.get((name, *column)) for column in columns)) for name in names
+    ]
     table(("behaviour", *map(" ".join, columns)), cells)
     for what, found in reasons(rows).items():
-        print(f"{found[0].mark} {what}", file=sys.stderr if found[0].error else sys.stdout)
+        print(
+            f"{found[0].mark} {what}", file=sys.stderr if found[0].error else sys.stdout
+        )
 
 
 def _method(name: str, cls: type) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from petune.cli.inspect import AsJson
 from petune.cli.output import Stopped, as_json, number, table, warn_of_failures
 
 RunFolder = Annotated[
-    Path, typer.Argument(metavar="RUN", help="A run's folder, as `petune train` leaves it.")
+    Path,
+    typer.Argument(metavar="RUN", help="A run's folder, as `petune train` leaves it."),
 ]
 
 
@@ -51,7 +52,11 @@ def train(
         return
     shown = {
         **metrics,
-        **{key: value for key, value in values.items() if key not in ("score", "metric")},
+        **{
+            key: value
+            for key, value in values.items()
+            if key not in ("score", "metric")
+        },
     }
     table(("figure", "value"), [(key, number(value)) for key, value in shown.items()])
     print(f"The run is in {loaded.output}.")
@@ -60,7 +65,8 @@ def train(
 def evaluate(
     run: RunFolder,
     data: Annotated[
-        Path | None, typer.Option(help="Rows to score; the run's test split by default.")
+        Path | None,
+        typer.Option(help="Rows to score; the run's test split by default."),
     ] = None,
     json: AsJson = False,
 ) -> None:
@@ -73,7 +79,11 @@ def evaluate(
     else:
         table(
             ("figure", "value"),
-            [(k, number(v)) for k, v in metrics.items() if k not in ("score", "metric")],
+            [
+                (k, number(v))
+                for k, v in metrics.items()
+                if k not in ("score", "metric")
+            ],
         )
 
 
@@ -91,7 +101,9 @@ def predict(
     from petune.training.run import predict as ask
 
     rows = ask(run, data, quiet=False)
-    lines = [jsonlib.dumps(finite(row), ensure_ascii=False, default=str) for row in rows]
+    lines = [
+        jsonlib.dumps(finite(row), ensure_ascii=False, default=str) for row in rows
+    ]
     if out is not None:
         write_text(out, "".join(line + "\n" for line in lines))
     if json:
@@ -104,7 +116,8 @@ def merge(
     run: RunFolder,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     quantized: Annotated[
-        bool, typer.Option("--quantized", help="Keep the run's precision; dense otherwise.")
+        bool,
+        typer.Option("--quantized", help="Keep the run's precision; dense otherwise."),
     ] = False,
 ) -> None:
     """Fold a run's adapter into its model: a transformers folder that needs no petune."""

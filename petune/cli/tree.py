@@ -20,7 +20,9 @@ def print_tree(title: str, sites: Sequence[Site]) -> None:
     tree = Tree(Text(title, style="bold"), guide_style="dim")
     for name, rows in _alike(_branches(sites)):
         whole = [row for row in rows if row[0] == ""]
-        branch = tree.add(_line((name, *whole[0][1:]))) if whole else tree.add(Text(name))
+        branch = (
+            tree.add(_line((name, *whole[0][1:]))) if whole else tree.add(Text(name))
+        )
         open_at: list[tuple[str, Tree]] = [("", branch)]
         for path, role, sizes in rows:
             if path == "" and whole:
@@ -37,7 +39,10 @@ def print_tree(title: str, sites: Sequence[Site]) -> None:
 def _line(row: Row) -> Text:
     path, role, sizes = row
     return Text.assemble(
-        "" if path in ("", role) else f"{path} ", (role, "bold cyan"), "  ", (sizes, "dim")
+        "" if path in ("", role) else f"{path} ",
+        (role, "bold cyan"),
+        "  ",
+        (sizes, "dim"),
     )
 
 
@@ -51,7 +56,11 @@ def _branches(sites: Sequence[Site]) -> Iterator[tuple[str, list[Row]]]:
         yield (
             name,
             [
-                (s.name.partition("#")[0].removeprefix(name).lstrip("."), s.role, _sizes(s))
+                (
+                    s.name.partition("#")[0].removeprefix(name).lstrip("."),
+                    s.role,
+                    _sizes(s),
+                )
                 for s in inside
             ],
         )
@@ -59,12 +68,16 @@ def _branches(sites: Sequence[Site]) -> Iterator[tuple[str, list[Row]]]:
 
 def _layer_name(site: Site, sites: Sequence[Site]) -> str:
     around = (
-        s.name for s in sites if s.role == "layer" and f"{site.name}.".startswith(f"{s.name}.")
+        s.name
+        for s in sites
+        if s.role == "layer" and f"{site.name}.".startswith(f"{s.name}.")
     )
     return next(around, site.name)
 
 
-def _alike(branches: Iterator[tuple[str, list[Row]]]) -> Iterator[tuple[str, list[Row]]]:
+def _alike(
+    branches: Iterator[tuple[str, list[Row]]],
+) -> Iterator[tuple[str, list[Row]]]:
     """Neighbours that differ in nothing but their number as one: `model.layers.0-29`."""
     run: list[tuple[str, list[Row]]] = []
     for name, rows in branches:
@@ -87,7 +100,11 @@ def _stem(name: str) -> str:
 
 def _sizes(site: Site) -> str:
     if site.kind == "attention":
-        groups = f", {site.kv_heads} of keys and values" if site.kv_heads != site.heads else ""
+        groups = (
+            f", {site.kv_heads} of keys and values"
+            if site.kv_heads != site.heads
+            else ""
+        )
         return f"{site.heads} heads of {site.head_dim}{groups}"
     if site.kind in ("linear", "embedding"):
         parts = f" = {' + '.join(site.parts)}" if site.parts else ""

@@ -19,14 +19,23 @@ class _LowRankUpdate(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float, seed: Any
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        p: float,
+        seed: Any,
     ) -> Tensor:
         ctx.save_for_backward(x, a, b, seed)
         ctx.scale, ctx.p = scale, p
         flat = _drop(x.reshape(-1, x.shape[-1]).to(y.dtype), p, seed)
         low = flat @ a.to(y.dtype).T  # (tokens, rank)
         out = torch.addmm(y.reshape(-1, y.shape[-1]), low, b.to(y.dtype).T, alpha=scale)
-        return torch.ops.aten._unsafe_view(out, y.shape)  # no view: models change it in place
+        return torch.ops.aten._unsafe_view(
+            out, y.shape
+        )  # no view: models change it in place
 
     @staticmethod
     @once_differentiable
@@ -41,7 +50,9 @@ class _LowRankUpdate(torch.autograd.Function):
         if wants_x:
             grad_x = _drop(low @ a_, ctx.p, seed, again=True).view(x.shape).to(x.dtype)
         if wants_a or wants_b:
-            flat = _drop(x.reshape(-1, x.shape[-1]).to(g.dtype), ctx.p, seed, again=True)
+            flat = _drop(
+                x.reshape(-1, x.shape[-1]).to(g.dtype), ctx.p, seed, again=True
+            )
         if wants_a:
             grad_a = (low.T @ flat).to(a.dtype)
         if wants_b:
@@ -52,7 +63,13 @@ class _LowRankUpdate(torch.autograd.Function):
 
 
 def lowrank_update(
-    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, *, dropout: float = 0.0
+    y: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float = 1.0,
+    *,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Y + scale · drop(x) Aᵀ Bᵀ in y's dtype.
 
@@ -71,7 +88,11 @@ def lowrank_update(
         torch.randint(2**62, ()) if dropout else None
     )  # of the generator that checkpointing restores
     kind = y.device.type
-    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+    with (
+        torch.autocast(kind, enabled=False)
+        if torch.is_autocast_enabled(kind)
+        else nullcontext()
+    ):
         out: Tensor = _LowRankUpdate.apply(y, x, a, b, scale, dropout, seed)  # type: ignore[no-untyped-call]
     return out
 
@@ -81,7 +102,9 @@ def _drop(x: Tensor, p: float, seed: Tensor | None, *, again: bool = False) -> T
 
 
 @torch.library.custom_op(
-    "petune::drop", mutates_args=(), schema="(Tensor x, float p, Tensor seed, bool again) -> Tensor"
+    "petune::drop",
+    mutates_args=(),
+    schema="(Tensor x, float p, Tensor seed, bool again) -> Tensor",
 )
 def _dropped(x: Tensor, p: float, seed: Tensor, again: bool) -> Tensor:
     """x, each element zero with probability p and otherwise divided by 1 - p; the seed says which.
@@ -90,7 +113,9 @@ def _dropped(x: Tensor, p: float, seed: Tensor, again: bool) -> Tensor:
     `again` changes nothing but the call, which the compiler would else answer in backward by keeping the first result.
     """
     n = x.numel()
-    draws = int(n * p + 8 * (n * p) ** 0.5 + 8)  # enough to come to the end, but once in 10¹⁴ times
+    draws = int(
+        n * p + 8 * (n * p) ** 0.5 + 8
+    )  # enough to come to the end, but once in 10¹⁴ times
     gaps = torch.empty(draws, dtype=torch.long, device=x.device)
     gaps.geometric_(p, generator=torch.Generator(x.device).manual_seed(int(seed)))
     zeros = gaps.cumsum(0).sub_(1).clamp_(max=n)
@@ -116,7 +141,11 @@ class _Recompute(torch.autograd.Function):
         device = inputs[0].device.type
         ctx.f, ctx.autocast = (
             f,
-            (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)),
+            (
+                device,
+                torch.get_autocast_dtype(device),
+                torch.is_autocast_enabled(device),
+            ),
         )
         return f(*inputs)
 
@@ -125,7 +154,8 @@ class _Recompute(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[1:]
         inputs = [
-            t.detach().requires_grad_(w) for t, w in zip(ctx.saved_tensors, wanted, strict=True)
+            t.detach().requires_grad_(w)
+            for t, w in zip(ctx.saved_tensors, wanted, strict=True)
         ]
         device, dtype, enabled = ctx.autocast
         with torch.enable_grad(), torch.autocast(device, dtype, enabled):

@@ -57,7 +57,9 @@ def method_for(config: Mapping[str, Any], folder: Path) -> tuple[str, PeftTwin]:
 
 def _candidates(kind: Any) -> dict[str, PeftTwin]:
     """The methods of this kind of PEFT's, if possible those that are petune's own."""
-    same_kind = {name: twin for name, twin in _loadable().items() if kind in _kinds(twin)}
+    same_kind = {
+        name: twin for name, twin in _loadable().items() if kind in _kinds(twin)
+    }
     own = {name: twin for name, twin in same_kind.items() if twin.tensors is not None}
     return own or same_kind
 

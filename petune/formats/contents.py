@@ -84,7 +84,9 @@ def _owners_by_ending(
     return found
 
 
-def _owners_by_site(keys: Iterable[str], sites: Mapping[str, Site]) -> dict[str, tuple[str, str]]:
+def _owners_by_site(
+    keys: Iterable[str], sites: Mapping[str, Site]
+) -> dict[str, tuple[str, str]]:
     """Of a method whose tensors have PEFT's own names: whatever lies below a linear layer belongs to it."""
     linear = [name for name, site in sites.items() if site.kind == "linear"]
     found = {}
@@ -95,9 +97,13 @@ def _owners_by_site(keys: Iterable[str], sites: Mapping[str, Site]) -> dict[str,
     return found
 
 
-def _embedding_site(model: PreTrainedModel, sites: Mapping[str, Site]) -> dict[str, str]:
+def _embedding_site(
+    model: PreTrainedModel, sites: Mapping[str, Site]
+) -> dict[str, str]:
     """{the module of the input embedding: its site}; empty where the model has no such site."""
-    embedding = next((site.name for site in sites.values() if site.kind == "embedding"), None)
+    embedding = next(
+        (site.name for site in sites.values() if site.kind == "embedding"), None
+    )
     return {} if embedding is None else {input_embedding(model): embedding}
 
 

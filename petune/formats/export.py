@@ -51,7 +51,9 @@ def export(tuning: Tuning) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return describe(tuning, twin)
 
 
-def describe(tuning: Tuning, twin: PeftTwin) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def describe(
+    tuning: Tuning, twin: PeftTwin
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, configuration) in PEFT's names. Where the tuning has a weight or acts on slices of a fused projection
     PEFT would not read it: the slices go under the names of their sites, the weight is left out.
     """
@@ -64,14 +66,20 @@ def describe(tuning: Tuning, twin: PeftTwin) -> tuple[dict[str, Tensor], dict[st
     tensors = _head_tensors(tuning, twin)
     if twin.whole:
         sites = [link.site for link in links]
-        tensors["prompt_embeddings"] = WHOLES[twin.whole].write(tuning.model, plain, sites)
+        tensors["prompt_embeddings"] = WHOLES[twin.whole].write(
+            tuning.model, plain, sites
+        )
     else:
         roles = listed_roles(tuning, twin)
         listed = {link.site.name for link in links if link.site.role in roles}
         found = _site_tensors(tuning.model, links, plain, twin, listed)
-        tensors |= {f"{PREFIX}{module}.{theirs}": t for (module, theirs), t in found.items()}
+        tensors |= {
+            f"{PREFIX}{module}.{theirs}": t for (module, theirs), t in found.items()
+        }
         config |= dict.fromkeys(twin.roles, short_names(tuning.model, listed))
-        config["target_modules"] = short_names(tuning.model, {module for module, _ in found})
+        config["target_modules"] = short_names(
+            tuning.model, {module for module, _ in found}
+        )
     return {key: t.detach().cpu().contiguous() for key, t in tensors.items()}, config
 
 
@@ -88,7 +96,11 @@ def _general_options(tuning: Tuning, twin: PeftTwin) -> dict[str, Any]:
         "inference_mode": True,
         "base_model_name_or_path": getattr(tuning.model.config, "name_or_path", None),
     }
-    return options | {key: allowed[0] for key, allowed in twin.neutral.items()} | {**twin.training}
+    return (
+        options
+        | {key: allowed[0] for key, allowed in twin.neutral.items()}
+        | {**twin.training}
+    )
 
 
 def _task_of(model: PreTrainedModel) -> str | None:
@@ -103,7 +115,9 @@ def _head_tensors(tuning: Tuning, twin: PeftTwin) -> dict[str, Tensor]:
     for link in tuning.links:
         if link.site.kind == "module":
             for key, tensor in link.adapter.state_dict().items():
-                found[f"{prefix}{link.site.name}.{key.removeprefix('module.')}"] = tensor
+                found[f"{prefix}{link.site.name}.{key.removeprefix('module.')}"] = (
+                    tensor
+                )
     return found
 
 
@@ -124,7 +138,9 @@ def _site_tensors(
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 theirs = name if twin.tensors is None else twin.tensors[name]
-                found[module, theirs] = _laid_out(tensor, twin.layouts.get(name), around)
+                found[module, theirs] = _laid_out(
+                    tensor, twin.layouts.get(name), around
+                )
     return found
 
 

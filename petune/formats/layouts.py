@@ -108,7 +108,9 @@ def _acts_without_weight(module: Any) -> bool:
     """Whether a norm gives anything but zeros when all its own parameters are zero."""
     plain = copy.copy(module)
     plain.__class__ = base_class(module)
-    zeros = {name: torch.zeros_like(p) for name, p in plain.named_parameters(recurse=False)}
+    zeros = {
+        name: torch.zeros_like(p) for name, p in plain.named_parameters(recurse=False)
+    }
     ones = torch.ones_like(module.weight)[None]
     return bool(torch.func.functional_call(plain, zeros, ones).any())
 

@@ -37,11 +37,15 @@ def load(model: PreTrainedModel, folder: Path, name: str) -> Tuning:
     method, twin = method_for(config, folder)
     saved = read_tensors(folder / WEIGHTS)
     sites = {site.name: site for site in find_sites(model)}
-    contents = sort_contents(saved, model, twin, sites, config.get("modules_to_save") or ())
+    contents = sort_contents(
+        saved, model, twin, sites, config.get("modules_to_save") or ()
+    )
     adapted = contents.adapted()
     strange = sorted(set(adapted) - sites.keys())
     if strange:
-        raise UnsupportedError(f"{folder}: it adapts {strange[0]}, where petune has no hook point.")
+        raise UnsupportedError(
+            f"{folder}: it adapts {strange[0]}, where petune has no hook point."
+        )
     tuning = attach(
         model,
         method,
@@ -61,12 +65,16 @@ def load(model: PreTrainedModel, folder: Path, name: str) -> Tuning:
     return tuning
 
 
-def _where(model: PreTrainedModel, sites: Mapping[str, Site], adapted: list[str]) -> str | None:
+def _where(
+    model: PreTrainedModel, sites: Mapping[str, Site], adapted: list[str]
+) -> str | None:
     """What picks these sites in `attach`: short names where they pick the same ones, otherwise whole names.
 
     None where the method finds its sites itself: `where` knows no embedding and no prompt by name.
     """
-    if not adapted or any(sites[name].kind not in ("linear", "block") for name in adapted):
+    if not adapted or any(
+        sites[name].kind not in ("linear", "block") for name in adapted
+    ):
         return None
     short = " ".join(short_names(model, set(adapted)))
     picked = {site.name for site in select(list(sites.values()), short)}

@@ -56,7 +56,9 @@ def _names_with_a_place(twin: PeftTwin) -> set[str]:
     return found
 
 
-def check_same(links: Iterable[Link], twin: PeftTwin, config: Mapping[str, Any]) -> None:
+def check_same(
+    links: Iterable[Link], twin: PeftTwin, config: Mapping[str, Any]
+) -> None:
     """A site may have changed an argument (a rank above its width) that PEFT has one value of for all sites.
 
     Raises:
@@ -75,7 +77,10 @@ def check_same(links: Iterable[Link], twin: PeftTwin, config: Mapping[str, Any])
 
 
 def ranks_of(
-    links: Iterable[Link], plain: TensorsBySite, twin: PeftTwin, config: Mapping[str, Any]
+    links: Iterable[Link],
+    plain: TensorsBySite,
+    twin: PeftTwin,
+    config: Mapping[str, Any],
 ) -> dict[str, Any]:
     """PEFT's rank and alpha, and the exceptions by module, of a method whose sites may differ in them.
 
@@ -84,9 +89,13 @@ def ranks_of(
     if not twin.ranked:
         return {}
     root = math.sqrt if config.get("use_rslora") else float
-    ranks: dict[str, float] = {name: len(own[twin.ranked]) for name, own in plain.items()}
+    ranks: dict[str, float] = {
+        name: len(own[twin.ranked]) for name, own in plain.items()
+    }
     scales: dict[str, Any] = {link.site.name: link.adapter.scale for link in links}
-    alphas = {name: _as_written(scales[name] * root(rank)) for name, rank in ranks.items()}
+    alphas = {
+        name: _as_written(scales[name] * root(rank)) for name, rank in ranks.items()
+    }
     return _with_exceptions(RANK, ranks) | _with_exceptions(ALPHA, alphas)
 
 
@@ -116,7 +125,10 @@ def _arguments_of(tuning: Tuning) -> Mapping[str, Any]:
 
 
 def arguments_from(
-    config: Mapping[str, Any], twin: PeftTwin, sites: Mapping[str, Site], adapted: Iterable[str]
+    config: Mapping[str, Any],
+    twin: PeftTwin,
+    sites: Mapping[str, Site],
+    adapted: Iterable[str],
 ) -> dict[str, Any]:
     """Our method's arguments from PEFT's configuration.
 

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 WHOLE_KEY = "prompt_embeddings"
 
 
-def restore(tuning: Tuning, contents: Contents, twin: PeftTwin, folder: Path) -> dict[str, Tensor]:
+def restore(
+    tuning: Tuning, contents: Contents, twin: PeftTwin, folder: Path
+) -> dict[str, Tensor]:
     """The folder's tensors under the keys of `Tuning.state`.
 
     Raises:
@@ -36,7 +38,9 @@ def restore(tuning: Tuning, contents: Contents, twin: PeftTwin, folder: Path) ->
     if twin.whole:
         left = [key for key in left if key != WHOLE_KEY]
         sites = [link.site for link in adapter_links(tuning)]
-        found = WHOLES[twin.whole].read(tuning.model, contents.tensors[WHOLE_KEY], sites)
+        found = WHOLES[twin.whole].read(
+            tuning.model, contents.tensors[WHOLE_KEY], sites
+        )
     else:
         found = _site_tensors(tuning, contents, twin)
         _fill_cut_ranks(tuning, found, twin)
@@ -46,11 +50,15 @@ def restore(tuning: Tuning, contents: Contents, twin: PeftTwin, folder: Path) ->
             module, _, parameter = key.rpartition(".")
             found[f"{module}.module.{parameter}"] = contents.tensors[key]
         elif not _is_of_the_base(tuning.model, key, contents.tensors[key]):
-            raise UnsupportedError(f"{folder}: {key} is nothing that {tuning.method!r} has.")
+            raise UnsupportedError(
+                f"{folder}: {key} is nothing that {tuning.method!r} has."
+            )
     return found
 
 
-def _site_tensors(tuning: Tuning, contents: Contents, twin: PeftTwin) -> dict[str, Tensor]:
+def _site_tensors(
+    tuning: Tuning, contents: Contents, twin: PeftTwin
+) -> dict[str, Tensor]:
     """The method's tensors by the keys of `Tuning.state`."""
     keys = _state_keys(tuning)
     found = {}
@@ -61,7 +69,9 @@ def _site_tensors(tuning: Tuning, contents: Contents, twin: PeftTwin) -> dict[st
     return found
 
 
-def _by_site(tuning: Tuning, contents: Contents, twin: PeftTwin) -> dict[str, dict[str, Tensor]]:
+def _by_site(
+    tuning: Tuning, contents: Contents, twin: PeftTwin
+) -> dict[str, dict[str, Tensor]]:
     """{site: {our tensor: its value in petune's shape}}.
 
     A layout may ask for tensors of its site that stand before its own in `PeftTwin.tensors`, so these are read first.
@@ -121,7 +131,9 @@ def _padded(tensor: Tensor, axis: int, length: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(shape)], axis)
 
 
-def check_drawn(tuning: Tuning, drawn: Mapping[str, Tensor | None], folder: Path) -> None:
+def check_drawn(
+    tuning: Tuning, drawn: Mapping[str, Tensor | None], folder: Path
+) -> None:
     """Both sides draw some buffers from a seed. PEFT may have saved what it drew, of which each site has a corner.
 
     Raises:
@@ -132,7 +144,9 @@ def check_drawn(tuning: Tuning, drawn: Mapping[str, Tensor | None], folder: Path
             continue
         for link in tuning.links:
             ours = getattr(link.adapter, name, None)  # a head has none
-            if ours is not None and not _same(theirs[: len(ours), : ours.shape[1]], ours):
+            if ours is not None and not _same(
+                theirs[: len(ours), : ours.shape[1]], ours
+            ):
                 raise UnsupportedError(
                     f"{folder}: its {name} is not the one that its seed draws here."
                 )

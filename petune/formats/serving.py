@@ -41,8 +41,12 @@ def export(tuning: Tuning) -> tuple[dict[str, Tensor], dict[str, Any]]:
     out = {}
     for module, (a, b) in whole.items():
         missing = rank - len(a)
-        out[f"{PREFIX}{module}.{A}"] = torch.nn.functional.pad(a, (0, 0, 0, missing)).contiguous()
-        out[f"{PREFIX}{module}.{B}"] = torch.nn.functional.pad(b, (0, missing)).contiguous()
+        out[f"{PREFIX}{module}.{A}"] = torch.nn.functional.pad(
+            a, (0, 0, 0, missing)
+        ).contiguous()
+        out[f"{PREFIX}{module}.{B}"] = torch.nn.functional.pad(
+            b, (0, missing)
+        ).contiguous()
     return out, {
         **config,
         "r": rank,
@@ -75,7 +79,11 @@ def _by_site(tuning: Tuning, tensors: Mapping[str, Tensor]) -> dict[str, Factors
 
 
 def _said(tuning: Tuning, key: str) -> str:
-    return "a head that was trained along" if tuning.heads else repr(key.removeprefix(PREFIX))
+    return (
+        "a head that was trained along"
+        if tuning.heads
+        else repr(key.removeprefix(PREFIX))
+    )
 
 
 def _scaled(
@@ -112,6 +120,8 @@ def _joined(factors: Mapping[str, Factors]) -> dict[str, Factors]:
         module = site.partition("[")[0]
         slices.setdefault(module, []).append(pair)
     return {
-        module: Factors(torch.cat([p.a for p in pairs]), torch.cat([p.b for p in pairs], 1))
+        module: Factors(
+            torch.cat([p.a for p in pairs]), torch.cat([p.b for p in pairs], 1)
+        )
         for module, pairs in slices.items()
     }

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from petune.core.frozen.modules import base_class, is_causal
+from petune.core.frozen.modules import base_class
+from petune.core.frozen.tables import is_causal
 from petune.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -26,12 +27,16 @@ class Whole(NamedTuple):
     read: Callable[[PreTrainedModel, Tensor, list[Site]], dict[str, Tensor]]
 
 
-def _write_prompt(model: PreTrainedModel, tensors: TensorsBySite, sites: list[Site]) -> Tensor:
+def _write_prompt(
+    model: PreTrainedModel, tensors: TensorsBySite, sites: list[Site]
+) -> Tensor:
     _check_prompt(model)
     return tensors[sites[0].name]["rows"]
 
 
-def _read_prompt(model: PreTrainedModel, theirs: Tensor, sites: list[Site]) -> dict[str, Tensor]:
+def _read_prompt(
+    model: PreTrainedModel, theirs: Tensor, sites: list[Site]
+) -> dict[str, Tensor]:
     _check_prompt(model)
     return {f"{sites[0].name}.rows": theirs}
 
@@ -43,7 +48,9 @@ def _check_prompt(model: PreTrainedModel) -> None:
         )
 
 
-def _write_prefix(model: PreTrainedModel, tensors: TensorsBySite, sites: list[Site]) -> Tensor:
+def _write_prefix(
+    model: PreTrainedModel, tensors: TensorsBySite, sites: list[Site]
+) -> Tensor:
     """(length, layers · 2 · kv_heads · head_dim), from keys and values of (kv_heads, length, head_dim) a layer."""
     _check_prefix(model, sites)
     columns = []
@@ -51,11 +58,15 @@ def _write_prefix(model: PreTrainedModel, tensors: TensorsBySite, sites: list[Si
         keys, values = tensors[site.name]["keys"], tensors[site.name]["values"]
         length = keys.shape[1]
         for tensor in (_moved(model, site, keys, length), values):
-            columns.append(tensor.transpose(0, 1).flatten(1))  # (length, kv_heads · head_dim)
+            columns.append(
+                tensor.transpose(0, 1).flatten(1)
+            )  # (length, kv_heads · head_dim)
     return torch.cat(columns, 1)
 
 
-def _read_prefix(model: PreTrainedModel, theirs: Tensor, sites: list[Site]) -> dict[str, Tensor]:
+def _read_prefix(
+    model: PreTrainedModel, theirs: Tensor, sites: list[Site]
+) -> dict[str, Tensor]:
     """Keys and values of (kv_heads, length, head_dim) a layer, from (length, layers · 2 · kv_heads · head_dim)."""
     _check_prefix(model, sites)
     length = len(theirs)
@@ -82,7 +93,9 @@ def _moved(model: PreTrainedModel, site: Site, keys: Tensor, by: int) -> Tensor:
     PEFT's prefix takes the first positions, and its tokens begin behind it; petune's prefix takes none. Turning the
     prefix's keys by its length makes up for that, since rotary attention sees differences of positions alone.
     """
-    rotate = getattr(sys.modules[base_class(site.module).__module__], "apply_rotary_pos_emb", None)
+    rotate = getattr(
+        sys.modules[base_class(site.module).__module__], "apply_rotary_pos_emb", None
+    )
     tables = [module for module in model.modules() if hasattr(module, "inv_freq")]
     if rotate is None or len(tables) != 1 or not getattr(site.module, "use_rope", True):
         raise UnsupportedError(
@@ -91,7 +104,9 @@ def _moved(model: PreTrainedModel, site: Site, keys: Tensor, by: int) -> Tensor:
     rotary: Any = tables[0]
     device = rotary.inv_freq.device
     positions = torch.full((1, keys.shape[1]), by, device=device)
-    row = keys[None].detach().to(device, torch.float32)  # (1, kv_heads, length, head_dim)
+    row = (
+        keys[None].detach().to(device, torch.float32)
+    )  # (1, kv_heads, length, head_dim)
     _, turned = rotate(row, row, *rotary(row, positions))
     return (turned[0] / rotary.attention_scaling).to(keys.device)
 

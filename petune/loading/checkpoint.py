@@ -11,7 +11,11 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -49,10 +53,14 @@ def resolve(name: str | Path, options: dict[str, Any], *, weights: bool = True) 
         raise PetuneError(
             f"{name}: {'no .gguf file, and no config.json in it' if path.exists() else 'no such file'}."
         )
-    if not options.get("local_files_only") and (trouble := _hub_trouble(str(name), options)):
+    if not options.get("local_files_only") and (
+        trouble := _hub_trouble(str(name), options)
+    ):
         options["local_files_only"] = True
         where = {key: options.get(key) for key in ("revision", "cache_dir")}
-        if not isinstance(huggingface_hub.try_to_load_from_cache(str(name), config, **where), str):
+        if not isinstance(
+            huggingface_hub.try_to_load_from_cache(str(name), config, **where), str
+        ):
             raise PetuneError(
                 f"{unknown('model', str(name), aliases)} It is no local folder, and the Hub says: {trouble}"
             )
@@ -81,17 +89,30 @@ def _unpacked(file: Path) -> Path:
     moves 4 weights in 10, some across the border of a quantized code. So every precision starts from the file's values.
     """
     about, where = file.stat(), {"gguf_file": file.name}
-    key = sha256(f"{file.resolve()} {about.st_size} {about.st_mtime_ns}".encode()).hexdigest()[:12]
+    key = sha256(
+        f"{file.resolve()} {about.st_size} {about.st_mtime_ns}".encode()
+    ).hexdigest()[:12]
 
     def make(folder: Path) -> None:
         with plainly(file):
             config = AutoConfig.from_pretrained(file.parent, **where)
-            loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-            dense = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
-            loader.from_pretrained(file.parent, **where, **dense).save_pretrained(folder)
+            loader = (
+                AutoModelForSeq2SeqLM
+                if config.is_encoder_decoder
+                else AutoModelForCausalLM
+            )
+            dense = {
+                "dtype": torch.float32,
+                "quantization_config": GgufConfig(dequantize=True),
+            }
+            loader.from_pretrained(file.parent, **where, **dense).save_pretrained(
+                folder
+            )
             AutoTokenizer.from_pretrained(file.parent, **where).save_pretrained(folder)
 
-    return once(cache_folder() / "gguf" / f"{file.stem}-{key}", make, f"unpacking {file.name}")
+    return once(
+        cache_folder() / "gguf" / f"{file.stem}-{key}", make, f"unpacking {file.name}"
+    )
 
 
 @contextmanager

@@ -20,9 +20,7 @@ from typing import IO, Protocol
 
 from petune.errors import PetuneError
 
-LIMIT = (
-    1800  # seconds for one download: a stalled index must end in an error, not in a night's wait
-)
+LIMIT = 1800  # seconds for one download: a stalled index must end in an error, not in a night's wait
 
 
 class Place(Protocol):
@@ -52,10 +50,13 @@ class Package:
         """Download, check and unpack, or raise a PetuneError: no pip, no such file, another sha256, no such member."""
         with TemporaryDirectory() as scratch:
             archive = _pip_download(
-                f"{self.name}=={self.version} --hash=sha256:{self.sha256}", Path(scratch)
+                f"{self.name}=={self.version} --hash=sha256:{self.sha256}",
+                Path(scratch),
             )
             if (digest := sha256(archive.read_bytes()).hexdigest()) != self.sha256:
-                raise PetuneError(f"{archive.name} has sha256 {digest}, not {self.sha256}")
+                raise PetuneError(
+                    f"{archive.name} has sha256 {digest}, not {self.sha256}"
+                )
             for member in self.members:
                 _unpack(archive, member, folder)
 
@@ -77,7 +78,9 @@ def fetch(source: Source) -> Path:
     tried = []
     for place in sorted(source.places, key=lambda place: not _home(place).is_dir()):
         try:
-            return once(_home(place), place.fetch, f"fetching {place}") / (source.file or "")
+            return once(_home(place), place.fetch, f"fetching {place}") / (
+                source.file or ""
+            )
         except PetuneError as error:
             tried.append(f"{place} ({error})")
     raise PetuneError(f"nothing could be fetched; tried {'; '.join(tried)}.")
@@ -85,7 +88,10 @@ def fetch(source: Source) -> Path:
 
 def cache_folder() -> Path:
     """`PETUNE_CACHE`, else `petune` in the user's cache folder."""
-    named, parent = os.environ.get("PETUNE_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    named, parent = (
+        os.environ.get("PETUNE_CACHE"),
+        os.environ.get("XDG_CACHE_HOME") or "~/.cache",
+    )
     return Path(named or f"{parent}/petune").expanduser()
 
 
@@ -95,7 +101,10 @@ def once(folder: Path, make: Callable[[Path], object], what: str) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".", dir=folder.parent) as scratch, _working(what):
+        with (
+            TemporaryDirectory(prefix=".", dir=folder.parent) as scratch,
+            _working(what),
+        ):
             made = Path(scratch) / folder.name
             made.mkdir()
             make(made)
@@ -185,7 +194,11 @@ def _pip_download(requirement: str, folder: Path) -> Path:
     patience = {"PIP_RETRIES": "2", **os.environ}
     try:
         done = subprocess.run(
-            command, env=patience, stdin=subprocess.DEVNULL, capture_output=True, timeout=LIMIT
+            command,
+            env=patience,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=LIMIT,
         )
     except subprocess.TimeoutExpired:
         raise PetuneError(

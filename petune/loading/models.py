@@ -8,7 +8,12 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from petune.core.frozen.weights import is_quantized
 from petune.core.registry.plugins import registry
@@ -17,7 +22,9 @@ from petune.errors import PetuneError, unknown
 from petune.loading.checkpoint import plainly, resolve
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-HEADS: dict[str, Any] = {  # for a checkpoint that doesn't say, the first that its architecture has
+HEADS: dict[
+    str, Any
+] = {  # for a checkpoint that doesn't say, the first that its architecture has
     "causal-lm": transformers.AutoModelForCausalLM,
     "seq2seq-lm": transformers.AutoModelForSeq2SeqLM,
     "masked-lm": transformers.AutoModelForMaskedLM,
@@ -60,14 +67,18 @@ def from_pretrained(
         **kwargs,
         "output_loading_info": True,
     }
-    options.setdefault("dtype", DTYPES.get(precision) or _compute_dtype(kwargs.get("device_map")))
+    options.setdefault(
+        "dtype", DTYPES.get(precision) or _compute_dtype(kwargs.get("device_map"))
+    )
     with plainly(name):
         place = resolve(name, options)
         config = AutoConfig.from_pretrained(place, **options)
         loader = _loader(config, head)
         if quantizer and getattr(config, "quantization_config", None) is None:
             # what to leave out must be known beforehand, and a load without data tells it in a moment
-            dry, info = loader.from_pretrained(place, **{**options, "device_map": "meta"})
+            dry, info = loader.from_pretrained(
+                place, **{**options, "device_map": "meta"}
+            )
             skip = sorted({*_outside(dry), *_fresh(dry, info)})
             options = {**quantizer.arguments(skip, options["dtype"]), **options}
         with torch.random.fork_rng(range(torch.cuda.device_count())):
@@ -91,7 +102,9 @@ def from_pretrained(
     return model
 
 
-def skeleton(name: str | Path, *, head: str | None = None, **kwargs: Any) -> PreTrainedModel:
+def skeleton(
+    name: str | Path, *, head: str | None = None, **kwargs: Any
+) -> PreTrainedModel:
     """The model's modules without weights, on the meta device, from its configuration alone.
 
     Raises:
@@ -99,10 +112,16 @@ def skeleton(name: str | Path, *, head: str | None = None, **kwargs: Any) -> Pre
     """
     options = {"trust_remote_code": False, **kwargs}
     with plainly(name):
-        config = AutoConfig.from_pretrained(resolve(name, options, weights=False), **options)
+        config = AutoConfig.from_pretrained(
+            resolve(name, options, weights=False), **options
+        )
         loader = _loader(config, head)
         with torch.device("meta"):
-            build = loader.from_config if hasattr(loader, "from_config") else loader._from_config
+            build = (
+                loader.from_config
+                if hasattr(loader, "from_config")
+                else loader._from_config
+            )
             made: PreTrainedModel = build(config)
     return made
 
@@ -137,10 +156,14 @@ def _loader(config: Any, head: str | None) -> Any:
     if head is not None and head not in has:
         raise PetuneError(unknown(f"{config.model_type} head", head, has))
     saved = [
-        getattr(transformers, name, None) for name in config.architectures or () if head is None
+        getattr(transformers, name, None)
+        for name in config.architectures or ()
+        if head is None
     ]
     known = (
-        found for found in saved if isinstance(found, type) and issubclass(found, PreTrainedModel)
+        found
+        for found in saved
+        if isinstance(found, type) and issubclass(found, PreTrainedModel)
     )
     return next(known, HEADS[head or (*has, "base")[0]])
 
@@ -149,16 +172,24 @@ def _compute_dtype(device_map: Any) -> torch.dtype:
     if not torch.cuda.is_available() or "cpu" in str(device_map):
         return torch.float32
     return (
-        torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        torch.bfloat16
+        if torch.cuda.is_bf16_supported(including_emulation=False)
+        else torch.float16
     )
 
 
 def _outside(model: Any) -> list[str]:
     """The modules around the base model, and the output embeddings wherever they are."""
     base, out = model.base_model, model.get_output_embeddings()
-    around = [] if base is model else [child for child in model.children() if child is not base]
+    around = (
+        []
+        if base is model
+        else [child for child in model.children() if child is not base]
+    )
     kept = {
-        id(module) for module in (*around, out) if module is not None and list(module.parameters())
+        id(module)
+        for module in (*around, out)
+        if module is not None and list(module.parameters())
     }
     return [name for name, module in model.named_modules() if id(module) in kept]
 

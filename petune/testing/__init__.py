@@ -86,16 +86,24 @@ def _checked(case: Case, behaviour: str) -> Row:
         if not any(_is_stated(refused, cls) for cls in case.classes):
             error = f"refused, and the docstring does not say so: {reason}"
     except Exception as failure:
-        error = f"{type(failure).__name__}: {failure}" if str(failure) else type(failure).__name__
+        error = (
+            f"{type(failure).__name__}: {failure}"
+            if str(failure)
+            else type(failure).__name__
+        )
     return Row(behaviour, case.family, case.precision, error, refused)
 
 
 def _is_stated(reason: str, cls: Method) -> bool:
     """A user who reads the docstring is told: it has two of the words that the reason is made of."""
     said, given = (
-        set(re.findall(r"[a-z]{4,}", text.lower())) for text in (inspect.getdoc(cls) or "", reason)
+        set(re.findall(r"[a-z]{4,}", text.lower()))
+        for text in (inspect.getdoc(cls) or "", reason)
     )
-    return len(said & given - set(re.findall(r"[a-z]+", reason.partition(":")[0].lower()))) > 1
+    return (
+        len(said & given - set(re.findall(r"[a-z]+", reason.partition(":")[0].lower())))
+        > 1
+    )
 
 
 def reasons(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -110,9 +118,9 @@ def reasons(rows: Sequence[Row]) -> dict[str, list[Row]]:
     for (family, why), mine in alike.items():
         every = {row.behaviour for row in rows if row.family == family}
         some = list(dict.fromkeys(row.behaviour for row in mine))
-        found.setdefault(("everything" if set(some) == every else ", ".join(some), why), []).extend(
-            mine
-        )
+        found.setdefault(
+            ("everything" if set(some) == every else ", ".join(some), why), []
+        ).extend(mine)
     return {
         f"{', '.join(dict.fromkeys(row.family for row in mine))}: {what}: {why}": mine
         for (what, why), mine in found.items()
@@ -126,5 +134,8 @@ def check_method(method: str | Method | Sequence[str | Method], **options: Any) 
         AssertionError: a behaviour does not hold; the message lists all that don't.
     """
     failed = [row for row in run_checks(method, **options) if row.error]
-    lines = [f"{row.behaviour} ({row.family}, {row.precision}): {row.error}" for row in failed]
+    lines = [
+        f"{row.behaviour} ({row.family}, {row.precision}): {row.error}"
+        for row in failed
+    ]
     assert not failed, f"{method!r} fails {len(failed)} checks:\n" + "\n".join(lines)

@@ -37,7 +37,9 @@ def starts_at_base(case: Case) -> None:
             dequantize(each)
     if case.starts_at_base:
         case.close(
-            logits(model, case.batch), logits(base, case.batch), "a fresh tuning changes the model"
+            logits(model, case.batch),
+            logits(base, case.batch),
+            "a fresh tuning changes the model",
         )
 
 
@@ -49,9 +51,9 @@ def trains(case: Case) -> None:
     own = tuning.parameters()
     assert own, "nothing to train"
     assert {p.dtype for p in own} == {torch.float32}, "adapters are kept in float32"
-    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in own}, (
-        "base parameters train too"
-    )
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {
+        id(p) for p in own
+    }, "base parameters train too"
     optimizer = torch.optim.Adam(own, lr=3e-3)
     losses = []
     model.train()
@@ -63,7 +65,9 @@ def trains(case: Case) -> None:
         optimizer.step()
     assert min(losses) < losses[0], f"the loss does not fall: {losses}"
     with tuning.disabled():
-        assert torch.equal(logits(model.eval(), case.batch), before), "training changed the base"
+        assert torch.equal(logits(model.eval(), case.batch), before), (
+            "training changed the base"
+        )
     reached = sum(p.grad is not None for p in own)
     missing = [n for n, p in tuning.state() if p.requires_grad and p.grad is None]
     # a copy of the whole model also holds what the base itself never reads
@@ -81,7 +85,9 @@ def off_is_base(case: Case) -> None:
     assert not torch.equal(on, before), "the tuning does nothing"
     try:
         with tuning.disabled():
-            assert torch.equal(logits(model, case.batch), before), "disabled() is not the base"
+            assert torch.equal(logits(model, case.batch), before), (
+                "disabled() is not the base"
+            )
             raise KeyError
     except KeyError:
         assert tuning.enabled, "disabled() stays off after an exception"
@@ -109,14 +115,22 @@ def merges_or_says_why(case: Case) -> None:
     before = logits(model, case.batch)
     why = _refusal(tuning)
     if not case.mergeable:
-        assert why is not None, "merge() of a method that is not mergeable must raise TypeError"
+        assert why is not None, (
+            "merge() of a method that is not mergeable must raise TypeError"
+        )
         assert tuning.method in str(why), "the error does not name the method"
-        assert torch.equal(logits(model, case.batch), before), "a refused merge changed the model"
+        assert torch.equal(logits(model, case.batch), before), (
+            "a refused merge changed the model"
+        )
         return
     assert why is None, f"not merged: {why}"
     assert not petune.tunings(model), "the tuning is still there"
-    assert not [k for k in model.state_dict() if "petune" in k], "adapters are left in the model"
-    dequantize(model)  # both must be dense, since some quantized layers round their input too
+    assert not [k for k in model.state_dict() if "petune" in k], (
+        "adapters are left in the model"
+    )
+    dequantize(
+        model
+    )  # both must be dense, since some quantized layers round their input too
     unmerged, tuning = case.tuned()
     dequantize(unmerged)
     case.close(
@@ -131,7 +145,9 @@ def merges_or_says_why(case: Case) -> None:
         with warnings.catch_warnings(action="ignore"):
             merged = tuning.merge(quantize=True)
         assert sum(map(is_quantized, model.modules())) == count, "layers are left dense"
-        assert max(merged.errors.values(), default=0) < 0.3, f"quantized again: {merged}"
+        assert max(merged.errors.values(), default=0) < 0.3, (
+            f"quantized again: {merged}"
+        )
 
 
 def _refusal(tuning: Tuning) -> TypeError | None:
@@ -154,7 +170,9 @@ def detaches(case: Case) -> None:
     case.attach(model).detach()
     assert torch.equal(logits(model, case.batch), before), "other logits after detach"
     assert list(model.state_dict()) == keys, "other keys after detach"
-    assert {n: type(m) for n, m in model.named_modules()} == kinds, "other classes after detach"
+    assert {n: type(m) for n, m in model.named_modules()} == kinds, (
+        "other classes after detach"
+    )
     assert {n: p.requires_grad for n, p in model.named_parameters()} == flags, (
         "other requires_grad after detach"
     )
@@ -173,15 +191,19 @@ def generates_cached(case: Case) -> None:
     if not model.config.is_encoder_decoder:
         inputs = {k: v.flip(1) for k, v in inputs.items()}
     cached = model.generate(**inputs, use_cache=True, **GENERATION)
-    assert torch.equal(cached, model.generate(**inputs, use_cache=False, **GENERATION)), (
-        "cached differs from uncached"
-    )
+    assert torch.equal(
+        cached, model.generate(**inputs, use_cache=False, **GENERATION)
+    ), "cached differs from uncached"
     if not model.config.is_encoder_decoder:
-        assert torch.equal(cached[:, : inputs["input_ids"].shape[1]], inputs["input_ids"]), (
-            "the prompt was changed"
-        )
+        assert torch.equal(
+            cached[:, : inputs["input_ids"].shape[1]], inputs["input_ids"]
+        ), "the prompt was changed"
     full = model.generate(
-        **inputs, return_dict_in_generate=True, num_beams=2, repetition_penalty=1.2, **GENERATION
+        **inputs,
+        return_dict_in_generate=True,
+        num_beams=2,
+        repetition_penalty=1.2,
+        **GENERATION,
     )
     assert full.sequences.shape == cached.shape, "beams have another shape"
 
@@ -214,7 +236,11 @@ def compiles(case: Case) -> None:
         batch["decoder_input_ids"] = case.batch["labels"]
 
     def forward() -> Tensor:
-        return model(**batch, use_cache=False).logits if case.generates else model(**batch).logits
+        return (
+            model(**batch, use_cache=False).logits
+            if case.generates
+            else model(**batch).logits
+        )
 
     torch.compiler.reset()
     compiled = torch.compile(forward, backend="eager", fullgraph=True)
@@ -238,7 +264,10 @@ def routes(case: Case) -> None:
         got = _rows(model, batch)
     for i, served in enumerate(names):
         case.close(
-            got[i], want[served][i], f"row {i} differs from the single run of {served!r}", factor=10
+            got[i],
+            want[served][i],
+            f"row {i} differs from the single run of {served!r}",
+            factor=10,
         )
 
 
@@ -248,7 +277,9 @@ def _rows(model: Any, batch: dict[str, Tensor]) -> list[Tensor]:
     out = model(**{k: v for k, v in batch.items() if k != "labels" or decoder}).logits
     if out.dim() == 2 or decoder:
         return list(out)
-    return [row[mask.bool()] for row, mask in zip(out, batch["attention_mask"], strict=True)]
+    return [
+        row[mask.bool()] for row, mask in zip(out, batch["attention_mask"], strict=True)
+    ]
 
 
 def stacks(case: Case) -> None:
@@ -256,14 +287,18 @@ def stacks(case: Case) -> None:
     model, one = case.tuned()
     alone = logits(model, case.batch)
     two = case.attach(model, "two")
-    assert list(petune.tunings(model)) == ["default", "two"], "tunings are not in their order"
+    assert list(petune.tunings(model)) == ["default", "two"], (
+        "tunings are not in their order"
+    )
     assert not torch.equal(logits(model, case.batch), alone), "the second does nothing"
     with two.disabled():
         assert torch.equal(logits(model, case.batch), alone), (
             "switching the second off does not leave the first"
         )
     two.detach()
-    assert torch.equal(logits(model, case.batch), alone), "detaching the second changes the first"
+    assert torch.equal(logits(model, case.batch), alone), (
+        "detaching the second changes the first"
+    )
     one.detach()
     assert torch.equal(logits(model, case.batch), logits(case.base(), case.batch)), (
         "the base is not restored"
@@ -318,7 +353,9 @@ def runs_under_trainer(case: Case) -> None:
         "the checkpoint lacks what was trained"
     )
     with tuning.disabled():
-        assert torch.equal(logits(model.eval(), case.batch), before), "training changed the base"
+        assert torch.equal(logits(model.eval(), case.batch), before), (
+            "training changed the base"
+        )
 
 
 BEHAVIOURS: dict[str, Callable[[Case], None]] = {

@@ -59,7 +59,9 @@ class Case:
         return self.rows(2)
 
     def rows(self, count: int) -> dict[str, Tensor]:
-        return {k: v.to(self.device) for k, v in tiny_batch(self.family, rows=count).items()}
+        return {
+            k: v.to(self.device) for k, v in tiny_batch(self.family, rows=count).items()
+        }
 
     def base(self, **options: Any) -> Any:
         """A model of its own, of two blocks: what a behaviour does to one of several shows."""
@@ -67,7 +69,9 @@ class Case:
             self.family, self.precision, device=self.device, **{"layers": 2, **options}
         )
 
-    def attach(self, model: Any, name: str = "default", *, change: bool = True) -> Tuning:
+    def attach(
+        self, model: Any, name: str = "default", *, change: bool = True
+    ) -> Tuning:
         """The method on a model, its parameters moved off their start, so that it acts."""
         with torch.random.fork_rng():
             torch.manual_seed(len(petune.tunings(model)))
@@ -99,5 +103,9 @@ class Case:
 def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """The logits at the tokens that are not padding."""
     decoder = model.config.is_encoder_decoder
-    out: Tensor = model(**{k: v for k, v in batch.items() if k != "labels" or decoder}).logits
-    return out[batch["attention_mask"].bool()] if out.dim() == 3 and not decoder else out
+    out: Tensor = model(
+        **{k: v for k, v in batch.items() if k != "labels" or decoder}
+    ).logits
+    return (
+        out[batch["attention_mask"].bool()] if out.dim() == 3 and not decoder else out
+    )

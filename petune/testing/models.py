@@ -26,8 +26,18 @@ _LLAMA = _IDS | {
     "num_attention_heads": 4,
     "max_position_embeddings": 128,
 }
-_BERT = _LLAMA | {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0, "num_labels": 3}
-_GPT2 = _IDS | {"n_embd": 64, "n_inner": 128, "n_layer": LAYERS, "n_head": 4, "n_positions": 128}
+_BERT = _LLAMA | {
+    "attention_probs_dropout_prob": 0.0,
+    "hidden_dropout_prob": 0.0,
+    "num_labels": 3,
+}
+_GPT2 = _IDS | {
+    "n_embd": 64,
+    "n_inner": 128,
+    "n_layer": LAYERS,
+    "n_head": 4,
+    "n_positions": 128,
+}
 _GPT2 |= {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 _T5 = _IDS | {
     "d_model": 64,
@@ -56,7 +66,13 @@ FAMILIES: dict[str, tuple[str, str, str, float, dict[str, Any]]] = {
         _LLAMA | {"num_key_value_heads": 2, "head_dim": 16},
     ),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", "causal-lm", 4.0, _GPT2),
-    "bert": ("BertConfig", "BertForSequenceClassification", "sequence-classification", 4.0, _BERT),
+    "bert": (
+        "BertConfig",
+        "BertForSequenceClassification",
+        "sequence-classification",
+        4.0,
+        _BERT,
+    ),
     "roberta": (
         "RobertaConfig",
         "RobertaForSequenceClassification",
@@ -88,13 +104,20 @@ def tiny_model(
 
 
 @cache
-def _built(family: str, precision: str, attention: str, layers: int, device: str) -> Any:
+def _built(
+    family: str, precision: str, attention: str, layers: int, device: str
+) -> Any:
     config_class, model_class, head, scale, arguments = FAMILIES[family]
     if precision not in DTYPES:  # loaded by its quantizer, as a user's model is
-        options: dict[str, Any] = {"attn_implementation": attention, "device_map": device}
+        options: dict[str, Any] = {
+            "attn_implementation": attention,
+            "device_map": device,
+        }
         with tempfile.TemporaryDirectory() as folder:
             _built(family, "fp32", attention, layers, "cpu").save_pretrained(folder)
-            made: Any = petune.from_pretrained(folder, precision=precision, head=head, **options)
+            made: Any = petune.from_pretrained(
+                folder, precision=precision, head=head, **options
+            )
             return made.eval()
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -11,7 +11,14 @@ if TYPE_CHECKING:
     from petune.training.loop import train
     from petune.training.recipe import Recipe, Training, load_recipe
     from petune.training.result import Result
-    from petune.training.run import Run, evaluate, export_run, load_run, merge_run, predict
+    from petune.training.run import (
+        Run,
+        evaluate,
+        export_run,
+        load_run,
+        merge_run,
+        predict,
+    )
     from petune.training.tasks import Task
 
 __all__ = [

@@ -80,11 +80,17 @@ def load_splits(
     elif isinstance(data, Mapping) and "hub" not in data:
         splits = {split: read_rows(path) for split, path in data.items()}
     elif isinstance(data, str) and is_local(data):
-        splits = _folder(_existing(data)) if Path(data).is_dir() else {"train": read_rows(data)}
+        splits = (
+            _folder(_existing(data))
+            if Path(data).is_dir()
+            else {"train": read_rows(data)}
+        )
     else:
         splits = _hub({"hub": data} if isinstance(data, str) else data)
     if "train" not in splits:
-        raise PetuneError(f"data {name}: no 'train' split; it has {', '.join(splits) or 'none'}.")
+        raise PetuneError(
+            f"data {name}: no 'train' split; it has {', '.join(splits) or 'none'}."
+        )
     return {
         split: assign(rows, mapping, roles, optional, source=f"data {name}")
         for split, rows in _complete(splits, name).items()
@@ -117,14 +123,18 @@ def assign(
                 if role in columns
                 else f"Say which plays {role!r}: columns: {{{role}: …}}."
             )
-            raise PetuneError(f"{source}: {unknown('column', column, rows.column_names)} {hint}")
+            raise PetuneError(
+                f"{source}: {unknown('column', column, rows.column_names)} {hint}"
+            )
         holes = rows.with_format("arrow")[column].null_count
         if holes:
             first = next(i for i, value in enumerate(rows[column], 1) if value is None)
             raise PetuneError(
                 f"{source}: column {column!r} is empty in {holes} rows; row {first} is the first."
             )
-    shared = next((c for c in chosen.values() if list(chosen.values()).count(c) > 1), None)
+    shared = next(
+        (c for c in chosen.values() if list(chosen.values()).count(c) > 1), None
+    )
     if shared:
         raise PetuneError(
             f"{source}: column {shared!r} can't play two roles ({', '.join(chosen)})."
@@ -151,7 +161,9 @@ def read_rows(path: str | Path) -> datasets.Dataset:
         rows = Dataset.from_list(found) if isinstance(found, list) else Dataset(found)
     except PetuneError:
         raise
-    except Exception as error:  # pyarrow's own errors share no base class with one another
+    except (
+        Exception
+    ) as error:  # pyarrow's own errors share no base class with one another
         raise PetuneError(f"{path}: {_line(error)}") from error
     if not len(rows):
         raise PetuneError(f"{path}: no rows.")
@@ -170,10 +182,13 @@ def is_local(data: str) -> bool:
 def _existing(path: str | Path) -> Path:
     path = Path(path).expanduser()
     if not path.exists():
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        siblings = (
+            [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        )
         near = get_close_matches(path.name, siblings, n=1)
         raise PetuneError(
-            f"{path}: no such file." + (f" Did you mean {path.parent / near[0]}?" if near else "")
+            f"{path}: no such file."
+            + (f" Did you mean {path.parent / near[0]}?" if near else "")
         )
     return path
 
@@ -205,7 +220,9 @@ def _hub(source: Mapping[str, str]) -> dict[str, datasets.Dataset]:
     wanted = {split: source[split] for split in SPLITS if split in source}
     others = [key for key in source if key not in (*SPLITS, "hub", "config")]
     if others:
-        raise PetuneError(f"data: {unknown('key', others[0], ['hub', 'config', *SPLITS])}")
+        raise PetuneError(
+            f"data: {unknown('key', others[0], ['hub', 'config', *SPLITS])}"
+        )
     name = source["hub"]
     try:
         builder = datasets.load_dataset_builder(name, source.get("config"))
@@ -218,16 +235,16 @@ def _hub(source: Mapping[str, str]) -> dict[str, datasets.Dataset]:
         found = builder.as_dataset()
     except PetuneError:
         raise
-    except (
-        Exception
-    ) as error:  # the hub's client, its server and the network each have errors of their own
+    except Exception as error:  # the hub's client, its server and the network each have errors of their own
         raise PetuneError(f"data {name}: {_line(error)}") from error
     for split in wanted.values():
         if split not in found:
             raise PetuneError(f"data {name}: {unknown('split', split, found)}")
     wanted = wanted or {_OTHER_NAMES.get(split, split): split for split in found}
     return {
-        split: _named_labels(found[theirs]) for split, theirs in wanted.items() if split in SPLITS
+        split: _named_labels(found[theirs])
+        for split, theirs in wanted.items()
+        if split in SPLITS
     }
 
 
@@ -237,12 +254,16 @@ def _named_labels(rows: datasets.Dataset) -> datasets.Dataset:
 
     for column, feature in rows.features.items():
         if isinstance(feature, datasets.ClassLabel):
-            named = [None if i is None or i < 0 else feature.int2str(i) for i in rows[column]]
+            named = [
+                None if i is None or i < 0 else feature.int2str(i) for i in rows[column]
+            ]
             rows = rows.remove_columns(column).add_column(column, named)
     return rows
 
 
-def _complete(splits: dict[str, datasets.Dataset], name: str) -> dict[str, datasets.Dataset]:
+def _complete(
+    splits: dict[str, datasets.Dataset], name: str
+) -> dict[str, datasets.Dataset]:
     missing = [split for split in ("test", "validation") if split not in splits]
     train = splits["train"]
     share = max(1, len(train) // 10)
@@ -254,7 +275,8 @@ def _complete(splits: dict[str, datasets.Dataset], name: str) -> dict[str, datas
     if missing:
         random.Random(0).shuffle(order)
     cut = {
-        split: train.select(order[i * share : (i + 1) * share]) for i, split in enumerate(missing)
+        split: train.select(order[i * share : (i + 1) * share])
+        for i, split in enumerate(missing)
     }
     cut["train"] = train.select(order[share * len(missing) :]) if missing else train
     return {split: {**splits, **cut}[split] for split in SPLITS}

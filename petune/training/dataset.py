@@ -69,5 +69,6 @@ def shuffled(rows: Iterable[Row], column: str, seed: int = 0) -> list[Row]:
     So a sentence that stands in the file twice is not in two splits, unless a border falls between the two.
     """
     return sorted(
-        rows, key=lambda row: sha256(f"{seed} {json.dumps(row[column])}".encode()).digest()
+        rows,
+        key=lambda row: sha256(f"{seed} {json.dumps(row[column])}".encode()).digest(),
     )

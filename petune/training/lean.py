@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petune.core.frozen.modules import base_forward, blocks, children, features, is_norm, walk
+from petune.core.frozen.blocks import blocks
+from petune.core.frozen.modules import (
+    base_forward,
+    children,
+    features,
+    hooked_forward,
+    is_norm,
+    set_hooked_forward,
+    walk,
+)
 from petune.core.frozen.weights import compute_dtype
 from petune.core.ops import recompute
 from petune.core.registry.sites import find_sites
@@ -92,11 +101,19 @@ def _is_product(
 ) -> bool:
     """The module computes what `_gated_forward` does, as a trial shows."""
     width = (features(gate) or (0, 0))[0]
-    x = torch.randn(2, 3, width, device=next(mlp.parameters()).device).to(compute_dtype(gate))
+    x = torch.randn(2, 3, width, device=next(mlp.parameters()).device).to(
+        compute_dtype(gate)
+    )
     with evaluating(mlp):
         try:
-            return torch.equal(base_forward(mlp)(x), _gated_forward(gate, up, down, act, x))
-        except (RuntimeError, TypeError, AttributeError):  # it takes something else, or more
+            return torch.equal(
+                base_forward(mlp)(x), _gated_forward(gate, up, down, act, x)
+            )
+        except (
+            RuntimeError,
+            TypeError,
+            AttributeError,
+        ):  # it takes something else, or more
             return False
 
 
@@ -124,17 +141,24 @@ def _keeps_more_than_its_input(module: Any, dtype: torch.dtype) -> bool:
         kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
         return t
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with (
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+    ):
         out = base_forward(module)(x)
     del out
-    return sum(kept.values()) - known > 1.25 * x.nbytes  # more than a statistic for each row
+    return (
+        sum(kept.values()) - known > 1.25 * x.nbytes
+    )  # more than a statistic for each row
 
 
-def _put(module: nn.Module, forward: Callable[..., Any] | None) -> Callable[..., Any] | None:
+def _put(
+    module: nn.Module, forward: Callable[..., Any] | None
+) -> Callable[..., Any] | None:
     """Set what a module computes without its adapters, None for what its class says; returns what was set before."""
-    graft = vars(module).get("petune_graft")
-    if graft is not None:
-        before, graft.hooked = graft.hooked, forward
+    if "petune_graft" in vars(module):
+        before = hooked_forward(module)
+        set_hooked_forward(module, forward)
         return before
     before = vars(module).pop("forward", None)
     if forward is not None:

@@ -61,15 +61,23 @@ def applies(model: Any) -> bool:
     ):
         return False
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    known = "loss_function" in inspect.unwrap(base_class(model).forward).__code__.co_names
-    return head is not None and known and model.loss_function in (ForCausalLMLoss, ForMaskedLMLoss)
+    known = (
+        "loss_function" in inspect.unwrap(base_class(model).forward).__code__.co_names
+    )
+    return (
+        head is not None
+        and known
+        and model.loss_function in (ForCausalLMLoss, ForMaskedLMLoss)
+    )
 
 
 class _Labelled:
     def __init__(self, model: Any, rows: int) -> None:
         decoder = model.get_decoder()
         self.model, self.rows = model, rows
-        self.decoder = decoder if decoder in set(model.base_model.modules()) else model.base_model
+        self.decoder = (
+            decoder if decoder in set(model.base_model.modules()) else model.base_model
+        )
         self.next = (
             model.loss_function is ForCausalLMLoss
         )  # a token is the label of the one before it
@@ -90,7 +98,8 @@ class _Labelled:
         **__: Any,
     ) -> Tensor:
         """Takes the place of the model's loss function; the logits are those of the one row."""
-        if (board := board_of(self.model)) is not None and board.plan is not None:
+        board = board_of(self.model)
+        if board is not None and board.begin().plan is not None:
             raise UnsupportedError(
                 "labelled_logits(): not within route(), which counts on whole rows."
             )
@@ -107,7 +116,9 @@ class _Labelled:
         params = {id(p): p for c in outside for p in c.parameters() if p.requires_grad}
         total: Tensor
         if torch.is_grad_enabled():
-            total = _Chunked.apply(self.head, self.rows, targets, picked, *params.values())  # type: ignore[no-untyped-call]
+            total = _Chunked.apply(
+                self.head, self.rows, targets, picked, *params.values()
+            )  # type: ignore[no-untyped-call]
         else:
             total = picked.new_zeros((), dtype=torch.float32)
             for start in range(0, len(rows), self.rows):
@@ -140,7 +151,12 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, head: Head, rows: int, targets: Tensor, hidden: Tensor, *params: Tensor
+        ctx: Any,
+        head: Head,
+        rows: int,
+        targets: Tensor,
+        hidden: Tensor,
+        *params: Tensor,
     ) -> Tensor:
         ctx.wanted = [t.requires_grad for t in (hidden, *params)]
         sums = [torch.zeros_like(t) for t in (hidden, *params) if t.requires_grad]
@@ -152,7 +168,9 @@ class _Chunked(torch.autograd.Function):
                 loss = _loss(head(chunk), targets[here])
             total += loss.detach()
             inputs = [t for t in (chunk, *params) if t.requires_grad]
-            grads = torch.autograd.grad(loss, inputs, allow_unused=True) if inputs else ()
+            grads = (
+                torch.autograd.grad(loss, inputs, allow_unused=True) if inputs else ()
+            )
             for t, kept, grad in zip(inputs, sums, grads, strict=True):
                 if grad is not None:
                     (kept[here] if t is chunk else kept).add_(grad)
@@ -163,4 +181,9 @@ class _Chunked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         sums = iter(ctx.saved_tensors)
-        return None, None, None, *(next(sums) * grad if wanted else None for wanted in ctx.wanted)
+        return (
+            None,
+            None,
+            None,
+            *(next(sums) * grad if wanted else None for wanted in ctx.wanted),
+        )

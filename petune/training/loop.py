@@ -77,7 +77,9 @@ class _Session:
 
         began = time.perf_counter()
         self.recipe, self.path, self.quiet = recipe, run, quiet
-        self.checkpoint = last_checkpoint(run / run_folder.CHECKPOINTS) if resume else None
+        self.checkpoint = (
+            last_checkpoint(run / run_folder.CHECKPOINTS) if resume else None
+        )
         self.splits = make_splits(recipe)
         self.task = make_task(recipe)
         self.task.quiet = quiet
@@ -99,14 +101,20 @@ class _Session:
         steps, tokens = self._train(loop)
         self.tuning.save(self.path / run_folder.ADAPTER)
         began = time.perf_counter()
-        metrics = self.task.score(self.acting, self._scored("test")) if final_eval else {}
+        metrics = (
+            self.task.score(self.acting, self._scored("test")) if final_eval else {}
+        )
         eval_seconds = time.perf_counter() - began
         peak, saved = self._measure(loop)
         self.model.config.use_cache = (
             caching  # Trainer turns it off, and who brought `adapt` has the model still
         )
         recorder = loop.recorder
-        files = [file for file in (self.path / run_folder.ADAPTER).rglob("*") if file.is_file()]
+        files = [
+            file
+            for file in (self.path / run_folder.ADAPTER).rglob("*")
+            if file.is_file()
+        ]
         result = Result(
             score=metrics.get(self.task.metric),
             metric=self.task.metric,
@@ -142,8 +150,16 @@ class _Session:
                 resume_schedule(tuning, self.checkpoint[0])
                 return tuning
             try:
-                return petune.attach(self.model, r.method, where=r.where, **r.method_args)
-            except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                return petune.attach(
+                    self.model, r.method, where=r.where, **r.method_args
+                )
+            except (
+                ArithmeticError,
+                LookupError,
+                RuntimeError,
+                TypeError,
+                ValueError,
+            ) as error:
                 if isinstance(error, PetuneError | torch.OutOfMemoryError):
                     raise
                 # a value of the right type that the method can't work with, such as a rank of 0
@@ -164,7 +180,9 @@ class _Session:
         from petune.training.trainer import AdapterTrainer, Recorder, arguments
 
         t = self.recipe.training
-        updates = math.ceil(math.ceil(len(self.examples) / t.batch_size) / t.gradient_accumulation)
+        updates = math.ceil(
+            math.ceil(len(self.examples) / t.batch_size) / t.gradient_accumulation
+        )
         self.steps = t.steps or math.ceil((t.epochs or 3) * updates)
         lengths = [len(ids) for ids in self.examples["input_ids"]]
         sampler = EpochSampler(lengths, t.batch_size, t.seed, t.group_by_length)
@@ -174,7 +192,10 @@ class _Session:
             self.task,
             Recorder(self.path / run_folder.METRICS, sampler, updates),
             args=arguments(
-                self.recipe, self.path / run_folder.CHECKPOINTS, self.steps, quiet=self.quiet
+                self.recipe,
+                self.path / run_folder.CHECKPOINTS,
+                self.steps,
+                quiet=self.quiet,
             ),
             train_dataset=self.examples,
             eval_dataset=self._scored("validation"),
@@ -188,11 +209,17 @@ class _Session:
             folder_, done = self.checkpoint
             loop.recorder.resume(folder_, done)
             if done >= self.steps:  # only what comes after training is missing
-                return done, int(read_json(folder_ / "trainer_state.json")["num_input_tokens_seen"])
+                return done, int(
+                    read_json(folder_ / "trainer_state.json")["num_input_tokens_seen"]
+                )
         else:
             write_text(self.path / run_folder.METRICS, "")
         with stop_on_signal(loop.recorder), loop.lean():
-            loop.train(resume_from_checkpoint=str(self.checkpoint[0]) if self.checkpoint else None)
+            loop.train(
+                resume_from_checkpoint=str(self.checkpoint[0])
+                if self.checkpoint
+                else None
+            )
         done = loop.state.global_step
         if done < self.steps:
             raise Interrupted(
@@ -201,7 +228,9 @@ class _Session:
         return done, int(loop.state.num_input_tokens_seen)
 
     def _scored(self, split: str) -> Dataset:
-        return sample(self.splits[split], self.recipe.training.eval_rows or self.task.eval_rows)
+        return sample(
+            self.splits[split], self.recipe.training.eval_rows or self.task.eval_rows
+        )
 
     def _measure(self, loop: AdapterTrainer) -> tuple[int, int]:
         """(peak_memory_bytes, saved_activation_bytes) of a step on the longest rows."""
@@ -235,5 +264,7 @@ def _device_name(model: nn.Module) -> str:
 
     device = next(model.parameters()).device
     return (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} cpu"
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{platform.machine()} cpu"
     )

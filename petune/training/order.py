@@ -16,8 +16,15 @@ class EpochSampler(Sampler[int]):
     `epoch` is set from outside; the same seed and epoch give the same order.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, grouped: bool) -> None:
-        self.lengths, self.batch_size, self.seed, self.grouped = lengths, batch_size, seed, grouped
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, seed: int, grouped: bool
+    ) -> None:
+        self.lengths, self.batch_size, self.seed, self.grouped = (
+            lengths,
+            batch_size,
+            seed,
+            grouped,
+        )
         self.epoch = 0
 
     def __len__(self) -> int:

@@ -15,9 +15,10 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from petune.core.forward.attention import Attention
+from petune.core.frozen.blocks import blocks
 from petune.core.frozen.computes import calls_attention_interface
-from petune.core.frozen.modules import base_class, blocks, walk
+from petune.core.frozen.modules import base_class, walk
+from petune.core.host.attention import Attention
 from petune.training.logits import SKIP, applies
 from petune.training.swap import evaluating
 
@@ -49,7 +50,11 @@ class _Current:
 def is_padded(batch: Mapping[str, Tensor]) -> bool:
     """The batch has padding, labels, and nothing but tensors with an entry for each token."""
     mask = batch.get("attention_mask")
-    if mask is None or "labels" not in batch or any(t.shape != mask.shape for t in batch.values()):
+    if (
+        mask is None
+        or "labels" not in batch
+        or any(t.shape != mask.shape for t in batch.values())
+    ):
         return False
     return not bool(mask.all())
 
@@ -62,7 +67,9 @@ def flatten(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Rows]:
         position <= 0, SKIP
     )  # nothing comes before a row's first token
     told = {**batch, "labels": labels, "position_ids": position}
-    flat = {key: value[mask][None] for key, value in told.items() if key != "attention_mask"}
+    flat = {
+        key: value[mask][None] for key, value in told.items() if key != "attention_mask"
+    }
     return flat, Rows.of(mask)
 
 
@@ -71,7 +78,9 @@ def packed(rows: Rows) -> Iterator[None]:
     """Within the context a flat batch's attention takes place among the tokens of a row."""
     ask = AttentionInterface.get_interface
 
-    def get_interface(self: AttentionInterface, name: str, default: Attention) -> Attention:
+    def get_interface(
+        self: AttentionInterface, name: str, default: Attention
+    ) -> Attention:
         return partial(_attend, ask(self, name, default))
 
     AttentionInterface.get_interface = get_interface  # type: ignore[method-assign, assignment]
@@ -110,13 +119,16 @@ def _is_same(model: Any) -> bool:
         % model.get_input_embeddings().num_embeddings
     )
     mask = (
-        torch.arange(6, device=model.device) < torch.tensor([[6], [4]], device=model.device)
+        torch.arange(6, device=model.device)
+        < torch.tensor([[6], [4]], device=model.device)
     ).long()
     flat, rows = flatten({"input_ids": ids, "attention_mask": mask, "labels": ids})
     del flat["labels"]
     with evaluating(model):
         try:
-            padded = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+            padded = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[
+                mask.bool()
+            ]
             with packed(rows):
                 found = model(**flat, use_cache=False).logits[0]
         except Exception:  # whatever a stranger's model says: it is left as it is
@@ -136,7 +148,9 @@ def _attend(
 ) -> tuple[Tensor, Any]:
     """`base` for q (1, heads, tokens, head_dim) and the model's own mask of them, (1, 1, tokens, tokens)."""
     rows = _Current.rows
-    if rows is None or mask is None:  # one row alone, or flash attention, which reads the positions
+    if (
+        rows is None or mask is None
+    ):  # one row alone, or flash attention, which reads the positions
         return base(module, query, key, value, mask, **options)
     batch, length = rows.real.shape
     column = rows.column.flatten()
@@ -155,7 +169,11 @@ def _mask_of(mask: Tensor, rows: Rows) -> Tensor:
     thrown away, but must be a number.
     """
     of_rows = mask[rows.column[:, :, None], rows.column[:, None, :]]
-    seen, hidden = (True, False) if mask.dtype == torch.bool else (0.0, torch.finfo(mask.dtype).min)
+    seen, hidden = (
+        (True, False)
+        if mask.dtype == torch.bool
+        else (0.0, torch.finfo(mask.dtype).min)
+    )
     of_rows = of_rows.masked_fill(~rows.real[:, None, :], hidden)
     return of_rows.masked_fill(~rows.real[:, :, None], seen)[:, None]
 
@@ -189,4 +207,6 @@ class _Pick(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (place,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.size, *grad.shape[1:]).index_copy_(0, place, grad), None
+        return grad.new_zeros(ctx.size, *grad.shape[1:]).index_copy_(
+            0, place, grad
+        ), None

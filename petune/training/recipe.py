@@ -34,7 +34,8 @@ class Training(_Strict):
     )
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     schedule: str = Field(
-        default="linear", description="one of transformers' schedules: linear, cosine, constant…"
+        default="linear",
+        description="one of transformers' schedules: linear, cosine, constant…",
     )
     warmup: Annotated[float, Field(ge=0)] = Field(
         default=0.0, description="below 1 a share of the steps, else steps"
@@ -43,53 +44,67 @@ class Training(_Strict):
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     seed: Annotated[int, Field(ge=0)] = 0
     optimizer: str = Field(
-        default="adamw_torch", description="an optimizer that transformers' Trainer knows"
+        default="adamw_torch",
+        description="an optimizer that transformers' Trainer knows",
     )
     gradient_accumulation: Count = 1
     gradient_checkpointing: bool | Count = Field(
         default=False, description="true: every block; 3: every third"
     )
     recompute: bool = Field(
-        default=True, description="norms and activations are computed again rather than kept"
+        default=True,
+        description="norms and activations are computed again rather than kept",
     )
     compile: Literal["regions"] | None = Field(
         default=None, description="regions: every block by torch.compile"
     )
     memory_budget: Annotated[float, Field(ge=0, le=1)] | None = Field(
-        default=None, description="the share of what compiled blocks would keep that they may keep"
+        default=None,
+        description="the share of what compiled blocks would keep that they may keep",
     )
     packing: bool | None = Field(
         default=None,
         description="rows end to end instead of padding; where the model can unless given",
     )
     offload: bool = Field(
-        default=False, description="what is kept for backward waits in the CPU's memory; CUDA only"
+        default=False,
+        description="what is kept for backward waits in the CPU's memory; CUDA only",
     )
     liger: bool = Field(default=False, description="the Liger kernels; CUDA only")
     mixed_precision: bool = Field(default=False, description="bf16 autocast; CUDA only")
     max_length: Annotated[int, Field(gt=1)] = Field(
         default=512, description="tokens of a row; longer ones are cut"
     )
-    max_new_tokens: Count = Field(default=64, description="tokens of a generated answer, at most")
+    max_new_tokens: Count = Field(
+        default=64, description="tokens of a generated answer, at most"
+    )
     group_by_length: bool = Field(
         default=True, description="rows of like length share a batch: less padding"
     )
     labelled_logits: bool = Field(
-        default=True, description="logits only where there is a label, where the model can"
+        default=True,
+        description="logits only where there is a label, where the model can",
     )
-    checkpoint_every: Count | None = Field(default=None, description="steps between checkpoints")
-    log_every: Count = Field(default=10, description="steps between rows of metrics.jsonl")
+    checkpoint_every: Count | None = Field(
+        default=None, description="steps between checkpoints"
+    )
+    log_every: Count = Field(
+        default=10, description="steps between rows of metrics.jsonl"
+    )
     eval_every: Count | None = Field(
         default=None, description="steps between evaluations on the validation split"
     )
     eval_rows: Count | None = Field(
-        default=None, description="rows scored at most; the task's own limit unless given"
+        default=None,
+        description="rows scored at most; the task's own limit unless given",
     )
 
     @model_validator(mode="after")
     def _one_length(self) -> Training:
         if self.steps and self.epochs:
-            raise ValueError("training.steps and training.epochs exclude each other: give one")
+            raise ValueError(
+                "training.steps and training.epochs exclude each other: give one"
+            )
         return self
 
     @model_validator(mode="after")
@@ -156,13 +171,21 @@ class Recipe(_Strict):
 
                 parts(self.method, self.method_args, self.where)
             check_source(self.data)
-            _choice("training.schedule", self.training.schedule, [s.value for s in SchedulerType])
             _choice(
-                "training.optimizer", self.training.optimizer, [o.value for o in OptimizerNames]
+                "training.schedule",
+                self.training.schedule,
+                [s.value for s in SchedulerType],
+            )
+            _choice(
+                "training.optimizer",
+                self.training.optimizer,
+                [o.value for o in OptimizerNames],
             )
             for key in ("mixed_precision", "offload", "liger"):
                 if getattr(self.training, key) and not torch.cuda.is_available():
-                    raise PetuneError(f"training.{key}: needs a CUDA device; leave it out.")
+                    raise PetuneError(
+                        f"training.{key}: needs a CUDA device; leave it out."
+                    )
             if self.training.liger and not is_liger_kernel_available():
                 raise PetuneError(
                     "training.liger: the package liger-kernel is not installed; `pip install` it."
@@ -192,7 +215,9 @@ class Recipe(_Strict):
         return self.model_copy(update={"data": data, "model": model})
 
 
-def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
+) -> Recipe:
     """Read a recipe from a YAML file (or a mapping) and apply `key.key=value` overrides.
 
     Raises:
@@ -222,19 +247,24 @@ def parse(values: Mapping[str, Any], name: str = "recipe") -> Recipe:
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 takes `1e-3` for a string and the last of two equal keys; nobody means that."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(
+        self, node: yaml.MappingNode, deep: bool = False
+    ) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
             if key.value in seen:
                 raise yaml.MarkedYAMLError(
-                    problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark
+                    problem=f"key {key.value!r} is given twice",
+                    problem_mark=key.start_mark,
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 _EXPONENT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789")
+)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -258,7 +288,9 @@ def _read(path: Path) -> dict[str, Any]:
 def _override(values: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
-        raise PetuneError(f"override {override!r}: write key=value, such as training.steps=10.")
+        raise PetuneError(
+            f"override {override!r}: write key=value, such as training.steps=10."
+        )
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError:
@@ -285,7 +317,9 @@ def _quantizer(precision: str, plain: Sequence[str]) -> None:
 
 def _choice(key: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
-        raise PetuneError(f"{key}: {unknown('value' if '.' in key else 'role', value, known)}")
+        raise PetuneError(
+            f"{key}: {unknown('value' if '.' in key else 'role', value, known)}"
+        )
 
 
 def _first(error: ValidationError) -> str:
@@ -309,7 +343,9 @@ def _first(error: ValidationError) -> str:
     elif problem["type"] == "value_error":
         text = f"{problem['ctx']['error']}."
     else:
-        reason = problem["msg"].replace("Input should be", "should be").partition(", ")[0]
+        reason = (
+            problem["msg"].replace("Input should be", "should be").partition(", ")[0]
+        )
         text = f"{key}: {problem['input']!r} {reason}."
     more = len(problems) - 1
     return text + (f" (And {more} more.)" if more else "")

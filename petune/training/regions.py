@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from petune.core.frozen.modules import blocks
+from petune.core.frozen.blocks import blocks
 from petune.errors import PetuneError
 from petune.training.swap import forward_as
 
@@ -45,7 +45,9 @@ def compiled(model: Any, budget: float | None = None) -> Iterator[None]:
         stack.enter_context(torch._functorch.config.patch(options))
         # one code object serves the blocks of all kinds, each with and without a gradient of its input
         stack.enter_context(torch._dynamo.config.patch(recompile_limit=64))
-        stack.callback(torch.compiler.reset)  # another budget would be given the code of this one
+        stack.callback(
+            torch.compiler.reset
+        )  # another budget would be given the code of this one
         for _, _, block in blocks(model):
             stack.enter_context(forward_as(block, _Region(block, block.forward)))
         yield

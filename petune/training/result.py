@@ -54,7 +54,9 @@ class Result:
         values = read_json(Path(run) / "result.json")
         known = {field.name for field in fields(cls)} - {"metrics"}
         if missing := known - values.keys():
-            raise PetuneError(f"{Path(run) / 'result.json'}: no {', '.join(sorted(missing))}.")
+            raise PetuneError(
+                f"{Path(run) / 'result.json'}: no {', '.join(sorted(missing))}."
+            )
         return cls(
             **{key: values[key] for key in known},
             metrics={k: v for k, v in values.items() if k not in known},

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from petune import Tuning
-    from petune.core.attached.merge import Merged
+    from petune.core.attached.cost import Merged
 
 
 @dataclass
@@ -50,11 +50,18 @@ class Run:
             rows = assign(read_rows(data), self._columns(), (*self.task.inputs, *self.task.targets),
                           self.task.optional, source=str(data))  # fmt: skip
         metrics = self.task.score(
-            self.model, sample(rows, self.recipe.training.eval_rows or self.task.eval_rows)
+            self.model,
+            sample(rows, self.recipe.training.eval_rows or self.task.eval_rows),
         )
-        return {"score": metrics[self.task.metric], "metric": self.task.metric, **metrics}
+        return {
+            "score": metrics[self.task.metric],
+            "metric": self.task.metric,
+            **metrics,
+        }
 
-    def predict(self, data: str | Path | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def predict(
+        self, data: str | Path | Sequence[Mapping[str, Any]]
+    ) -> list[dict[str, Any]]:
         """The rows of a file or a list, in their order, each with the answer under `prediction`.
 
         Raises:
@@ -66,9 +73,14 @@ class Run:
             rows, source = read_rows(data), str(data)
         else:
             rows, source = Dataset.from_list([dict(row) for row in data]), "rows"
-        asked = assign(rows, self._columns(), self.task.inputs, self.task.optional, source=source)
+        asked = assign(
+            rows, self._columns(), self.task.inputs, self.task.optional, source=source
+        )
         answers = self.task.predict(self.model, asked)
-        return [{**row, "prediction": answer} for row, answer in zip(rows, answers, strict=True)]
+        return [
+            {**row, "prediction": answer}
+            for row, answer in zip(rows, answers, strict=True)
+        ]
 
     def merge(self, out: str | Path, *, quantized: bool = False) -> Merged:
         """Fold the tuning into the base and write a transformers folder that needs no petune.
@@ -100,7 +112,9 @@ class Run:
             raise PetuneError(
                 f"transformers can't save {self.recipe.precision} weights; merge into dense ones."
             )
-        with catch_warnings(action="ignore"):  # of what would be lost: that is an error here
+        with catch_warnings(
+            action="ignore"
+        ):  # of what would be lost: that is an error here
             merged = self.tuning.merge(quantize=quantized)
         if not quantized:
             dequantize(model)
@@ -175,7 +189,10 @@ def evaluate(
 
 
 def predict(
-    run: str | Path, data: str | Path | Sequence[Mapping[str, Any]], *, quiet: bool = True
+    run: str | Path,
+    data: str | Path | Sequence[Mapping[str, Any]],
+    *,
+    quiet: bool = True,
 ) -> list[dict[str, Any]]:
     """See `Run.predict`."""
     loaded = load_run(run)
@@ -195,9 +212,13 @@ def export_run(run: str | Path, out: str | Path, format: str) -> None:
     """See `Run.export`."""
     if format == "gguf":
         remedy = f"run llama.cpp's convert_lora_to_gguf.py on `petune export {run} {out} --format serving`"
-        raise PetuneError(f"--format gguf: petune has no converter of its own; {remedy}.")
+        raise PetuneError(
+            f"--format gguf: petune has no converter of its own; {remedy}."
+        )
     if format != "dense":
-        registry().get("petune_formats", format, "dense")  # before a model is loaded for it
+        registry().get(
+            "petune_formats", format, "dense"
+        )  # before a model is loaded for it
     loaded = load_run(run)
     with quietly():
         loaded.export(out, format)

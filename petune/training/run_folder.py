@@ -35,7 +35,9 @@ def make_room(run: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> No
         raise PetuneError(f"output {run}: is a file; name a folder.")
     if not (run / RECIPE).exists():
         if any(run.iterdir()):
-            raise PetuneError(f"output {run}: holds other files than a run; name a new folder.")
+            raise PetuneError(
+                f"output {run}: holds other files than a run; name a new folder."
+            )
         return
     if overwrite:
         for name in (
@@ -66,7 +68,9 @@ def make_room(run: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> No
 
 def write_recipe(run: Path, recipe: Recipe) -> None:
     """The resolved recipe, every default included."""
-    text = yaml.safe_dump(recipe.resolved().model_dump(), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(
+        recipe.resolved().model_dump(), sort_keys=False, allow_unicode=True
+    )
     write_text(run / RECIPE, text)
 
 
@@ -75,7 +79,9 @@ def _check_same(recipe: Recipe, old: Recipe, path: Path) -> None:
     trained, before = new.pop("training"), was.pop("training")
     changed = [key for key in new if new[key] != was[key] and key != "output"]
     changed += [
-        f"training.{key}" for key in trained if key not in _FREE and trained[key] != before[key]
+        f"training.{key}"
+        for key in trained
+        if key not in _FREE and trained[key] != before[key]
     ]
     if changed:
         raise PetuneError(

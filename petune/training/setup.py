@@ -39,7 +39,9 @@ def make_splits(recipe: Recipe) -> dict[str, datasets.Dataset]:
         PetuneError: the data can't be read, or a role has no column in it.
     """
     kind: type[Task] = registry().get("petune_tasks", recipe.task)
-    return load_splits(recipe.data, recipe.columns, (*kind.inputs, *kind.targets), kind.optional)
+    return load_splits(
+        recipe.data, recipe.columns, (*kind.inputs, *kind.targets), kind.optional
+    )
 
 
 def make_model(recipe: Recipe, task: Task) -> PreTrainedModel:
@@ -55,7 +57,11 @@ def make_model(recipe: Recipe, task: Task) -> PreTrainedModel:
     head = recipe.head or task.head
     seed = recipe.training.seed
     model: Any = from_pretrained(
-        recipe.model, precision=recipe.precision, head=head, seed=seed, **task.model_args()
+        recipe.model,
+        precision=recipe.precision,
+        head=head,
+        seed=seed,
+        **task.model_args(),
     )
     if torch.cuda.is_available() and not getattr(
         model, "is_quantized", False

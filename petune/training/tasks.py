@@ -67,7 +67,9 @@ class Task:
         config: Any = model.config
         text = config.get_text_config()
         if getattr(text, "pad_token_id", None) is None:
-            text.pad_token_id = self.pad_id  # decoders find the last token of a row by it
+            text.pad_token_id = (
+                self.pad_id
+            )  # decoders find the last token of a row by it
 
     def encode(self, row: Mapping[str, Any]) -> Example:
         """A row with its target, as one training example."""
@@ -91,7 +93,9 @@ class Task:
         chosen = self.tokenizer.pad_token_id
         return int(chosen if chosen is not None else self.tokenizer.eos_token_id or 0)
 
-    def pad(self, examples: Sequence[Example], side: str = "right") -> dict[str, Tensor]:
+    def pad(
+        self, examples: Sequence[Example], side: str = "right"
+    ) -> dict[str, Tensor]:
         """Rows of like keys as rectangular tensors, (batch, length); `labels` are filled with -100."""
         import torch
 
@@ -125,14 +129,21 @@ class Task:
         import torch
         from tqdm import tqdm
 
-        size = self.recipe.training.eval_batch_size or 2 * self.recipe.training.batch_size
-        order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["input_ids"]))
+        size = (
+            self.recipe.training.eval_batch_size or 2 * self.recipe.training.batch_size
+        )
+        order = sorted(
+            range(len(examples)), key=lambda i: -len(examples[i]["input_ids"])
+        )
         found: list[Any] = [None] * len(order)
         device = next(model.parameters()).device
         training = model.training
         model.eval()
         starts = tqdm(
-            range(0, len(order), size), "eval", leave=False, disable=True if self.quiet else None
+            range(0, len(order), size),
+            "eval",
+            leave=False,
+            disable=True if self.quiet else None,
         )
         try:
             with torch.inference_mode():

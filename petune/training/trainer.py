@@ -54,8 +54,14 @@ class Adapted(Protocol):
 class Recorder(TrainerCallback):
     """Times every step, writes metrics.jsonl, and stops the training at a step's end when told to."""
 
-    def __init__(self, path: Path, sampler: EpochSampler, updates_per_epoch: int) -> None:
-        self.path, self.sampler, self.updates_per_epoch = path, sampler, updates_per_epoch
+    def __init__(
+        self, path: Path, sampler: EpochSampler, updates_per_epoch: int
+    ) -> None:
+        self.path, self.sampler, self.updates_per_epoch = (
+            path,
+            sampler,
+            updates_per_epoch,
+        )
         self.seconds = 0.0
         self.steps: list[tuple[float, int]] = []  # (seconds, tokens) of this session
         self.loss = float("nan")
@@ -67,7 +73,11 @@ class Recorder(TrainerCallback):
         """Go on from a checkpoint: rows that a crashed session wrote after it are dropped."""
         clock = read_json(checkpoint / "clock.json")
         self.seconds, self.loss = clock["seconds"], clock["loss"] or float("nan")
-        rows = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        rows = (
+            self.path.read_text(encoding="utf-8").splitlines()
+            if self.path.exists()
+            else []
+        )
         kept = [row for row in rows if _step(row) <= step]
         write_text(self.path, "".join(row + "\n" for row in kept))
 
@@ -83,31 +93,51 @@ class Recorder(TrainerCallback):
     @property
     def step_seconds(self) -> float:
         return (
-            statistics.median(seconds for seconds, _ in self.timed) if self.steps else float("nan")
+            statistics.median(seconds for seconds, _ in self.timed)
+            if self.steps
+            else float("nan")
         )
 
     @property
     def tokens_per_second(self) -> float:
         spent = sum(seconds for seconds, _ in self.timed)
-        return sum(tokens for _, tokens in self.timed) / spent if spent else float("nan")
+        return (
+            sum(tokens for _, tokens in self.timed) / spent if spent else float("nan")
+        )
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
     ) -> None:
         self._tokens = state.num_input_tokens_seen
 
     def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
     ) -> None:
         self.sampler.epoch = state.global_step // self.updates_per_epoch
 
     def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
     ) -> None:
         self._began = _now()
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
     ) -> None:
         spent, seen = _now() - self._began, int(state.num_input_tokens_seen)
         self.steps.append((spent, seen - self._tokens))
@@ -116,7 +146,9 @@ class Recorder(TrainerCallback):
         if self.stopping and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
         # a row at every checkpoint: the mean loss in it starts anew there, whether or not the run is stopped
-        control.should_log |= control.should_save or state.global_step >= state.max_steps
+        control.should_log |= (
+            control.should_save or state.global_step >= state.max_steps
+        )
 
     def on_log(
         self,
@@ -130,12 +162,21 @@ class Recorder(TrainerCallback):
         row: dict[str, Any] = {"step": state.global_step}
         if "loss" in logs:
             self.loss = logs["loss"]
-            row |= {key: logs[key] for key in ("loss", "learning_rate", "grad_norm") if key in logs}
+            row |= {
+                key: logs[key]
+                for key in ("loss", "learning_rate", "grad_norm")
+                if key in logs
+            }
         elif any(key.startswith("eval_") for key in logs):
-            row |= {key: value for key, value in logs.items() if key.startswith("eval_")}
+            row |= {
+                key: value for key, value in logs.items() if key.startswith("eval_")
+            }
         else:
             return
-        row |= {"tokens": int(state.num_input_tokens_seen), "seconds": round(self.seconds, 6)}
+        row |= {
+            "tokens": int(state.num_input_tokens_seen),
+            "seconds": round(self.seconds, 6),
+        }
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite(row)) + "\n")
 
@@ -147,12 +188,20 @@ class Schedule(TrainerCallback):
         self.tuning, self.running = tuning, ExitStack()
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
     ) -> None:
         self.running.enter_context(self.tuning.step(state.global_step, state.max_steps))
 
     def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
     ) -> None:
         self.running.close()
 
@@ -178,7 +227,12 @@ class AdapterTrainer(Trainer):
     """Saves and reads back only what trains; evaluates by the task's own score; takes a recipe's settings."""
 
     def __init__(
-        self, model: nn.Module, tuning: Adapted, task: Task, recorder: Recorder, **kwargs: Any
+        self,
+        model: nn.Module,
+        tuning: Adapted,
+        task: Task,
+        recorder: Recorder,
+        **kwargs: Any,
     ) -> None:
         self.settings, self.acting, self.task, self.recorder = (
             task.recipe.training,
@@ -187,8 +241,12 @@ class AdapterTrainer(Trainer):
             recorder,
         )
         self.tuning: Any = tuning
-        self.packs = self._packs()  # Trainer makes its folder; what can't be is said before
-        super().__init__(model=model, callbacks=[recorder], data_collator=task.collate, **kwargs)
+        self.packs = (
+            self._packs()
+        )  # Trainer makes its folder; what can't be is said before
+        super().__init__(
+            model=model, callbacks=[recorder], data_collator=task.collate, **kwargs
+        )
         self.model_accepts_loss_kwargs = (
             task.token_loss
         )  # else a mean over the batch, which is divided as it is
@@ -301,10 +359,14 @@ class AdapterTrainer(Trainer):
         """Nothing: the tuning was loaded before the optimizer was made."""
 
 
-def arguments(recipe: Recipe, folder: Path, steps: int, *, quiet: bool) -> TrainingArguments:
+def arguments(
+    recipe: Recipe, folder: Path, steps: int, *, quiet: bool
+) -> TrainingArguments:
     """A recipe in Trainer's words."""
     t = recipe.training
-    schedule = "constant_with_warmup" if t.schedule == "constant" and t.warmup else t.schedule
+    schedule = (
+        "constant_with_warmup" if t.schedule == "constant" and t.warmup else t.schedule
+    )
     made = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -318,7 +380,10 @@ def arguments(recipe: Recipe, folder: Path, steps: int, *, quiet: bool) -> Train
         weight_decay=t.weight_decay,
         max_grad_norm=t.max_grad_norm,
         use_liger_kernel=t.liger,
-        liger_kernel_config={"cross_entropy": False, "fused_linear_cross_entropy": False}
+        liger_kernel_config={
+            "cross_entropy": False,
+            "fused_linear_cross_entropy": False,
+        }
         if t.liger
         else None,
         optim=t.optimizer,
@@ -351,8 +416,13 @@ def last_checkpoint(folder: Path) -> tuple[Path, int] | None:
     found = []
     for path in folder.glob("checkpoint-*"):
         try:
-            found.append((int(read_json(path / "trainer_state.json")["global_step"]), path))
-        except (ValueError, KeyError):  # PetuneError, which read_json raises, is a ValueError
+            found.append(
+                (int(read_json(path / "trainer_state.json")["global_step"]), path)
+            )
+        except (
+            ValueError,
+            KeyError,
+        ):  # PetuneError, which read_json raises, is a ValueError
             continue
     step, newest = max(found, default=(0, None))
     return (newest, step) if newest else None
@@ -368,7 +438,9 @@ def resume_schedule(tuning: Tuning, checkpoint: Path) -> None:
 @contextmanager
 def stop_on_signal(recorder: Recorder) -> Iterator[None]:
     """The first Ctrl-C (or SIGTERM) ends the training after the step, with a checkpoint; the second at once."""
-    if threading.current_thread() is not threading.main_thread():  # signals reach only that one
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # signals reach only that one
         yield
         return
 

@@ -14,7 +14,9 @@ Parts = Mapping[str, slice | Tensor]
 HALVES = {"gate_up": ("gate", "up"), "kv": ("k", "v")}
 
 
-def sites(model: nn.Module, layout: Callable[[petune.Site], Parts]) -> list[petune.Site]:
+def sites(
+    model: nn.Module, layout: Callable[[petune.Site], Parts]
+) -> list[petune.Site]:
     """Those that discovery finds, the fused ones with their parts."""
     found = petune.discover(model)
     attentions = {s.name.partition("#")[0]: s for s in found if s.kind == "attention"}
@@ -22,7 +24,9 @@ def sites(model: nn.Module, layout: Callable[[petune.Site], Parts]) -> list[petu
     def parts(site: petune.Site) -> Parts:
         if site.role in HALVES:
             half = site.out_features // 2
-            return dict(zip(HALVES[site.role], (slice(0, half), slice(half, None)), strict=True))
+            return dict(
+                zip(HALVES[site.role], (slice(0, half), slice(half, None)), strict=True)
+            )
         core = attentions.get(site.name.rpartition(".")[0])
         return layout(core) if site.role == "qkv" and core is not None else site.parts
 
@@ -38,8 +42,14 @@ def runs(core: petune.Site) -> Parts:
 def by_head(core: petune.Site, groups: int | None = None) -> Parts:
     """For each group of heads its queries, then its key, then its value; without `groups` each head is one."""
     groups = groups or core.heads
-    rows = torch.arange((core.heads + 2 * groups) * core.head_dim).view(groups, -1, core.head_dim)
-    return {"q": rows[:, :-2].flatten(), "k": rows[:, -2].flatten(), "v": rows[:, -1].flatten()}
+    rows = torch.arange((core.heads + 2 * groups) * core.head_dim).view(
+        groups, -1, core.head_dim
+    )
+    return {
+        "q": rows[:, :-2].flatten(),
+        "k": rows[:, -2].flatten(),
+        "v": rows[:, -1].flatten(),
+    }
 
 
 def falcon(core: petune.Site) -> Parts:
@@ -47,7 +57,12 @@ def falcon(core: petune.Site) -> Parts:
     attention: Any = core.module
     one = attention.multi_query and not attention.new_decoder_architecture
     return by_head(
-        core, 1 if one else attention.num_kv_heads if attention.new_decoder_architecture else None
+        core,
+        1
+        if one
+        else attention.num_kv_heads
+        if attention.new_decoder_architecture
+        else None,
     )
 
 
@@ -58,12 +73,18 @@ def within(core: petune.Site) -> Parts:
 
 
 LAYOUTS = {"falcon": falcon}
-LAYOUTS |= dict.fromkeys(["bloom", "gpt_neox", "gpt_neox_japanese", "persimmon"], by_head)
+LAYOUTS |= dict.fromkeys(
+    ["bloom", "gpt_neox", "gpt_neox_japanese", "persimmon"], by_head
+)
 LAYOUTS |= dict.fromkeys(
     ["dbrx", "glm", "glm4", "modernbert", "modernbert-decoder", "mpt", "phi3"], runs
 )
-LAYOUTS |= dict.fromkeys(["decision_transformer", "gpt2", "imagegpt", "openai-gpt"], runs)
+LAYOUTS |= dict.fromkeys(
+    ["decision_transformer", "gpt2", "imagegpt", "openai-gpt"], runs
+)
 LAYOUTS |= dict.fromkeys(
     ["encoder-decoder", "speech-encoder-decoder", "vision-encoder-decoder"], within
 )
-ARCHITECTURES = {kind: partial(sites, layout=layout) for kind, layout in LAYOUTS.items()}
+ARCHITECTURES = {
+    kind: partial(sites, layout=layout) for kind, layout in LAYOUTS.items()
+}

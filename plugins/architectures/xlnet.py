@@ -33,11 +33,15 @@ def core(
         bias = bias + torch.einsum("ijbs,ibns->bnij", seg_mat, segment)
     bias = bias * self.scale
     if attn_mask is not None:
-        bias = bias - (65500 if bias.dtype == torch.float16 else 1e30) * attn_mask.permute(
-            2, 3, 0, 1
-        )
-    q, k, v = (t.permute(1, 2, 0, 3) for t in (q_head + self.r_w_bias, k_head_h, v_head_h))
-    out, weights = petune.attend(attention, self, q, k, v, position_bias=bias, is_causal=False)
+        bias = bias - (
+            65500 if bias.dtype == torch.float16 else 1e30
+        ) * attn_mask.permute(2, 3, 0, 1)
+    q, k, v = (
+        t.permute(1, 2, 0, 3) for t in (q_head + self.r_w_bias, k_head_h, v_head_h)
+    )
+    out, weights = petune.attend(
+        attention, self, q, k, v, position_bias=bias, is_causal=False
+    )
     out = out.transpose(0, 1)
     return (out, weights) if output_attentions else out
 
@@ -53,5 +57,7 @@ def attention(
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """The frozen computation, (batch, queries, heads, d) and the weights (queries, keys, batch, heads)."""
-    weights = self.dropout((q @ k.transpose(-1, -2) * self.scale + position_bias).softmax(-1))
+    weights = self.dropout(
+        (q @ k.transpose(-1, -2) * self.scale + position_bias).softmax(-1)
+    )
     return (weights @ v).transpose(1, 2), weights.permute(2, 3, 0, 1)

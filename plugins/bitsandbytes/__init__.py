@@ -61,10 +61,15 @@ class FourBit:
             return None
         old: Any = module.weight
         how = {
-            key: getattr(old, key) for key in ("quant_type", "compress_statistics", "quant_storage")
+            key: getattr(old, key)
+            for key in ("quant_type", "compress_statistics", "quant_storage")
         }
         new = bnb.Linear4bit(
-            *weight.T.shape, bias=False, compute_dtype=module.compute_dtype, device="meta", **how
+            *weight.T.shape,
+            bias=False,
+            compute_dtype=module.compute_dtype,
+            device="meta",
+            **how,
         )
         new.weight = bnb.Params4bit(
             weight.to(old.quant_state.dtype), blocksize=old.blocksize, module=new, **how
@@ -95,7 +100,11 @@ class EightBit:
             return None
         threshold = module.state.threshold
         new = bnb.Linear8bitLt(
-            *weight.T.shape, bias=False, has_fp16_weights=False, threshold=threshold, device="meta"
+            *weight.T.shape,
+            bias=False,
+            has_fp16_weights=False,
+            threshold=threshold,
+            device="meta",
         )
         new.weight = bnb.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
         return _dressed(new, module, bias, weight.device)
@@ -118,7 +127,9 @@ def _layers() -> Any:
     return nn
 
 
-def _dressed(new: Any, old: Any, bias: torch.Tensor | None, device: torch.device) -> nn.Module:
+def _dressed(
+    new: Any, old: Any, bias: torch.Tensor | None, device: torch.device
+) -> nn.Module:
     """Moving the layer to its device quantizes it."""
     from torch import nn
 

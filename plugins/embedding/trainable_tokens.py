@@ -19,27 +19,24 @@ class TrainableTokens(petune.Adapter):
 
     def __init__(self, site: petune.Site, *, ids: list[int]) -> None:
         super().__init__()
-        table = site.module.weight
-        assert isinstance(table, Tensor)  # (vocabulary, hidden)
-        weight = table.detach()
-        wrong = [i for i in ids if not 0 <= i < len(weight)]
+        table = site.module.get_parameter("weight").detach()  # (vocabulary, hidden)
+        wrong = [i for i in ids if not 0 <= i < len(table)]
         if wrong or not ids:
             raise petune.PetuneError(
-                f"trainable-tokens: ids={ids}: wanted are numbers below {len(weight)}."
+                f"trainable-tokens: ids={ids}: wanted are numbers below {len(table)}."
             )
         self.is_head = site.kind != "embedding"
         self.register_buffer(
-            "ids", torch.tensor(list(dict.fromkeys(ids)), device=weight.device), persistent=False
+            "ids",
+            torch.tensor(list(dict.fromkeys(ids)), device=table.device),
+            persistent=False,
         )
-        tied = site.shared("table", lambda: table) is table
-        rows = site.shared("rows", lambda: nn.Parameter(weight[self.ids].float()))
-        self.rows = rows if tied else None
-        probe = self.ids[:1]  # some embeddings (Gemma's) scale what they look up
-        stored = float(weight[probe].norm())
+        rows = site.shared("rows", lambda: nn.Parameter(table[self.ids].float()))
+        self.rows = rows if site.tied or not self.is_head else None
         self.scale = (
-            float(site.module(probe).detach().norm()) / stored
-            if stored and not self.is_head
-            else 1.0
+            1.0
+            if self.is_head
+            else _scale(site.module, table[self.ids[:1]], self.ids[:1])
         )
 
     def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
@@ -51,3 +48,9 @@ class TrainableTokens(petune.Adapter):
         hit = x.unsqueeze(-1) == self.ids  # (batch, length, ids)
         rows = hit.to(self.rows.dtype) @ self.rows * self.scale
         return torch.where(hit.any(-1, keepdim=True), rows.to(y.dtype), y)
+
+
+def _scale(embedding: nn.Module, row: Tensor, token: Tensor) -> float:
+    """What an embedding (Gemma's) multiplies its rows by."""
+    stored = float(row.norm())
+    return float(embedding(token).detach().norm()) / stored if stored else 1.0

@@ -1,4 +1,3 @@
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,48 +13,49 @@ class LadderSideTuning(petune.Adapter):
     is attached inside the blocks trains along. What it comes to is added behind the last block. m_i is a residual MLP
     (the paper has small transformer blocks), so that it needs no cache of its own. U starts at zero, so that training
     starts at the base. In an encoder-decoder the ladder stands beside the decoder: no gradient could pass it to reach
-    one beside the encoder. With gradient checkpointing a backward has to come before the next forward.
+    one beside the encoder. Reentrant gradient checkpointing is refused, since no gradient enters the blocks.
     """
 
     where = "layer"
 
     def __init__(self, site: petune.Site, *, reduction: petune.Positive = 8) -> None:
         super().__init__()
-        top: str = site.shared("top", lambda: site.name)
+        top = site.peers[-1]
         self.rungs: list[LadderSideTuning] = site.shared("rungs", list)
-        self.tape: dict[int, Tensor] = site.shared(
-            "tape", dict
-        )  # the results of the blocks by rung
-        self.rung = len(self.rungs)
-        self.beside = _stack(site.name) == _stack(top)
+        self.beside = _stack(site) == _stack(top)
+        self.up: nn.Linear | None = None
         if self.beside:
             hidden, width = site.out_features, max(1, site.out_features // reduction)
-            self.down, self.gate = nn.Linear(hidden, width), nn.Parameter(torch.zeros(1))
-            self.mlp = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
-            self.up = nn.Linear(width, hidden, bias=False) if site.name == top else None
-            if self.up:
-                nn.init.zeros_(self.up.weight)
+            self.down, self.gate = (
+                nn.Linear(hidden, width),
+                nn.Parameter(torch.zeros(1)),
+            )
+            self.mlp = nn.Sequential(
+                nn.Linear(width, width), nn.GELU(), nn.Linear(width, width)
+            )
             self.rungs.append(self)
+        if site is top:
+            self.up = nn.Linear(width, hidden, bias=False)
+            nn.init.zeros_(self.up.weight)
 
-    @classmethod
-    def settle(cls, sites: Sequence[petune.Site], arguments: dict[str, Any]) -> dict[str, Any]:
-        sites[0].shared("top", lambda: sites[-1].name)
-        return arguments
-
-    def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
+    def forward(
+        self, inner: petune.Inner, x: Tensor, *, notes: dict[Any, Tensor]
+    ) -> Tensor:
         if not self.beside:
             return inner(x)
-        h = self.tape[self.rung] = inner(x).detach()
+        h = notes[self] = inner(x).detach()
         if self.up is None:
             return h
         side = x.new_zeros(1)
         for rung in self.rungs:
-            mixed = side + rung.gate.sigmoid() * (rung.down(self.tape[rung.rung]) - side)
-            side = mixed + rung.mlp(mixed)
-        if not torch.is_grad_enabled():  # with gradients, checkpointing may ask for them again
-            self.tape.clear()
+            side = rung.climbed(side, notes[rung])
         return h + self.up(side).to(h.dtype)
 
+    def climbed(self, side: Tensor, h: Tensor) -> Tensor:
+        """s_i, (batch, length, width), from s_{i-1} and h_i."""
+        mixed = side + self.gate.sigmoid() * (self.down(h) - side)
+        return mixed + self.mlp(mixed)
 
-def _stack(name: str) -> str:
-    return name.rpartition(".")[0]
+
+def _stack(site: petune.Site) -> str:
+    return site.name.rpartition(".")[0]

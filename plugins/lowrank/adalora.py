@@ -43,10 +43,14 @@ class AdaLoRA(petune.Adapter):
         self.Q = nn.Parameter(torch.randn(rank, site.in_features) * 0.02)
         self.e = nn.Parameter(torch.zeros(rank))
         self.P = nn.Parameter(torch.randn(site.out_features, rank) * 0.02)
-        self.register_buffer("keep", torch.ones(rank, dtype=torch.bool), persistent=False)
+        self.register_buffer(
+            "keep", torch.ones(rank, dtype=torch.bool), persistent=False
+        )
         for name, p in list(self.named_parameters()):
             for what in ("mean", "spread"):
-                self.register_buffer(f"{what}_{name}", torch.zeros_like(p), persistent=False)
+                self.register_buffer(
+                    f"{what}_{name}", torch.zeros_like(p), persistent=False
+                )
         self.scale, self.target, self.betas, self.orthogonality = (
             alpha / rank,
             min(target, rank),
@@ -56,12 +60,21 @@ class AdaLoRA(petune.Adapter):
         self.phases, self.every = (warmup, 1 - cooldown), every
 
     def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
-        return petune.lowrank_update(inner(x), x, self.Q * self.e[:, None], self.P, self.scale)
+        return petune.lowrank_update(inner(x), x, self.scaled(), self.P, self.scale)
+
+    @petune.derived
+    def scaled(self) -> Tensor:
+        """diag(e) Q, (rank, in)."""
+        return self.e[:, None] * self.Q
 
     @classmethod
     @contextmanager
-    def step(cls, adapters: Sequence["AdaLoRA"], step: int, total: int) -> Iterator[None]:
+    def step(
+        cls, adapters: Sequence["AdaLoRA"], step: int, total: int
+    ) -> Iterator[None]:
         straighten(adapters)
         yield
         observe(adapters)
-        allocate(adapters, step, *(round(share * total) for share in adapters[0].phases))
+        allocate(
+            adapters, step, *(round(share * total) for share in adapters[0].phases)
+        )

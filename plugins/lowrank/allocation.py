@@ -20,8 +20,14 @@ def straighten(adapters: Sequence[AdaLoRA]) -> None:
     for a in adapters:
         for p, rows in ((a.Q, a.Q), (a.P, a.P.T)):
             if p.grad is not None:
-                off = rows @ rows.T - torch.eye(len(rows), dtype=p.dtype, device=p.device)
-                slope = off @ rows * (a.orthogonality / len(adapters) / off.norm().clamp(min=1e-12))
+                off = rows @ rows.T - torch.eye(
+                    len(rows), dtype=p.dtype, device=p.device
+                )
+                slope = (
+                    off
+                    @ rows
+                    * (a.orthogonality / len(adapters) / off.norm().clamp(min=1e-12))
+                )
                 p.grad += slope if rows is p else slope.T
 
 
@@ -31,7 +37,10 @@ def observe(adapters: Sequence[AdaLoRA]) -> None:
     for a in adapters:
         for name, p in a.named_parameters():
             if p.grad is not None:
-                mean, spread = a.get_buffer(f"mean_{name}"), a.get_buffer(f"spread_{name}")
+                mean, spread = (
+                    a.get_buffer(f"mean_{name}"),
+                    a.get_buffer(f"spread_{name}"),
+                )
                 now = (p * p.grad).abs()
                 mean.lerp_(now, 1 - a.betas[0])
                 spread.lerp_((now - mean).abs(), 1 - a.betas[1])
@@ -43,7 +52,10 @@ def allocate(adapters: Sequence[AdaLoRA], step: int, begin: int, end: int) -> No
     if step == end or (begin < step < end and step % adapters[0].every == 0):
         scores = [_importance(a) for a in adapters]
         everything = torch.cat([score.cpu() for score in scores])
-        target, left = sum(a.target for a in adapters), 1 - (step - begin) / (end - begin)
+        target, left = (
+            sum(a.target for a in adapters),
+            1 - (step - begin) / (end - begin),
+        )
         cut = len(everything) - int((len(everything) - target) * left**3 + target)
         bound = everything.kthvalue(cut).values.item() if cut else float("-inf")
         for a, score in zip(adapters, scores, strict=True):
@@ -56,5 +68,7 @@ def allocate(adapters: Sequence[AdaLoRA], step: int, begin: int, end: int) -> No
 
 def _importance(a: AdaLoRA) -> Tensor:
     """(rank,): that of each e, and the mean ones of its column of P and its row of Q."""
-    e, q, p = (a.get_buffer(f"mean_{name}") * a.get_buffer(f"spread_{name}") for name in "eQP")
+    e, q, p = (
+        a.get_buffer(f"mean_{name}") * a.get_buffer(f"spread_{name}") for name in "eQP"
+    )
     return e + q.mean(1) + p.mean(0)

@@ -18,24 +18,28 @@ class DoRA(LoRA):
 
     peft = DORA
     base_norm: Tensor
+    bias: Tensor
 
     def __init__(self, site: petune.Site, **lora: Any) -> None:
         super().__init__(site, **lora)
         norm = site.weight().norm(dim=1)
         self.m = nn.Parameter(norm.clone())
         self.register_buffer("base_norm", norm, persistent=False)
+        self.register_buffer("bias", site.bias(), persistent=False)
+
+    def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
+        y = super().forward(inner, x)  # (W + s B A) x + b
+        gain = self.m / self.norm(inner, x.dtype)
+        return torch.addcmul(y, (gain - 1).to(y.dtype), y - self.bias.to(y.dtype))
+
+    @torch.no_grad()
+    def norm(self, inner: petune.Inner, dtype: torch.dtype) -> Tensor:
+        """The norms of the rows of W + s B A, (out,)."""
+        a, b = self.factors()
+        with torch.autocast(a.device.type, enabled=False):
+            wa = (inner(a.to(dtype)) - self.bias).to(b.dtype).T  # (out, rank)
+            cross = 2 * self.scale * wa + self.scale**2 * b @ (a @ a.T)
+            return (self.base_norm**2 + (cross * b).sum(1)).clamp(min=1e-12).sqrt()
 
     def plain(self) -> dict[str, Tensor]:
         return {**super().plain(), "m": self.m}
-
-    def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
-        a, b = self.factors()
-        y = petune.lowrank_update(
-            inner(x), x, a, b, self.scale, dropout=self.dropout * self.training
-        )
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            bias = inner(x.new_zeros(1, x.shape[-1]))
-            wa = (inner(a.to(x.dtype)) - bias).to(b.dtype).T  # (out, rank)
-            cross = 2 * self.scale * wa + self.scale**2 * b @ (a @ a.T)
-            norm = (self.base_norm**2 + (cross * b).sum(1)).clamp(min=1e-12).sqrt()  # (out,)
-        return torch.addcmul(y, (self.m / norm - 1).to(y.dtype), y - bias)

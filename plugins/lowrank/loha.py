@@ -31,6 +31,11 @@ class LoHa(petune.Adapter):
         self.scale = alpha / rank
 
     def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
-        a = (self.A1[:, None] * self.A2).flatten(0, 1)  # (rank rank, in)
-        b = (self.B1[:, :, None] * self.B2[:, None]).flatten(1)  # (out, rank rank)
-        return petune.lowrank_update(inner(x), x, a, b, self.scale)
+        return petune.lowrank_update(inner(x), x, *self.factors(), self.scale)
+
+    @petune.derived
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Matrices of which (B1 A1) * (B2 A2) is the product: (rank rank, in) and (out, rank rank)."""
+        a = (self.A1[:, None] * self.A2).flatten(0, 1)
+        b = (self.B1[:, :, None] * self.B2[:, None]).flatten(1)
+        return a, b

@@ -19,10 +19,18 @@ class LoKr(petune.Adapter):
     where, mergeable, peft = petune.ALL_LINEAR, True, LOKR
 
     def __init__(
-        self, site: petune.Site, *, rank: petune.Positive = 8, alpha: float = 16.0, factor: int = 8
+        self,
+        site: petune.Site,
+        *,
+        rank: petune.Positive = 8,
+        alpha: float = 16.0,
+        factor: int = 8,
     ) -> None:
         super().__init__()
-        into, out = _divisor(site.in_features, factor), _divisor(site.out_features, factor)
+        into, out = (
+            _divisor(site.in_features, factor),
+            _divisor(site.out_features, factor),
+        )
         wide, high = site.in_features // into, site.out_features // out
         whole = 2 * rank >= max(wide, high)
         self.C = nn.Parameter(torch.empty(out, into))

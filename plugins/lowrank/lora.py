@@ -3,7 +3,7 @@ from torch import Tensor, nn
 
 import petune
 
-from .start import Share, Start, at, check_patterns, start
+from .start import Share, Start, start
 from .twins import LORA
 
 
@@ -13,14 +13,12 @@ class LoRA(petune.Adapter):
     A is Kaiming-uniform (`gaussian`: normal) and B zero; `orthogonal` starts both with B A = 0; `pissa`
     (arXiv:2404.02948) and `olora` (arXiv:2406.01775) start at parts of W and subtract the product B_0 A_0 that they
     start with. So training starts at the base. `rslora` scales by alpha / sqrt(rank) (arXiv:2312.03732). Dropout acts
-    on the input of A. The patterns give other ranks and alphas by role (`q`) or name (`*.layers.0.*`) of a site. B
-    learns `lr_ratio` times as fast as A (LoRA+, arXiv:2402.12354).
+    on the input of A. B learns `lr_ratio` times as fast as A (LoRA+, arXiv:2402.12354).
     """
 
     where, mergeable, peft = petune.ALL_LINEAR, True, LORA
     A0: Tensor | None
     B0: Tensor | None
-    settle = classmethod(check_patterns)  # type: ignore[var-annotated]
 
     def __init__(
         self,
@@ -31,35 +29,34 @@ class LoRA(petune.Adapter):
         dropout: Share = 0.0,
         rslora: bool = False,
         init: Start = "default",
-        rank_pattern: dict[str, petune.Positive] | None = None,
-        alpha_pattern: dict[str, float] | None = None,
         lr_ratio: float = 1.0,
     ) -> None:
         super().__init__()
-        rank, alpha, self.lr_ratio = (
-            at(site, rank_pattern, rank),
-            at(site, alpha_pattern, alpha),
-            lr_ratio,
-        )
         self.scale, self.dropout = alpha / (rank**0.5 if rslora else rank), dropout
+        self.lr_ratio = lr_ratio
         a, b = start(init, site, rank, self.scale)
         self.A, self.B = nn.Parameter(a), nn.Parameter(b)
-        for name, factor in (("A0", a), ("B0", b)):
-            self.register_buffer(name, factor.clone() if init in ("pissa", "olora") else None)
+        subtracted = init in ("pissa", "olora")
+        self.register_buffer("A0", a.clone() if subtracted else None)
+        self.register_buffer("B0", b.clone() if subtracted else None)
 
-    def learning_rates(self) -> dict[str, float]:
-        return {"B": self.lr_ratio}
+    def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
+        a, b = self.factors()
+        dropout = self.dropout if self.training else 0.0
+        return petune.lowrank_update(inner(x), x, a, b, self.scale, dropout=dropout)
 
+    @petune.derived
     def factors(self) -> tuple[Tensor, Tensor]:
         """(A, B), or factors of B A - B_0 A_0 = (B - B_0) A + B_0 (A - A_0), which lose no small change to rounding."""
         if self.A0 is None or self.B0 is None:
             return self.A, self.B
-        return torch.cat([self.A, self.A - self.A0]), torch.cat([self.B - self.B0, self.B0], 1)
+        return torch.cat([self.A, self.A - self.A0]), torch.cat(
+            [self.B - self.B0, self.B0], 1
+        )
 
     def plain(self) -> dict[str, Tensor]:
-        return dict(zip("AB", self.factors(), strict=True))
+        a, b = self.factors()
+        return {"A": a, "B": b}
 
-    def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
-        return petune.lowrank_update(
-            inner(x), x, *self.factors(), self.scale, dropout=self.dropout * self.training
-        )
+    def learning_rates(self) -> dict[str, float]:
+        return {"B": self.lr_ratio}

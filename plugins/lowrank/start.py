@@ -1,9 +1,7 @@
 """Where LoRA's factors start."""
 
 import math
-from collections.abc import Sequence
-from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
 import torch
 from annotated_types import Ge, Lt
@@ -15,33 +13,9 @@ Start = Literal["default", "gaussian", "orthogonal", "pissa", "olora"]
 Share = Annotated[float, Ge(0), Lt(1)]
 
 
-T = TypeVar("T")
-
-
-def at(site: petune.Site, pattern: dict[str, T] | None, default: T) -> T:
-    """What a pattern says of a site, by its role or its name."""
-    return next((v for k, v in (pattern or {}).items() if _meant(k, site)), default)
-
-
-def _meant(key: str, site: petune.Site) -> bool:
-    return key in (site.role, site.name) or fnmatchcase(site.name, key)
-
-
-def check_patterns(
-    cls: type, sites: Sequence[petune.Site], arguments: dict[str, Any]
-) -> dict[str, Any]:
-    """The arguments, of which each key of a pattern means a site."""
-    for argument in ("rank_pattern", "alpha_pattern"):
-        for key in arguments.get(argument) or {}:
-            if not any(_meant(key, site) for site in sites):
-                some = f"a role (such as {sites[0].role}) or a name ({sites[0].name})"
-                raise petune.PetuneError(
-                    f"{argument}: {key!r} matches none of the sites adapted; it takes {some}."
-                )
-    return arguments
-
-
-def start(init: Start, site: petune.Site, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+def start(
+    init: Start, site: petune.Site, rank: int, scale: float
+) -> tuple[Tensor, Tensor]:
     """A (rank, in) and B (out, rank). What `pissa` and `olora` cut out of the weight has its rank at most."""
     if init == "pissa":  # the largest singular vectors, by a randomized decomposition
         weight = site.weight()
@@ -54,7 +28,9 @@ def start(init: Start, site: petune.Site, rank: int, scale: float) -> tuple[Tens
         q = torch.linalg.qr(weight[:, :rank]).Q  # (out, rank)
         return q.T @ weight, q
     a, b = torch.empty(rank, site.in_features), torch.zeros(site.out_features, rank)
-    if init == "orthogonal":  # A and B meet in orthogonal halves of the rank, so that B A = 0
+    if (
+        init == "orthogonal"
+    ):  # A and B meet in orthogonal halves of the rank, so that B A = 0
         q = torch.linalg.qr(torch.randn(rank, rank)).Q
         a = (torch.randn(site.in_features, (rank + 1) // 2) @ q[0::2]).T / 10
         b = torch.randn(site.out_features, rank // 2) @ q[1::2] / 10

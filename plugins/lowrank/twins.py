@@ -67,12 +67,21 @@ VERA = petune.PeftTwin(
 LOHA = petune.PeftTwin(
     "LOHA",
     arguments={"r": "rank", "alpha": "alpha"},
-    tensors={"B1": "hada_w1_a", "A1": "hada_w1_b", "B2": "hada_w2_a", "A2": "hada_w2_b"},
+    tensors={
+        "B1": "hada_w1_a",
+        "A1": "hada_w1_b",
+        "B2": "hada_w2_a",
+        "A2": "hada_w2_b",
+    },
     neutral={"rank_pattern": ({}, None), "alpha_pattern": ({}, None)},
 )
 LOKR = petune.PeftTwin(
     "LOKR",
     arguments={"r": "rank", "alpha": "alpha", "decompose_factor": "factor"},
     tensors={"C": "lokr_w1", "B": "lokr_w2_a", "A": "lokr_w2_b", "BA": "lokr_w2"},
-    neutral={"decompose_both": (False,), "rank_pattern": ({}, None), "alpha_pattern": ({}, None)},
+    neutral={
+        "decompose_both": (False,),
+        "rank_pattern": ({}, None),
+        "alpha_pattern": ({}, None),
+    },
 )

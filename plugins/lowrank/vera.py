@@ -34,7 +34,9 @@ class VeRA(petune.Adapter):
             (max(s.out_features for s in site.peers), rank),
         )
 
-        def draw() -> list[Tensor]:  # Kaiming-uniform, drawn on the CPU: the same on every device
+        def draw() -> list[
+            Tensor
+        ]:  # Kaiming-uniform, drawn on the CPU: the same on every device
             generator = torch.Generator().manual_seed(seed)
             bounds = [(6 / size[1]) ** 0.5 for size in sizes]
             drawn = [
@@ -50,7 +52,9 @@ class VeRA(petune.Adapter):
         self.b = nn.Parameter(torch.zeros(site.out_features))
 
     def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
-        return inner(x) + petune.recompute(self.expand, F.linear(x, self.A), self.d, self.b)
+        return inner(x) + petune.recompute(
+            self.expand, F.linear(x, self.A), self.d, self.b
+        )
 
     def expand(self, low: Tensor, d: Tensor, b: Tensor) -> Tensor:
         return b * F.linear(d * low, self.B)

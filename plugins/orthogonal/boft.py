@@ -4,7 +4,7 @@ from torch import Tensor, nn
 import petune
 
 from . import twins
-from .rotation import nearest, rotate
+from .rotation import cayley, nearest, turn
 
 
 class BOFT(petune.Adapter):
@@ -16,9 +16,14 @@ class BOFT(petune.Adapter):
     """
 
     where, mergeable, peft = petune.ALL_LINEAR, True, twins.BOFT
+    bias: Tensor
 
     def __init__(
-        self, site: petune.Site, *, block: petune.Positive = 8, factors: petune.Positive = 2
+        self,
+        site: petune.Site,
+        *,
+        block: petune.Positive = 8,
+        factors: petune.Positive = 2,
     ) -> None:
         super().__init__()
         width = site.in_features
@@ -29,18 +34,27 @@ class BOFT(petune.Adapter):
                 f"boft: {site.name}: {width} inputs have no butterfly of {factors} factors."
             )
         self.block = size
-        self.free = nn.Parameter(torch.zeros(factors, width // size, size * (size - 1) // 2))
+        self.free = nn.Parameter(
+            torch.zeros(factors, width // size, size * (size - 1) // 2)
+        )
         self.scale = nn.Parameter(torch.ones(site.out_features))
+        self.register_buffer("bias", site.bias(), persistent=False)
 
     def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
-        for i, free in reversed(list(enumerate(self.free))):
-            halves = x.reshape(*x.shape[:-1], -1, 2, 2**i, self.block // 2)
-            pairs = halves.transpose(-3, -2)  # (…, groups, 2^i, 2, block / 2)
-            turned = rotate(
-                pairs.flatten(-2).flatten(-3, -2), free, self.block
-            )  # (…, blocks, block)
-            x = turned.reshape(pairs.shape).transpose(-3, -2).flatten(-4)
+        rotations = self.rotations()
+        for i in reversed(range(len(rotations))):
+            x = self.turned(x, rotations[i], 2**i)
         y = inner(x)
-        with torch.no_grad():
-            bias = inner(x.new_zeros(1, x.shape[-1]))
-        return torch.addcmul(y, (self.scale - 1).to(y.dtype), y - bias)
+        return torch.addcmul(y, (self.scale - 1).to(y.dtype), y - self.bias.to(y.dtype))
+
+    def turned(self, x: Tensor, rotation: Tensor, apart: int) -> Tensor:
+        """R_i x, whose blocks join half-blocks that lie `apart` half-blocks from each other."""
+        halves = x.unflatten(-1, (-1, 2, apart, self.block // 2))
+        pairs = halves.transpose(-3, -2)  # (…, groups, apart, 2, block / 2)
+        blocks = pairs.flatten(-2).flatten(-3, -2)  # (…, blocks, block)
+        return turn(blocks, rotation).reshape(pairs.shape).transpose(-3, -2).flatten(-4)
+
+    @petune.derived
+    def rotations(self) -> Tensor:
+        """R_i - I, (factors, blocks, block, block)."""
+        return cayley(self.free, self.block)

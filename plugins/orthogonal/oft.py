@@ -4,7 +4,7 @@ from torch import Tensor, nn
 import petune
 
 from . import twins
-from .rotation import nearest, rotate
+from .rotation import cayley, nearest, turn
 
 
 class OFT(petune.Adapter):
@@ -35,8 +35,10 @@ class OFT(petune.Adapter):
         )
 
     def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
-        return inner(
-            rotate(
-                x.reshape(*x.shape[:-1], -1, self.block), self.free, self.block, self.terms
-            ).flatten(-2)
-        )
+        blocks = x.unflatten(-1, (-1, self.block))
+        return inner(turn(blocks, self.rotation()).flatten(-2))
+
+    @petune.derived
+    def rotation(self) -> Tensor:
+        """R - I, (blocks, block, block)."""
+        return cayley(self.free, self.block, self.terms)

@@ -27,5 +27,9 @@ BOFT = petune.PeftTwin(
     same=("block",),
     # Without its CUDA kernel PEFT makes one factor of any number, and says so nowhere: such a folder does not fit.
     # PEFT's third factor joins blocks that its second has joined; the paper's, those twice as far apart
-    neutral={"boft_n_butterfly_factor": (1, 2), "boft_block_num": (0,), "bias": ("none",)},
+    neutral={
+        "boft_n_butterfly_factor": (1, 2),
+        "boft_block_num": (0,),
+        "bias": ("none",),
+    },
 )

@@ -19,7 +19,12 @@ def petune_methods() -> Mapping[str, type]:
     from petune_plugins.peft_methods.method import method
 
     text = (
-        Path(spec.origin).with_name("utils").joinpath("peft_types.py").read_text(encoding="utf-8")
+        Path(spec.origin)
+        .with_name("utils")
+        .joinpath("peft_types.py")
+        .read_text(encoding="utf-8")
     )
-    kinds = re.findall(r'^    ([A-Z]\w+) = "\1"', text.partition("class TaskType")[0], re.MULTILINE)
+    kinds = re.findall(
+        r'^    ([A-Z]\w+) = "\1"', text.partition("class TaskType")[0], re.MULTILINE
+    )
     return {f"peft:{kind.lower()}": method(kind) for kind in kinds}

@@ -36,12 +36,19 @@ def inject(
 
     name, make = f"peft:{kind.lower()}", tuner(kind)
     if not isinstance(make, type) or not issubclass(make, BaseTuner):
-        raise petune.UnsupportedError(f"{name} acts on the whole model, which only PEFT's own can.")
+        raise petune.UnsupportedError(
+            f"{name} acts on the whole model, which only PEFT's own can."
+        )
     if other := next((site.name for site in sites if site.kind != "linear"), None):
-        raise petune.UnsupportedError(f"{name} acts on linear layers, which {other} is not.")
+        raise petune.UnsupportedError(
+            f"{name} acts on linear layers, which {other} is not."
+        )
     box, paths = (
         nn.Module(),
-        {site.name: site.name.replace("[", ".").rstrip("]").replace("#", ".") for site in sites},
+        {
+            site.name: site.name.replace("[", ".").rstrip("]").replace("#", ".")
+            for site in sites
+        },
     )
     stubs = {site.name: Stub(site) for site in sites}
     device = stubs[sites[0].name].weight.device
@@ -51,7 +58,9 @@ def inject(
     for site in sites:
         _put(box, paths[site.name], stubs[site.name])
     try:
-        config: Any = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)](**options)
+        config: Any = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)](
+            **options
+        )
         config.target_modules = list(paths.values())
         made = make(box, config, "default")
     except AttributeError as missing:
@@ -72,7 +81,11 @@ def inject(
     for stub in stubs.values():
         stub.last = None
     owned = {id(p) for layer in layers.values() for p in layer.parameters()}
-    others = {n: p for n, p in made.named_parameters() if id(p) not in owned and p.requires_grad}
+    others = {
+        n: p
+        for n, p in made.named_parameters()
+        if id(p) not in owned and p.requires_grad
+    }
     return layers, {n.replace(".", "_"): p for n, p in others.items()}
 
 
@@ -106,10 +119,17 @@ def _refused(name: str, reason: Exception) -> petune.UnsupportedError:
 def sample(kind: str) -> tuple[Any, Stub] | None:
     """The method at a layer of its own, with the default options: the narrowest that it takes, since some are slow."""
     for width in (64, 256):
-        site = petune.Site("layer", "linear", "q", 0, width, width, nn.Linear(width, width))
+        site = petune.Site(
+            "layer", "linear", "q", 0, width, width, nn.Linear(width, width)
+        )
         site.peers.append(site)
         quiet = warnings.catch_warnings(action="ignore"), redirect_stderr(io.StringIO())
-        with torch.random.fork_rng(), quiet[0], quiet[1], suppress(petune.UnsupportedError):
+        with (
+            torch.random.fork_rng(),
+            quiet[0],
+            quiet[1],
+            suppress(petune.UnsupportedError),
+        ):
             layer: Any = inject(kind, [site], {})[0]["layer"]
             return layer, layer.base_layer
     return None

@@ -64,7 +64,9 @@ class PeftMethod(petune.Adapter):
     def build(self, site: petune.Site, options: dict[str, Any]) -> None:
         """Have PEFT put its layers around all sites at once, as some share tensors, and take this site's."""
         super().__init__()
-        layers, shared = site.shared("layers", lambda: inject(self.kind, site.peers, options))
+        layers, shared = site.shared(
+            "layers", lambda: inject(self.kind, site.peers, options)
+        )
         self.layer = layers[site.name]
         self.shared = nn.ParameterDict(shared if site is site.peers[0] else {})
 
@@ -135,7 +137,11 @@ def signature(cls: type[PeftMethod]) -> Callable[..., None]:
         self.build(site, options)
 
     def parameter(f: dataclasses.Field[Any]) -> inspect.Parameter:
-        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        default = (
+            f.default
+            if f.default_factory is dataclasses.MISSING
+            else f.default_factory()
+        )
         # PEFT annotates what may be missing as if it may not
         hint = hints[f.name] | None if default is None else hints[f.name]
         return inspect.Parameter(

@@ -29,8 +29,12 @@ class LlamaAdapter(petune.Adapter):
         batch = (q.shape[0], -1, -1, -1)
         # (batch, heads, length, head_dim)
         keys = self.keys.repeat_interleave(self.groups, 0).to(q.dtype).expand(*batch)
-        values = self.values.repeat_interleave(self.groups, 0).to(q.dtype).expand(*batch)
+        values = (
+            self.values.repeat_interleave(self.groups, 0).to(q.dtype).expand(*batch)
+        )
         second = F.scaled_dot_product_attention(
             q, keys, values, scale=self.scale
         )  # (batch, heads, queries, head_dim)
-        return inner(q, k, v, mask) + (self.gate.tanh() * second.transpose(1, 2)).to(q.dtype)
+        return inner(q, k, v, mask) + (self.gate.tanh() * second.transpose(1, 2)).to(
+            q.dtype
+        )

@@ -36,20 +36,35 @@ class PrefixTuning(petune.Adapter):
         hidden: petune.Positive | None = None,
     ) -> None:
         super().__init__()
-        self.shape, self.widths = (length, site.kv_heads, -1), [site.head_dim, site.value_dim]
-        self.trunk = None if hidden is None else site.shared("trunk", lambda: Trunk(length, hidden))
+        self.shape, self.widths = (
+            (length, site.kv_heads, -1),
+            [site.head_dim, site.value_dim],
+        )
+        self.trunk = (
+            None
+            if hidden is None
+            else site.shared("trunk", lambda: Trunk(length, hidden))
+        )
         if hidden is None:
-            self.keys = nn.Parameter(torch.randn(site.kv_heads, length, site.head_dim) * 0.02)
-            self.values = nn.Parameter(torch.randn(site.kv_heads, length, site.value_dim) * 0.02)
+            self.keys = nn.Parameter(
+                torch.randn(site.kv_heads, length, site.head_dim) * 0.02
+            )
+            self.values = nn.Parameter(
+                torch.randn(site.kv_heads, length, site.value_dim) * 0.02
+            )
         else:
             self.last = nn.Linear(hidden, site.kv_heads * sum(self.widths))
 
+    @petune.derived
     def prefix(self) -> tuple[Tensor, Tensor]:
         """Keys and values, (kv_heads, length, head_dim) and (kv_heads, length, value_dim)."""
         if self.trunk is None:
             return self.keys, self.values
         keys, values = (
-            self.last(self.trunk()).view(self.shape).transpose(0, 1).split(self.widths, -1)
+            self.last(self.trunk())
+            .view(self.shape)
+            .transpose(0, 1)
+            .split(self.widths, -1)
         )
         return keys, values
 

@@ -6,7 +6,10 @@ PREFIX_TUNING = petune.PeftTwin(
     "PREFIX_TUNING",
     arguments={"num_virtual_tokens": "length"},
     tensors={"keys": "prompt_embeddings", "values": "prompt_embeddings"},
-    neutral={"prefix_projection": (False, True), "num_transformer_submodules": (1, None)},
+    neutral={
+        "prefix_projection": (False, True),
+        "num_transformer_submodules": (1, None),
+    },
     whole="prefix",
     unsaid=("hidden",),
 )

@@ -44,6 +44,7 @@ class PTuning(petune.Adapter):
     def plain(self) -> dict[str, Tensor]:
         return {"rows": self()}
 
+    @petune.derived
     def forward(self) -> Tensor:
         rows: Tensor = self.table
         for ahead, back in zip(self.ahead, self.back, strict=True):

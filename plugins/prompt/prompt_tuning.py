@@ -42,7 +42,9 @@ class PromptTuning(petune.Adapter):
         self.rows = nn.Parameter(table[ids.to(table.device)].clone())
 
     @classmethod
-    def settle(cls, sites: Sequence[petune.Site], arguments: dict[str, Any]) -> dict[str, Any]:
+    def settle(
+        cls, sites: Sequence[petune.Site], arguments: dict[str, Any]
+    ) -> dict[str, Any]:
         text = arguments.pop("text", None)
         if text is None:
             return arguments

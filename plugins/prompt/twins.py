@@ -6,7 +6,9 @@ PROMPT_TUNING = petune.PeftTwin(
     "PROMPT_TUNING",
     arguments={"num_virtual_tokens": "length"},
     tensors={"rows": "prompt_embeddings"},
-    neutral={"num_transformer_submodules": (1, None)},  # with 2 a decoder gets a prompt too
+    neutral={
+        "num_transformer_submodules": (1, None)
+    },  # with 2 a decoder gets a prompt too
     whole="prompt",
     also=("P_TUNING",),
     unsaid=("init",),

@@ -20,6 +20,7 @@ class Edit(nn.Module):
         self.W = nn.Parameter(self.rotation().detach().clone())  # (rank, hidden)
         self.b = nn.Parameter(torch.zeros(len(self.W)))
 
+    @petune.derived
     def rotation(self) -> Tensor:
         return torch.linalg.qr(self.free).Q.T  # (rank, hidden)
 
@@ -50,7 +51,9 @@ class LoReFT(petune.Adapter):
     ) -> None:
         super().__init__()
         if not first and not last:
-            raise petune.PetuneError("loreft: first=0 and last=0 leave nothing to edit.")
+            raise petune.PetuneError(
+                "loreft: first=0 and last=0 leave nothing to edit."
+            )
         self.first, self.last = first, last
         both = 1 if tied else bool(first) + bool(last)
         self.edits = nn.ModuleList(Edit(site.out_features, rank) for _ in range(both))
@@ -63,4 +66,7 @@ class LoReFT(petune.Adapter):
         tail = batch.place >= batch.size - last  # (batch, length)
         head = (batch.place >= 0) & (batch.place < self.first) & ~tail
         groups = [head | tail] if len(self.edits) == 1 else [head, tail]
-        return sum((edit(h, here) for edit, here in zip(self.edits, groups, strict=True)), start=h)
+        return sum(
+            (edit(h, here) for edit, here in zip(self.edits, groups, strict=True)),
+            start=h,
+        )

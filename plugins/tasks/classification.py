@@ -74,15 +74,21 @@ class Classification(Task):
         return {
             "accuracy": float(accuracy_score(truth, found)),
             "macro_f1": float(f1_score(truth, found, average="macro", zero_division=0)),
-            "loss": float(torch.nn.functional.cross_entropy(logits, truth, ignore_index=UNSEEN)),
+            "loss": float(
+                torch.nn.functional.cross_entropy(logits, truth, ignore_index=UNSEEN)
+            ),
         }
 
     def _ask(self, row: Mapping[str, Any]) -> dict[str, Any]:
         length = self.recipe.training.max_length
         encoded = dict(
-            self.tokenizer(row["text"], row.get("text_pair"), truncation=True, max_length=length)
+            self.tokenizer(
+                row["text"], row.get("text_pair"), truncation=True, max_length=length
+            )
         )
-        if not encoded["input_ids"]:  # a text without a token, to a tokenizer that adds none
+        if not encoded[
+            "input_ids"
+        ]:  # a text without a token, to a tokenizer that adds none
             encoded |= {"input_ids": [self.pad_id], "attention_mask": [1]}
         return encoded
 

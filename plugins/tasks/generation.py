@@ -35,7 +35,9 @@ class Generation(Task):
     def encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
         answer = _answers(row["completion"])[0] + (self.tokenizer.eos_token or "")
         completion = self._ids(answer)[: self.recipe.training.max_length // 2]
-        prompt = self._prompt(row["prompt"], self.recipe.training.max_length - len(completion))
+        prompt = self._prompt(
+            row["prompt"], self.recipe.training.max_length - len(completion)
+        )
         ids = prompt + completion
         return {
             "input_ids": ids,
@@ -48,7 +50,10 @@ class Generation(Task):
 
         config: Any = transformers.GenerationConfig
         own = model.generation_config.eos_token_id
-        ends = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+        ends = {
+            self.tokenizer.eos_token_id,
+            *(own if isinstance(own, list) else [own]),
+        } - {None}
         greedy = config(
             max_new_tokens=self.recipe.training.max_new_tokens,
             do_sample=False,
@@ -59,14 +64,20 @@ class Generation(Task):
         )
 
         def answer(batch: dict[str, Tensor]) -> Sequence[str]:
-            out = model.generate(**batch, generation_config=greedy)  # (batch, prompt + answer)
+            out = model.generate(
+                **batch, generation_config=greedy
+            )  # (batch, prompt + answer)
             texts = self.tokenizer.batch_decode(
                 out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
             )
             return [text.strip() for text in texts]
 
-        prompts = [self._prompt(row["prompt"], self.recipe.training.max_length) for row in rows]
-        examples = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in prompts]
+        prompts = [
+            self._prompt(row["prompt"], self.recipe.training.max_length) for row in rows
+        ]
+        examples = [
+            {"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in prompts
+        ]
         return self.answers(model, examples, answer, collate=self._pad_left)
 
     def score(self, model: Any, rows: Dataset) -> dict[str, float]:
@@ -81,7 +92,9 @@ class Generation(Task):
             "chrf": sum(chrf.sentence_score(text, right).score for text, right in pairs)
             / 100
             / len(pairs),
-            "exact_match": sum(_plain(text) in map(_plain, right) for text, right in pairs)
+            "exact_match": sum(
+                _plain(text) in map(_plain, right) for text, right in pairs
+            )
             / len(pairs),
             "loss": loss,
             "perplexity": math.exp(min(loss, 700)),  # beyond that a float ends
@@ -92,7 +105,11 @@ class Generation(Task):
 
         def answer(batch: dict[str, Tensor]) -> Sequence[tuple[float, int]]:
             counts = (batch["labels"][:, 1:] != SKIP).sum(1).tolist()
-            with labelled_logits(model) if self.recipe.training.labelled_logits else nullcontext():
+            with (
+                labelled_logits(model)
+                if self.recipe.training.labelled_logits
+                else nullcontext()
+            ):
                 loss = float(model(**batch).loss)  # the mean over all of the batch's
             return [(loss * count if count else 0.0, count) for count in counts]
 
@@ -114,10 +131,16 @@ class Generation(Task):
             )
         else:
             ids = list(self.tokenizer(text)["input_ids"])
-        return ids if len(ids) <= most else ids[: most // 2] + ids[len(ids) - (most - most // 2) :]
+        return (
+            ids
+            if len(ids) <= most
+            else ids[: most // 2] + ids[len(ids) - (most - most // 2) :]
+        )
 
     def _pad_left(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        return self.pad(examples, side="left")  # what is generated follows the prompt at once
+        return self.pad(
+            examples, side="left"
+        )  # what is generated follows the prompt at once
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -128,4 +151,6 @@ def _answers(completion: str | Sequence[str]) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.casefold().translate(str.maketrans("", "", string.punctuation)).split())
+    return " ".join(
+        text.casefold().translate(str.maketrans("", "", string.punctuation)).split()
+    )

@@ -33,17 +33,23 @@ class WeightOnly:
     def arguments(self, skip: Sequence[str], dtype: torch.dtype) -> Mapping[str, Any]:
         """The modules in `skip` stay in `dtype`, in which the others compute. On a GPU, if there is one."""
         if find_spec("torchao") is None:
-            raise petune.PetuneError("this precision needs torchao: pip install torchao")
+            raise petune.PetuneError(
+                "this precision needs torchao: pip install torchao"
+            )
         import torch
         from torchao.quantization import Int8WeightOnlyConfig
         from transformers import TorchAoConfig
 
         kind: Any = Int8WeightOnlyConfig
         place = (
-            {"device_map": {"": torch.cuda.current_device()}} if torch.cuda.is_available() else {}
+            {"device_map": {"": torch.cuda.current_device()}}
+            if torch.cuda.is_available()
+            else {}
         )
         return {
-            "quantization_config": TorchAoConfig(kind(), modules_to_not_convert=list(skip)),
+            "quantization_config": TorchAoConfig(
+                kind(), modules_to_not_convert=list(skip)
+            ),
             **place,
         }
 

@@ -63,8 +63,14 @@ def remade(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module 
     wide, dtype = isinstance(module, QuantizedConv1D), module.weight.dtype
     conv: Any = QuantizedConv1D
     with torch.device("meta"):
-        new: Any = conv(out, into) if wide else QuantizedLinear(into, out, bias=bias is not None)
-    new.weight = _codes((weight.T if wide else weight).to(dtype).contiguous(), int(wide))
+        new: Any = (
+            conv(out, into)
+            if wide
+            else QuantizedLinear(into, out, bias=bias is not None)
+        )
+    new.weight = _codes(
+        (weight.T if wide else weight).to(dtype).contiguous(), int(wide)
+    )
     if bias is not None:
         new.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
     return new
@@ -73,5 +79,6 @@ def remade(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module 
 def _codes(weight: Tensor, axis: int) -> nn.Parameter:
     """int8 codes and a scale for each index of `axis`."""
     return nn.Parameter(
-        Int8Tensor.from_hp(weight.detach(), granularity=PerAxis(axis)), requires_grad=False
+        Int8Tensor.from_hp(weight.detach(), granularity=PerAxis(axis)),
+        requires_grad=False,
     )

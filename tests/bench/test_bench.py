@@ -63,7 +63,9 @@ def plugin(tmp_path: Path, single_files: None) -> str:
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.mark.slow
@@ -85,7 +87,9 @@ def test_several_methods_in_a_cell(tmp_path: Path, suite: Any) -> None:
     assert main(["bench", bad, "--out", str(tmp_path / "bad")]) == 2
 
 
-def test_each_cell_has_its_row_and_its_place_in_the_report(suite, plugin, tmp_path, capsys):
+def test_each_cell_has_its_row_and_its_place_in_the_report(
+    suite, plugin, tmp_path, capsys
+):
     cells = [
         {"method": "gate", "precision": "nf4"},
         {"method": "lora", "method_args": {"rank": 2}},
@@ -118,7 +122,12 @@ def test_each_cell_has_its_row_and_its_place_in_the_report(suite, plugin, tmp_pa
         assert row["steps"] == 3
         assert (
             min(
-                row[key] for key in ("adapter_bytes", "peak_memory_bytes", "saved_activation_bytes")
+                row[key]
+                for key in (
+                    "adapter_bytes",
+                    "peak_memory_bytes",
+                    "saved_activation_bytes",
+                )
             )
             > 0
         )
@@ -163,7 +172,10 @@ def test_a_second_run_does_only_what_is_missing(suite, plugin, tmp_path, capsys)
         file.write('{"half a li')  # as a crash leaves it
 
     assert main([*command, "--json"]) == 0
-    assert [row["cell"] for row in json.loads(capsys.readouterr().out)] == ["ia3", "bitfit"]
+    assert [row["cell"] for row in json.loads(capsys.readouterr().out)] == [
+        "ia3",
+        "bitfit",
+    ]
     lines = (out / "results.jsonl").read_text().splitlines()
     assert json.loads(lines[0]) == done
     assert [json.loads(line)["cell"] for line in lines[1:]] == ["bitfit"]
@@ -179,7 +191,12 @@ def test_another_configuration_and_another_seed_run_and_methods_can_be_added(
     extra = ["--method", "gate start=0.5 learning_rate=1e-2", "--plugin", plugin]
     assert main(["bench", path, "--out", str(out), *extra]) == 0
     rows = [(row["cell"], row["seed"]) for row in rows_of(out)]
-    assert rows == [("ia3", 0), ("ia3", 1), ("ia3", 0), ("gate start=0.5 learning_rate=1e-2", 0)]
+    assert rows == [
+        ("ia3", 0),
+        ("ia3", 1),
+        ("ia3", 0),
+        ("gate start=0.5 learning_rate=1e-2", 0),
+    ]
     assert rows_of(out)[-1]["method_args"] == {"start": 0.5}
     assert rows_of(out)[-1]["environment"]["training"]["learning_rate"] == 0.01
     assert (
@@ -212,12 +229,18 @@ def test_a_mistake_in_the_arguments_is_one_line(arguments, said, tmp_path, capsy
         ({"cells": [{"methd": "lora"}]}, "Did you mean 'cells.0.method'"),
         ({"cells": [{"method": "lora"}], "sedes": [1]}, "Did you mean 'seeds'"),
         ({"cells": []}, "cells"),
-        ({"cells": [{"method": "lora"}, {"method": "lora"}]}, "two cells are called 'lora'"),
+        (
+            {"cells": [{"method": "lora"}, {"method": "lora"}]},
+            "two cells are called 'lora'",
+        ),
         (
             {"cells": [{"method": "lora", "training": {"setps": 1}}]},
             "Did you mean 'training.steps'",
         ),
-        ({"cells": [{"method": "lora", "precision": "nf5"}]}, "unknown precision 'nf5'"),
+        (
+            {"cells": [{"method": "lora", "precision": "nf5"}]},
+            "unknown precision 'nf5'",
+        ),
         (
             {"cells": [{"method": "lora"}], "defaults": {"modle": "x"}},
             "Did you mean 'defaults.model'",

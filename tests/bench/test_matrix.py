@@ -26,7 +26,9 @@ def test_it_runs_what_is_missing_and_writes_the_page(tmp_path, capsys, monkeypat
     ]
     monkeypatch.setattr(matrix, "check", lambda cell, device: (cell, refused, 1.0))
     assert matrix.main(["--methods", "ia3", *given]) == 0
-    assert [line.split("  ")[:3] for line in capsys.readouterr().out.splitlines()[:2]] == [
+    assert [
+        line.split("  ")[:3] for line in capsys.readouterr().out.splitlines()[:2]
+    ] == [
         ["1/2", "ia3 bert fp32", "refused"],
         ["2/2", "ia3 bert nf4", "refused"],
     ]

@@ -36,9 +36,16 @@ def test_mean_spread_and_standard_error():
 
 def test_a_failed_seed_marks_the_cell_and_a_failed_cell_comes_last():
     cells = summarize(
-        [row("c", score=None, status="oom"), row("a", 0, 0.1), row("a", 1, None, "failed")]
+        [
+            row("c", score=None, status="oom"),
+            row("a", 0, 0.1),
+            row("a", 1, None, "failed"),
+        ]
     )
-    assert [(cell.name, cell.status) for cell in cells] == [("a", "failed"), ("c", "oom")]
+    assert [(cell.name, cell.status) for cell in cells] == [
+        ("a", "failed"),
+        ("c", "oom"),
+    ]
     assert cells[0].score == 0.1
 
 
@@ -57,7 +64,9 @@ def test_current_rows_are_the_last_of_the_wanted_configuration():
 def test_labels_do_not_overlap():
     cells = summarize(
         [
-            row(f"a-long-name-{i}", score=0.8 + i / 500, peak_memory_bytes=1e8 + i * 1e5)
+            row(
+                f"a-long-name-{i}", score=0.8 + i / 500, peak_memory_bytes=1e8 + i * 1e5
+            )
             for i in range(9)
         ]
     )
@@ -65,7 +74,9 @@ def test_labels_do_not_overlap():
     renderer = figure._get_renderer()
     boxes = [text.get_window_extent(renderer) for text in figure.axes[0].texts]
     assert len(boxes) == 9
-    assert not [1 for i, box in enumerate(boxes) for other in boxes[:i] if box.overlaps(other)]
+    assert not [
+        1 for i, box in enumerate(boxes) for other in boxes[:i] if box.overlaps(other)
+    ]
     assert "http" not in inline(figure)
 
 

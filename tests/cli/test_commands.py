@@ -65,7 +65,14 @@ sys.exit(code)
 def test_methods(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods"]) == 0
     table = capsys.readouterr().out.splitlines()
-    assert table[0].split() == ["METHOD", "PLUGIN", "HOOK", "POINTS", "MERGEABLE", "ARGUMENTS"]
+    assert table[0].split() == [
+        "METHOD",
+        "PLUGIN",
+        "HOOK",
+        "POINTS",
+        "MERGEABLE",
+        "ARGUMENTS",
+    ]
     assert any(line.startswith("lora ") and "rank: int = 8" in line for line in table)
     assert main(["methods", "--json"]) == 0
     found = {method["name"]: method for method in json.loads(capsys.readouterr().out)}
@@ -78,7 +85,9 @@ def test_methods(capsys: pytest.CaptureFixture[str]) -> None:
 def test_plugins_tells_why_one_was_not_loaded(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken = Plugin("rotten", "petune-rotten", "1.2", "ImportError: no module named 'core'")
+    broken = Plugin(
+        "rotten", "petune-rotten", "1.2", "ImportError: no module named 'core'"
+    )
     monkeypatch.setitem(registry().plugins, "rotten", broken)
     assert main(["plugins"]) == 0
     assert "not loaded: ImportError: no module named 'core'" in capsys.readouterr().out
@@ -91,7 +100,9 @@ def test_plugins_tells_why_one_was_not_loaded(
     assert "petune-rotten==1.2" in capsys.readouterr().out.splitlines()
     assert main(["methods"]) == 0
     said = capsys.readouterr()
-    assert "warning: plugin rotten (petune-rotten) is not loaded: ImportError" in said.err
+    assert (
+        "warning: plugin rotten (petune-rotten) is not loaded: ImportError" in said.err
+    )
     assert "lora" in said.out
 
 
@@ -103,11 +114,15 @@ def test_sites(capsys: pytest.CaptureFixture[str], encoder: Path) -> None:
     assert "attention.self attention  4 heads of 16" in tree
     assert main(["sites", str(encoder), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert {"name", "kind", "role", "layer", "in_features", "out_features"} <= set(found[0])
+    assert {"name", "kind", "role", "layer", "in_features", "out_features"} <= set(
+        found[0]
+    )
     assert {"q", "k", "v", "o"} <= {site["role"] for site in found}
 
 
-def test_sites_need_no_weights(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_sites_need_no_weights(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     from transformers import LlamaConfig
 
     LlamaConfig().save_pretrained(tmp_path)  # 7 billion parameters
@@ -118,18 +133,34 @@ def test_sites_need_no_weights(capsys: pytest.CaptureFixture[str], tmp_path: Pat
 
 
 def test_train_eval_predict_merge(
-    file: str, recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    file: str,
+    recipe: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["train", file, "training.steps=4", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["steps"] == 4
     assert main(["eval", recipe["output"], "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["accuracy"] == pytest.approx(result["score"])
+    assert json.loads(capsys.readouterr().out)["accuracy"] == pytest.approx(
+        result["score"]
+    )
     rows = opinions(10, seed=3)
     data = jsonl(tmp_path / "new.jsonl", rows)
     out = tmp_path / "out" / "answers.jsonl"
     assert (
-        main(["predict", recipe["output"], "--data", str(data), "--json", "--out", str(out)]) == 0
+        main(
+            [
+                "predict",
+                recipe["output"],
+                "--data",
+                str(data),
+                "--json",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
     )
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["id"] for row in printed] == [row["id"] for row in rows]
@@ -163,16 +194,23 @@ def test_export(
     assert main(["export", run, str(tmp_path / "x"), "--format", "gguf"]) == 2
     assert "convert_lora_to_gguf.py on `petune export" in capsys.readouterr().err
     assert main(["export", run, str(tmp_path / "x"), "--format", "onnx"]) == 2
-    assert "unknown format 'onnx'. Known: dense, peft, serving." in capsys.readouterr().err
+    assert (
+        "unknown format 'onnx'. Known: dense, peft, serving." in capsys.readouterr().err
+    )
     assert not (tmp_path / "x").exists()
 
 
 def test_merging_into_the_same_precision_says_what_it_costs(
-    file: str, recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    file: str,
+    recipe: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["train", file, "training.steps=4", "precision=nf4", "--quiet"]) == 0
     capsys.readouterr()
-    assert main(["merge", recipe["output"], str(tmp_path / "merged"), "--quantized"]) == 0
+    assert (
+        main(["merge", recipe["output"], str(tmp_path / "merged"), "--quantized"]) == 0
+    )
     path, cost = capsys.readouterr().out.splitlines()
     assert path == str(tmp_path / "merged")
     assert re.fullmatch(
@@ -207,7 +245,15 @@ def test_check_shows_a_table_and_the_reasons(
 ) -> None:
     plugin = tmp_path / "picky_method.py"
     plugin.write_text(PICKY)
-    command = ["check", "picky", "--plugin", str(plugin), "--families", "bert", "--precisions"]
+    command = [
+        "check",
+        "picky",
+        "--plugin",
+        str(plugin),
+        "--families",
+        "bert",
+        "--precisions",
+    ]
     assert main([*command, "fp32 nf4"]) == 0
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.split() == ["BEHAVIOUR", "BERT", "FP32", "BERT", "NF4"]
@@ -230,13 +276,25 @@ def test_check_fails_where_something_does(
     def sees_both(case: Any) -> None:
         assert case.attach(case.base()).arguments == {"lora": {"rank": 3}, "ia3": {}}
 
-    monkeypatch.setattr("petune.testing.BEHAVIOURS", {"one": broken, "two": lambda case: None})
-    assert main(["check", "lora", "--families", "bert llama", "--precisions", "fp32"]) == 1
+    monkeypatch.setattr(
+        "petune.testing.BEHAVIOURS", {"one": broken, "two": lambda case: None}
+    )
+    assert (
+        main(["check", "lora", "--families", "bert llama", "--precisions", "fp32"]) == 1
+    )
     said = capsys.readouterr()
-    assert said.out.splitlines()[1:] == ["one        ✗          ✗", "two        ✓          ✓"]
+    assert said.out.splitlines()[1:] == [
+        "one        ✗          ✗",
+        "two        ✓          ✓",
+    ]
     assert said.err == "✗ bert, llama: one: AssertionError: two words\n"
     monkeypatch.setattr("petune.testing.BEHAVIOURS", {"both": sees_both})
-    assert main(["check", "lora+ia3", "--families", "bert", "--argument", "lora={rank: 3}"]) == 0
+    assert (
+        main(
+            ["check", "lora+ia3", "--families", "bert", "--argument", "lora={rank: 3}"]
+        )
+        == 0
+    )
 
 
 def test_train_again_asks_first(file: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -256,7 +314,16 @@ def test_a_single_file_plugin(
     assert main(["methods", "--plugin", plugin]) == 0
     assert "scale: float = 2.0" in capsys.readouterr().out
     assert (
-        main(["train", file, "method=shift", "method_args={scale: 1}", f"--plugin={plugin}"]) == 0
+        main(
+            [
+                "train",
+                file,
+                "method=shift",
+                "method_args={scale: 1}",
+                f"--plugin={plugin}",
+            ]
+        )
+        == 0
     )
     assert main(["eval", recipe["output"], "--plugin", plugin]) == 0
     capsys.readouterr()
@@ -271,7 +338,9 @@ def test_an_interrupted_run_says_how_to_go_on(
 
     begin = Recorder.on_step_begin
 
-    def interrupt(self: Recorder, args: Any, state: Any, control: Any, **more: Any) -> None:
+    def interrupt(
+        self: Recorder, args: Any, state: Any, control: Any, **more: Any
+    ) -> None:
         begin(self, args, state, control, **more)
         self.stopping = state.global_step == 2
 
@@ -308,7 +377,9 @@ def test_install_is_pips(
 
 def test_output_into_a_closed_pipe_is_no_traceback() -> None:
     command = f"{sys.executable} -m petune.cli methods | head -n 1"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=os.environ)
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, env=os.environ
+    )
     assert done.stdout.startswith("METHOD")
     assert "Traceback" not in done.stderr
     assert "BrokenPipe" not in done.stderr

@@ -51,7 +51,10 @@ def test_on_the_command_line(
         ("method=lroa", ["unknown method 'lroa'", "'lora'"]),
         ("method_args.rnak=3", ["'rnak'", "'rank'"]),
         ("method_args.rank=big", ["rank='big'"]),
-        ("method_args.rank=-1", ["method 'lora': rank=-1: Input should be greater than 0"]),
+        (
+            "method_args.rank=-1",
+            ["method 'lora': rank=-1: Input should be greater than 0"],
+        ),
         ("where=nowhere", ["nowhere"]),
         ("task=clasification", ["unknown task 'clasification'", "'classification'"]),
         ("precision=nf5", ["'nf5'", "'nf4'"]),
@@ -82,7 +85,10 @@ def test_a_model_without_the_head_that_the_task_needs(
 
 
 def test_rows_without_the_column(
-    capsys: pytest.CaptureFixture[str], file: str, recipe: dict[str, Any], tmp_path: Path
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+    recipe: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
     assert main(["train", file]) == 0
     data = jsonl(tmp_path / "other.jsonl", [{"text": "good"}])
@@ -90,7 +96,8 @@ def test_rows_without_the_column(
     assert "other.jsonl" in said
     assert "unknown column 'sentence'" in said
     data = jsonl(
-        tmp_path / "unlabelled.jsonl", [{"sentence": row["sentence"]} for row in opinions(3)]
+        tmp_path / "unlabelled.jsonl",
+        [{"sentence": row["sentence"]} for row in opinions(3)],
     )
     assert "unknown column 'gold'" in complaint(
         capsys, "eval", recipe["output"], "--data", str(data)
@@ -100,7 +107,9 @@ def test_rows_without_the_column(
     )
 
 
-def test_a_broken_plugin_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_broken_plugin_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     path = tmp_path / "rotten.py"
     path.write_text("import nothing_of_that_name")
     assert "No module named 'nothing_of_that_name'" in complaint(
@@ -121,7 +130,10 @@ def test_a_bug_of_ours_is_one_line_too(
 
     monkeypatch.setattr("petune.cli.app.COMMANDS", {"broken": broken})
     assert main(["broken"]) == 1
-    assert capsys.readouterr().err == "petune: RuntimeError: no good (--debug shows where.)\n"
+    assert (
+        capsys.readouterr().err
+        == "petune: RuntimeError: no good (--debug shows where.)\n"
+    )
     assert main(["broken", "--debug"]) == 1
     assert "Traceback" in capsys.readouterr().err
 

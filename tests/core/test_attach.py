@@ -59,7 +59,10 @@ def test_a_part_of_a_fused_projection_is_that_part():
     ("arguments", "message"),
     [
         ({"method": "lroa"}, "unknown method 'lroa'. Did you mean 'lora'"),
-        ({"method": "lora", "rnak": 4}, "argument of method 'lora': 'rnak'. Did you mean 'rank'"),
+        (
+            {"method": "lora", "rnak": 4},
+            "argument of method 'lora': 'rnak'. Did you mean 'rank'",
+        ),
         ({"method": "lora", "rank": "many"}, "rank='many'"),
         ({"method": "lora", "where": "qq"}, "unknown role or name 'qq'"),
         ({"method": "lora", "where": "q experts"}, "unknown role or name 'experts'"),
@@ -72,7 +75,10 @@ def test_a_part_of_a_fused_projection_is_that_part():
 )
 def test_a_mistake_names_the_remedy_and_changes_nothing(arguments, message):
     model = tiny_model("llama")
-    keys, flags = list(model.state_dict()), [p.requires_grad for p in model.parameters()]
+    keys, flags = (
+        list(model.state_dict()),
+        [p.requires_grad for p in model.parameters()],
+    )
     with pytest.raises(petune.PetuneError, match=message.replace("(", r"\(")):
         petune.attach(model, **arguments)
     assert list(model.state_dict()) == keys
@@ -92,7 +98,10 @@ def test_a_name_is_taken_once():
 
 def test_a_second_tuning_leaves_the_first_training():
     model = tiny_model("llama")
-    one, two = petune.attach(model, "lora", name="one"), petune.attach(model, "ia3", name="two")
+    one, two = (
+        petune.attach(model, "lora", name="one"),
+        petune.attach(model, "ia3", name="two"),
+    )
     model(**tiny_batch("llama")).loss.backward()
     assert all(p.grad is not None for t in (one, two) for p in t.parameters())
 
@@ -109,14 +118,23 @@ def test_modules_that_train_along_are_the_tunings_own():
     with tuning.disabled():
         assert torch.equal(model(**batch).logits, before)
     with petune.route(model, ["default", None]):
-        torch.testing.assert_close(model(**batch).logits, before + torch.tensor([[1.0], [0.0]]))
+        torch.testing.assert_close(
+            model(**batch).logits, before + torch.tensor([[1.0], [0.0]])
+        )
     tuning.merge()
     torch.testing.assert_close(model(**batch).logits, before + 1)
 
 
 def test_the_dtype_policy_keeps_a_16_bit_base_16_bit():
     model, batch = tiny_model("llama", "bf16"), tiny_batch("llama")
-    for method in ("lora", "houlsby", "ia3", "prefix-tuning", "prompt-tuning", "last-layers"):
+    for method in (
+        "lora",
+        "houlsby",
+        "ia3",
+        "prefix-tuning",
+        "prompt-tuning",
+        "last-layers",
+    ):
         tuning = petune.attach(model, method)
         assert {p.dtype for p in tuning.parameters()} == {torch.float32}
         seen = []
@@ -134,7 +152,9 @@ def test_accelerate_hooks_stay_in_force():
 
     model, batch = tiny_model("llama"), tiny_batch("llama")
     for layer in model.model.layers:
-        add_hook_to_module(layer.self_attn.q_proj, AlignDevicesHook(execution_device="cpu"))
+        add_hook_to_module(
+            layer.self_attn.q_proj, AlignDevicesHook(execution_device="cpu")
+        )
     forward = model.model.layers[0].self_attn.q_proj.forward
     before = model(**batch).logits
     tuning = petune.attach(model, "lora", where="q")

@@ -54,10 +54,18 @@ def test_a_prefix_is_what_a_cache_of_its_keys_and_values_is(family):
 def test_static_cache_and_no_cache():
     model = prefixed("llama", "sdpa")
     ids = tiny_batch("llama", padding=0)["input_ids"]
-    kwargs = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    kwargs = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
     want = model.generate(ids, use_cache=False, **kwargs)
     assert torch.equal(
-        model.generate(ids, cache_implementation="static", disable_compile=True, **kwargs), want
+        model.generate(
+            ids, cache_implementation="static", disable_compile=True, **kwargs
+        ),
+        want,
     )
     assert torch.equal(model.generate(ids, **kwargs), want)
 
@@ -75,5 +83,7 @@ def test_flex_attention_equals_sdpa():
     """Its block mask is extended; on CPU it runs forward only."""
     batch = tiny_batch("llama")
     seen = batch["attention_mask"].bool()
-    flex, sdpa = (prefixed("llama", a)(**batch).logits[seen] for a in ("flex_attention", "sdpa"))
+    flex, sdpa = (
+        prefixed("llama", a)(**batch).logits[seen] for a in ("flex_attention", "sdpa")
+    )
     torch.testing.assert_close(flex, sdpa, rtol=1e-4, atol=1e-5)

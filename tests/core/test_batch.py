@@ -38,7 +38,10 @@ def places(batch):
 
 
 IDS = torch.arange(10, 15)[None].repeat(2, 1)
-RIGHT, LEFT = torch.tensor([[1, 1, 1, 0, 0], [1] * 5]), torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
+RIGHT, LEFT = (
+    torch.tensor([[1, 1, 1, 0, 0], [1] * 5]),
+    torch.tensor([[0, 0, 1, 1, 1], [1] * 5]),
+)
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
@@ -60,7 +63,9 @@ def test_labels_end_the_prompt():
     labels = torch.tensor([[-100, -100, 12, 13, -100], [10, 11, 12, 13, 14]])
     model(input_ids=IDS, labels=labels)
     assert places(seen[-1]) == [[0, 1, -1, -1, -1], [0, 1, 2, 3, 4]]
-    keep = torch.tensor([[False, True, True, False, False], [False, False, False, True, False]])
+    keep = torch.tensor(
+        [[False, True, True, False, False], [False, False, False, True, False]]
+    )
     model(input_ids=IDS, logits_to_keep=keep)
     assert places(seen[-1]) == [[0, 1, -1, -1, -1], [0, 1, 2, 3, -1]]
 
@@ -107,14 +112,19 @@ def test_virtual_tokens_are_none_of_it(family, at):
     assert places(seen[-1]) == [[0, 1, 2, 3, 4, -1, -1]], (
         "the rows of its own, padded to the others' length"
     )
-    with pytest.raises(petune.UnsupportedError, match="input ids"):
-        model(inputs_embeds=torch.randn(2, 5, 64))
+    model(inputs_embeds=torch.randn(2, 5, 64))
+    assert places(seen[-1]) == [row, row], "embeddings stand for tokens as ids do"
 
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_generation_adds_nothing_to_the_prompt(cached):
     model, seen = watched("llama")
-    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "use_cache": cached}
+    options = {
+        "max_new_tokens": 4,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "use_cache": cached,
+    }
     model.generate(IDS, attention_mask=LEFT, num_beams=2, **options)
     assert places(seen[0]) == [[-1, -1, 0, 1, 2]] * 2 + [[0, 1, 2, 3, 4]] * 2
     assert [b.decoding for b in seen] == [False, cached, cached, cached]
@@ -123,10 +133,17 @@ def test_generation_adds_nothing_to_the_prompt(cached):
     if cached:
         seen.clear()
         model.generate(IDS, attention_mask=LEFT, prefill_chunk_size=3, **options)
-        assert [places(b) for b in seen[:2]] == [[[-1, -1, 0], [0, 1, 2]], [[1, 2], [3, 4]]]
+        assert [places(b) for b in seen[:2]] == [
+            [[-1, -1, 0], [0, 1, 2]],
+            [[1, 2], [3, 4]],
+        ]
         seen.clear()
         model.generate(
-            IDS, attention_mask=LEFT, cache_implementation="static", disable_compile=True, **options
+            IDS,
+            attention_mask=LEFT,
+            cache_implementation="static",
+            disable_compile=True,
+            **options,
         )
         assert places(seen[0]) == [[-1, -1, 0, 1, 2], [0, 1, 2, 3, 4]]
         assert [b.decoding for b in seen] == [False, True, True, True]
@@ -136,12 +153,18 @@ def test_generation_adds_nothing_to_the_prompt(cached):
 
 def test_encoder_and_decoder_each_see_their_own():
     model, seen = watched("t5", "encoder.block.0")
-    decoder = petune.attach(model, Spy, name="two", where="decoder.block.0").links[0].adapter.seen
+    decoder = (
+        petune.attach(model, Spy, name="two", where="decoder.block.0")
+        .links[0]
+        .adapter.seen
+    )
     model(input_ids=IDS, attention_mask=RIGHT, labels=IDS[:, :4].contiguous())
     assert places(seen[-1]) == [[0, 1, 2, -1, -1], [0, 1, 2, 3, 4]]
     assert places(decoder[-1]) == [[0, -1, -1, -1]] * 2
     decoder.clear()
-    model.generate(IDS, attention_mask=RIGHT, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    model.generate(
+        IDS, attention_mask=RIGHT, max_new_tokens=3, min_new_tokens=3, do_sample=False
+    )
     assert places(seen[-1])[0] == [0, 1, 2, -1, -1]
     assert [places(b) for b in decoder] == [[[0]] * 2, [[-1]] * 2, [[-1]] * 2]
 

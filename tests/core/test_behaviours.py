@@ -19,7 +19,11 @@ def check(method, family, precision="fp32", **options):
     if precision == "int8wo":
         pytest.importorskip("torchao")
     check_method(
-        method, families=[family], precisions=[precision], **options, **ARGUMENTS.get(method, {})
+        method,
+        families=[family],
+        precisions=[precision],
+        **options,
+        **ARGUMENTS.get(method, {}),
     )
 
 

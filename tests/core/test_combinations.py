@@ -18,7 +18,13 @@ ONE_SITE = ["lora", "ia3"]
 OVER_COPIES = ["lora", "last-layers"]
 
 
-LATER = [(MAM, "bert"), (MAM, "t5"), (UNIPELT, "llama"), (ONE_SITE, "gpt2"), (OVER_COPIES, "llama")]
+LATER = [
+    (MAM, "bert"),
+    (MAM, "t5"),
+    (UNIPELT, "llama"),
+    (ONE_SITE, "gpt2"),
+    (OVER_COPIES, "llama"),
+]
 
 
 @pytest.mark.parametrize(
@@ -39,8 +45,12 @@ def test_one_folder(methods, tmp_path):
     assert set(config["arguments"]) == set(methods)
     loaded = petune.load(again, tmp_path)
     assert [part.name for part in loaded.parts] == methods
-    assert torch.equal(logits(again, tiny_batch("llama")), logits(model, tiny_batch("llama")))
-    with pytest.raises(petune.UnsupportedError, match="no place for a tuning of several methods"):
+    assert torch.equal(
+        logits(again, tiny_batch("llama")), logits(model, tiny_batch("llama"))
+    )
+    with pytest.raises(
+        petune.UnsupportedError, match="no place for a tuning of several methods"
+    ):
         tuning.save(tmp_path, format="peft")
 
 
@@ -76,7 +86,11 @@ def test_the_list_is_what_stacking_is():
         (["lora", "ia3"], {"lora": {"rnak": 4}}, "argument of method 'lora': 'rnak'"),
         (["lora", "ia3"], {"where": "q"}, "with several methods, where="),
         (["lora", "ia3"], {"where": {"lroa": "q"}}, "where goes by method"),
-        (["lora", "prefix-tuning"], {"where": {"lora": "attention"}}, "method 'lora' acts on"),
+        (
+            ["lora", "prefix-tuning"],
+            {"where": {"lora": "attention"}},
+            "method 'lora' acts on",
+        ),
         ("lora", {"where": {"lora": "q"}}, "a string, as there is one method"),
     ],
 )
@@ -110,13 +124,17 @@ def test_a_weighted_sum_of_loras_is_pefts(family):
     theirs.add_adapter("b", configs["b"])
     ours, batch = tiny_model(family), tiny_batch(family)
     for name, (rank, alpha) in shapes.items():
-        tuning = petune.attach(ours, "lora", name=name, where=roles, rank=rank, alpha=alpha)
+        tuning = petune.attach(
+            ours, "lora", name=name, where=roles, rank=rank, alpha=alpha
+        )
         for site, adapter in tuning.adapters.items():
             layer = theirs.base_model.model.get_submodule(site)
             adapter.A.copy_(layer.lora_A[name].weight)
             adapter.B.copy_(layer.lora_B[name].weight.normal_(std=0.2))
         tuning.weight = weights[name]
-    theirs.add_weighted_adapter(["a", "b"], list(weights.values()), "sum", combination_type="cat")
+    theirs.add_weighted_adapter(
+        ["a", "b"], list(weights.values()), "sum", combination_type="cat"
+    )
     theirs.set_adapter("sum")
     want = logits(theirs.eval(), batch)
     assert (logits(tiny_model(family), batch) - want).abs().max() > 0.1
@@ -141,11 +159,15 @@ def test_a_weight_is_its_formula_and_is_saved(method, tmp_path):
     def watch(module, args, out):
         seen[w] = args[0] if attention else out[0] if isinstance(out, tuple) else out
 
-    hook = (site.module.o_proj if attention else site.module).register_forward_hook(watch)
+    hook = (site.module.o_proj if attention else site.module).register_forward_hook(
+        watch
+    )
     for w in (1.0, 0.25, 0.0):
         tuning.weight = w
         full = logits(model, batch)
-    torch.testing.assert_close(full, logits(tiny_model("llama"), batch), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        full, logits(tiny_model("llama"), batch), rtol=1e-5, atol=1e-5
+    )
     torch.testing.assert_close(
         seen[0.25], 0.75 * seen[0.0] + 0.25 * seen[1.0], rtol=1e-4, atol=1e-5
     )
@@ -156,7 +178,9 @@ def test_a_weight_is_its_formula_and_is_saved(method, tmp_path):
     again = tiny_model("llama")
     assert petune.load(again, tmp_path).weight == 0.25
     assert torch.equal(logits(again, batch), logits(model, batch))
-    with pytest.raises(petune.UnsupportedError, match=r"no place for a weight of 0\.25"):
+    with pytest.raises(
+        petune.UnsupportedError, match=r"no place for a weight of 0\.25"
+    ):
         tuning.save(tmp_path, format="peft")
 
 
@@ -171,7 +195,9 @@ def test_a_weight_under_compile_and_in_half_precision():
     with torch.no_grad():
         for weight in (0.5, 0.0):
             tuning.weight = weight
-            torch.testing.assert_close(compiled(), model(**inputs).logits, rtol=0, atol=0.1)
+            torch.testing.assert_close(
+                compiled(), model(**inputs).logits, rtol=0, atol=0.1
+            )
         base = tiny_model("llama", "bf16")(**inputs).logits
     assert torch.equal(model(**inputs).logits, base)
 
@@ -217,6 +243,8 @@ def test_the_base_is_computed_once_under_a_weight():
     tuning = petune.attach(model, Twice, where="q@0")
     tuning.weight = 0.5
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nn.Linear, "forward", lambda self, x: runs.append(self) or plain(self, x))
+        patch.setattr(
+            nn.Linear, "forward", lambda self, x: runs.append(self) or plain(self, x)
+        )
         model(**tiny_batch("llama"))
     assert sum(module is layer for module in runs) == 1

@@ -36,12 +36,15 @@ def test_a_prefix_is_what_a_cache_of_it_is(kind):
         return
     cache = cache_of(tuning, len(ids))
     with tuning.disabled():
-        want = model(input_ids=ids, position_ids=positions, past_key_values=cache).logits
+        want = model(
+            input_ids=ids, position_ids=positions, past_key_values=cache
+        ).logits
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    "kind", ["bloom", "mpt", "deberta", "deberta-v2", "xlnet", "gpt_neo", "lxmert", "mpnet"]
+    "kind",
+    ["bloom", "mpt", "deberta", "deberta-v2", "xlnet", "gpt_neo", "lxmert", "mpnet"],
 )
 @torch.no_grad()
 def test_scores_keep_what_the_model_adds_to_them(kind):
@@ -60,13 +63,18 @@ def test_scores_keep_what_the_model_adds_to_them(kind):
 
     heads = tiny.architectures()[kind]
     model = tiny.build(kind, next(iter(heads)), next(iter(heads.values())))
-    inputs = tiny.batch(model) | {"attention_mask": torch.tensor([[1] * 12, [1] * 9 + [0] * 3])}
+    inputs = tiny.batch(model) | {
+        "attention_mask": torch.tensor([[1] * 12, [1] * 9 + [0] * 3])
+    }
     base = checks.output(model, inputs)
     tuning = petune.attach(model, Through)
     torch.testing.assert_close(checks.output(model, inputs), base, rtol=1e-4, atol=1e-4)
     assert len(seen) >= 2
     tuning.detach()
-    assert all("_attn" not in vars(m) and "rel_attn_core" not in vars(m) for m in model.modules())
+    assert all(
+        "_attn" not in vars(m) and "rel_attn_core" not in vars(m)
+        for m in model.modules()
+    )
 
 
 @torch.no_grad()

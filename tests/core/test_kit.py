@@ -113,7 +113,11 @@ class OnlyTheLast(Shift):
         self.name = site.name
 
     def forward(self, inner, x):
-        return super().forward(inner, x) if self.number == self.last[self.name] else inner(x)
+        return (
+            super().forward(inner, x)
+            if self.number == self.last[self.name]
+            else inner(x)
+        )
 
 
 class Shared(Shift):
@@ -133,7 +137,9 @@ class Drifts(Shift):
 
 
 def failing(method):
-    return {row.behaviour for row in run_checks(method, families=["llama"]) if row.error}
+    return {
+        row.behaviour for row in run_checks(method, families=["llama"]) if row.error
+    }
 
 
 def test_a_right_method_passes_everything():
@@ -186,8 +192,13 @@ class RefusesInSilence(Refuses):
 def test_a_refusal_must_be_stated():
     rows = list(run_checks(Refuses, families=["bert"]))
     assert all(row.refused and not row.error for row in rows)
-    assert list(reasons(rows)) == ["bert: everything: refuses: the queries are odd numbers"]
-    assert all("docstring" in row.error for row in run_checks(RefusesInSilence, families=["bert"]))
+    assert list(reasons(rows)) == [
+        "bert: everything: refuses: the queries are odd numbers"
+    ]
+    assert all(
+        "docstring" in row.error
+        for row in run_checks(RefusesInSilence, families=["bert"])
+    )
 
 
 def test_reasons_are_said_once():

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import petune
-from petune.core.attached import merge as merge_module
 from petune.core.attached.quantized import dequantize
+from petune.core.attached.target import LinearTarget
 from petune.core.frozen.weights import dense, is_quantized
 from petune.core.registry.plugins import registry
 from petune.testing import tiny_batch, tiny_model
@@ -23,7 +23,10 @@ def test_the_weight_is_the_formula():
     layer = model.model.layers[0].self_attn.q_proj
     before = layer.weight.clone()
     tuning = shaken(model, "lora", rank=4, alpha=2)
-    a, b = (getattr(tuning.adapters["model.layers.0.self_attn.q_proj"], n).detach() for n in "AB")
+    a, b = (
+        getattr(tuning.adapters["model.layers.0.self_attn.q_proj"], n).detach()
+        for n in "AB"
+    )
     tuning.merge()
     torch.testing.assert_close(layer.weight, before + 0.5 * b @ a, rtol=1e-5, atol=1e-6)
     assert type(layer) is nn.Linear
@@ -38,7 +41,9 @@ def test_a_base_without_bias_gets_one_if_needed():
         set(model.state_dict()) - before
     )  # all of its attention: the configuration knows no less
     assert added == {
-        f"model.layers.{i}.self_attn.{role}_proj.bias" for i in range(3) for role in "qkvo"
+        f"model.layers.{i}.self_attn.{role}_proj.bias"
+        for i in range(3)
+        for role in "qkvo"
     }
     assert model.model.layers[0].self_attn.q_proj.bias.any()
     assert not model.model.layers[0].self_attn.k_proj.bias.any()
@@ -73,7 +78,9 @@ def test_a_merge_that_is_not_finite_changes_nothing():
     state = {k: v.clone() for k, v in model.state_dict().items() if "petune" not in k}
     with torch.no_grad():
         tuning.links[-1].adapter.B[0, 0] = float("nan")
-    with pytest.raises(petune.PetuneError, match="down_proj: the merged weights are not finite"):
+    with pytest.raises(
+        petune.PetuneError, match="down_proj: the merged weights are not finite"
+    ):
         tuning.merge()
     assert "default" in petune.tunings(model)
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in state.items())
@@ -94,7 +101,8 @@ def test_a_quantized_model_merges_to_one_that_transformers_loads(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("precision", "most"), [("nf4", 0.1), ("fp4", 0.13), ("int8", 0.01), ("int8wo", 0.01)]
+    ("precision", "most"),
+    [("nf4", 0.1), ("fp4", 0.13), ("int8", 0.01), ("int8wo", 0.01)],
 )
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_quantized_layer_is_quantized_again_at_the_cost_that_is_said(
@@ -104,12 +112,21 @@ def test_a_quantized_layer_is_quantized_again_at_the_cost_that_is_said(
         pytest.importorskip("torchao")
     model, batch = tiny_model(family, precision), tiny_batch(family)
     tuning = shaken(model, "lora")
-    name = "model.layers.1.mlp.up_proj" if family == "llama" else "transformer.h.1.mlp.c_fc"
-    layer, wanted = model.get_submodule(name), dense(copy.deepcopy(model).get_submodule(name))
+    name = (
+        "model.layers.1.mlp.up_proj"
+        if family == "llama"
+        else "transformer.h.1.mlp.c_fc"
+    )
+    layer, wanted = (
+        model.get_submodule(name),
+        dense(copy.deepcopy(model).get_submodule(name)),
+    )
     a, b = (getattr(tuning.adapters[name], n).detach() for n in "AB")
     change = 2 * b @ a
     wanted = (wanted.weight.T if family == "gpt2" else wanted.weight) + change
-    kinds = {n: type(m).__name__ for n, m in tiny_model(family, precision).named_modules()}
+    kinds = {
+        n: type(m).__name__ for n, m in tiny_model(family, precision).named_modules()
+    }
     merged = tuning.merge(quantize=True)
     assert {n: type(m).__name__ for n, m in model.named_modules()} == kinds
     layer = dense(model.get_submodule(name)).weight
@@ -119,7 +136,9 @@ def test_a_quantized_layer_is_quantized_again_at_the_cost_that_is_said(
     assert 0 < max(merged.errors.values()) < most
     assert f"worst {max(merged.errors.values()):.2g}" in str(merged)
     model.save_pretrained(tmp_path)
-    assert torch.equal(logits(petune.from_pretrained(tmp_path), batch), logits(model, batch))
+    assert torch.equal(
+        logits(petune.from_pretrained(tmp_path), batch), logits(model, batch)
+    )
 
 
 def test_training_on_a_quantized_base_is_quantized_back():
@@ -127,7 +146,9 @@ def test_training_on_a_quantized_base_is_quantized_back():
     model = tiny_model("llama", "nf4")
     kinds = [type(m) for m in model.modules()]
     tuning = shaken(model, "last-layers")
-    wanted = tuning.adapters["model.layers.2.mlp.up_proj"].module.weight.detach().clone()
+    wanted = (
+        tuning.adapters["model.layers.2.mlp.up_proj"].module.weight.detach().clone()
+    )
     merged = tuning.merge(quantize=True)
     assert [type(m) for m in model.modules()] == kinds
     stored = dense(model.model.layers[2].mlp.up_proj).weight
@@ -161,14 +182,14 @@ def test_an_interrupted_merge_leaves_what_the_model_computes(quantize, monkeypat
     model, batch = tiny_model("llama"), tiny_batch("llama")
     tuning = shaken(model, "lora")
     before = logits(model, batch)
-    count, fold = itertools.count(), merge_module._fold
+    count, write = itertools.count(), LinearTarget.write
 
-    def interrupted(*args):
+    def interrupted(self, merged):
         if next(count) == 5:
             raise KeyboardInterrupt
-        fold(*args)
+        write(self, merged)
 
-    monkeypatch.setattr(merge_module, "_fold", interrupted)
+    monkeypatch.setattr(LinearTarget, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tuning.merge(quantize=quantize)
     torch.testing.assert_close(logits(model, batch), before, rtol=1e-4, atol=1e-5)
@@ -193,7 +214,8 @@ def test_a_saved_model_keeps_the_biases_that_a_merge_adds(precision, tmp_path):
 def test_biases_that_no_saved_model_has_a_place_for_are_said():
     model = tiny_model("t5")
     with pytest.warns(
-        UserWarning, match=r"a saved t5 has no place for encoder.block.0.*\.q\.bias and 8 more"
+        UserWarning,
+        match=r"a saved t5 has no place for encoder.block.0.*\.q\.bias and 8 more",
     ):
         shaken(model, "bitfit", where="q").merge()
 
@@ -204,7 +226,9 @@ def test_a_quantized_conv1d_merges_to_one_that_transformers_loads(tmp_path):
     dequantize(model)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    torch.testing.assert_close(logits(again, batch), logits(model, batch), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits(again, batch), logits(model, batch), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_an_embedding_that_scales_its_rows_is_refused():
@@ -233,7 +257,10 @@ def test_a_norm_takes_a_scale_and_a_shift():
     nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
     tuning = shaken(model, "ln-tuning")
     adapter = tuning.adapters["bert.encoder.layer.0.output.LayerNorm"]
-    weight, bias = norm.weight * adapter.scale, norm.bias * adapter.scale + adapter.shift
+    weight, bias = (
+        norm.weight * adapter.scale,
+        norm.bias * adapter.scale + adapter.shift,
+    )
     before = logits(model, batch)
     tuning.merge()
     torch.testing.assert_close(norm.weight, weight, rtol=1e-5, atol=1e-6)
@@ -269,12 +296,19 @@ def test_what_is_no_scale_and_shift_of_a_norm_is_refused():
         with pytest.raises(TypeError, match=message):
             tuning.merge()
         tuning.detach()
-    inner, outer = shaken(model, "ln-tuning", "inner"), shaken(model, "ln-tuning", "outer")
+    inner, outer = (
+        shaken(model, "ln-tuning", "inner"),
+        shaken(model, "ln-tuning", "outer"),
+    )
     before = logits(model, tiny_batch("llama"))
     outer.merge()  # scales alone commute
-    torch.testing.assert_close(logits(model, tiny_batch("llama")), before, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        logits(model, tiny_batch("llama")), before, rtol=1e-3, atol=1e-4
+    )
     inner.merge()
-    torch.testing.assert_close(logits(model, tiny_batch("llama")), before, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        logits(model, tiny_batch("llama")), before, rtol=1e-3, atol=1e-4
+    )
     model = tiny_model("bert")
     shaken(model, "ln-tuning", "inner")
     with pytest.raises(petune.PetuneError, match="merge 'inner' first"):

@@ -8,7 +8,14 @@ from torch.utils.checkpoint import checkpoint
 from petune.core.ops import lowrank_update, recompute
 from petune.testing import tiny_batch, tiny_model
 
-NEEDS = [(1, 0, 1, 1), (0, 1, 1, 1), (0, 0, 1, 0), (1, 1, 0, 0), (0, 1, 0, 0), (0, 0, 0, 1)]
+NEEDS = [
+    (1, 0, 1, 1),
+    (0, 1, 1, 1),
+    (0, 0, 1, 0),
+    (1, 1, 0, 0),
+    (0, 1, 0, 0),
+    (0, 0, 0, 1),
+]
 
 
 def tensors(dtype=torch.float64, out=5, rows=(2, 3)):
@@ -25,7 +32,9 @@ def seeded(function, *given, **options):
 def kept(function):
     """Addresses of what autograd keeps."""
     found = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: found.append(t) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: found.append(t) or t, lambda t: t
+    ):
         function()
     return {t.data_ptr() for t in found}
 
@@ -41,9 +50,16 @@ def test_gradients_by_finite_differences(rows, dropout):
 
 def test_inputs_that_are_not_contiguous():
     y, x, a, b = tensors()
-    given = [y.transpose(0, 1), x.transpose(0, 1), a.T.contiguous().T, b.T.contiguous().T]
+    given = [
+        y.transpose(0, 1),
+        x.transpose(0, 1),
+        a.T.contiguous().T,
+        b.T.contiguous().T,
+    ]
     assert not any(t.is_contiguous() for t in given)
-    torch.testing.assert_close(lowrank_update(*given, 0.7), given[0] + 0.7 * given[1] @ a.T @ b.T)
+    torch.testing.assert_close(
+        lowrank_update(*given, 0.7), given[0] + 0.7 * given[1] @ a.T @ b.T
+    )
     assert torch.autograd.gradcheck(
         lambda y, x, a, b: lowrank_update(
             y.transpose(0, 1), x.transpose(0, 1), a.T.contiguous().T, b, 0.7
@@ -58,7 +74,8 @@ def test_only_wanted_gradients(needs):
     lowrank_update(*given, 0.5).sum().backward()
     got = [t.grad for t in given]
     y, x, a, b = plain = [
-        t.detach().clone().requires_grad_(bool(n)) for t, n in zip(given, needs, strict=True)
+        t.detach().clone().requires_grad_(bool(n))
+        for t, n in zip(given, needs, strict=True)
     ]
     (y + 0.5 * x @ a.T @ b.T).sum().backward()
     for one, other in zip(got, [t.grad for t in plain], strict=True):
@@ -114,34 +131,46 @@ def test_dropout_is_the_plain_form_with_what_it_drops(p):
         ((dropped[:, 1:] == 0) & (dropped[:, :-1] == 0)).double().mean()
     )  # neighbours are independent
     assert abs(both - p * p) < 6 * (p * p / x.numel()) ** 0.5
-    assert not torch.equal(dropped, lowrank_update(torch.zeros_like(x), x, eye, eye, dropout=p))
+    assert not torch.equal(
+        dropped, lowrank_update(torch.zeros_like(x), x, eye, eye, dropout=p)
+    )
 
 
 def test_dropout_forward_and_backward_drop_the_same():
     y, x, a, b = tensors()
-    eye, wide = torch.eye(4, dtype=torch.float64), torch.zeros(2, 3, 4, dtype=torch.float64)
+    eye, wide = (
+        torch.eye(4, dtype=torch.float64),
+        torch.zeros(2, 3, 4, dtype=torch.float64),
+    )
     mask = seeded(lowrank_update, wide, torch.ones_like(x), eye, eye, dropout=0.3)
     out = seeded(lowrank_update, y, x, a, b, 0.5, dropout=0.3)
     plain = y + 0.5 * (x * mask) @ a.T @ b.T
     torch.testing.assert_close(out, plain)
     for one, other in zip(
-        *(torch.autograd.grad(o.pow(2).sum(), [y, x, a, b]) for o in (out, plain)), strict=True
+        *(torch.autograd.grad(o.pow(2).sum(), [y, x, a, b]) for o in (out, plain)),
+        strict=True,
     ):
         torch.testing.assert_close(one, other)
 
 
 def test_dropout_under_gradient_checkpointing():
     given = tensors()
-    plain = torch.autograd.grad(seeded(lowrank_update, *given, dropout=0.3).pow(2).sum(), given)
+    plain = torch.autograd.grad(
+        seeded(lowrank_update, *given, dropout=0.3).pow(2).sum(), given
+    )
 
     def again():
         return (
-            checkpoint(lambda *t: lowrank_update(*t, dropout=0.3), *given, use_reentrant=False)
+            checkpoint(
+                lambda *t: lowrank_update(*t, dropout=0.3), *given, use_reentrant=False
+            )
             .pow(2)
             .sum()
         )
 
-    for one, other in zip(torch.autograd.grad(seeded(again), given), plain, strict=True):
+    for one, other in zip(
+        torch.autograd.grad(seeded(again), given), plain, strict=True
+    ):
         assert torch.equal(one, other)
 
 
@@ -178,7 +207,9 @@ def test_recompute_gradients_and_what_it_keeps():
 def test_dropout_compiled():
     given = tensors()
     fast = torch.compile(
-        lambda *t: lowrank_update(*t, 0.5, dropout=0.3), backend="aot_eager", fullgraph=True
+        lambda *t: lowrank_update(*t, 0.5, dropout=0.3),
+        backend="aot_eager",
+        fullgraph=True,
     )
     plain, ours = (
         seeded(f, *given, **more)
@@ -186,6 +217,7 @@ def test_dropout_compiled():
     )
     torch.testing.assert_close(ours, plain)
     for one, other in zip(
-        *(torch.autograd.grad(o.pow(2).sum(), given) for o in (ours, plain)), strict=True
+        *(torch.autograd.grad(o.pow(2).sum(), given) for o in (ours, plain)),
+        strict=True,
     ):
         torch.testing.assert_close(one, other)

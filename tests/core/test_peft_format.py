@@ -18,9 +18,18 @@ TARGETS = {
     "bert": ["query", "value", "output.dense"],
     "t5": ["q", "v", "wo"],
 }
-NORMS = {"llama": ["input_layernorm", "norm"], "gpt2": ["ln_1", "ln_f"], "bert": ["LayerNorm"]}
+NORMS = {
+    "llama": ["input_layernorm", "norm"],
+    "gpt2": ["ln_1", "ln_f"],
+    "bert": ["LayerNorm"],
+}
 NORMS |= {"t5": ["layer_norm", "final_layer_norm"]}
-TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
+TASKS = {
+    "llama": "CAUSAL_LM",
+    "gpt2": "CAUSAL_LM",
+    "bert": "SEQ_CLS",
+    "t5": "SEQ_2_SEQ_LM",
+}
 WHERE = {"llama": "q v down", "gpt2": "q k v down", "bert": "q v o up", "t5": "k o"}
 LINEAR = ["llama", "bert", "t5"]  # PEFT has these methods on nn.Linear alone
 IDS = [81, 10, 59, 20]
@@ -37,7 +46,11 @@ PAIRS = {
         {"rank": 4, "rslora": True},
         TARGETS,
     ),
-    "dora": (at(lambda **more: peft.LoraConfig(r=4, use_dora=True, **more)), {}, TARGETS),
+    "dora": (
+        at(lambda **more: peft.LoraConfig(r=4, use_dora=True, **more)),
+        {},
+        TARGETS,
+    ),
     "adalora": (
         at(
             lambda **more: peft.AdaLoraConfig(
@@ -52,11 +65,27 @@ PAIRS = {
         {"rank": 6, "seed": 3},
         TARGETS,
     ),
-    "loha": (at(lambda **more: peft.LoHaConfig(r=3, alpha=4, **more)), {"rank": 3}, LINEAR),
-    "lokr": (at(lambda **more: peft.LoKrConfig(r=5, **more)), {"rank": 3, "factor": 7}, LINEAR),
-    "oft": (at(lambda **more: peft.OFTConfig(oft_block_size=8, **more)), {"block": 8}, LINEAR),
+    "loha": (
+        at(lambda **more: peft.LoHaConfig(r=3, alpha=4, **more)),
+        {"rank": 3},
+        LINEAR,
+    ),
+    "lokr": (
+        at(lambda **more: peft.LoKrConfig(r=5, **more)),
+        {"rank": 3, "factor": 7},
+        LINEAR,
+    ),
+    "oft": (
+        at(lambda **more: peft.OFTConfig(oft_block_size=8, **more)),
+        {"block": 8},
+        LINEAR,
+    ),
     "boft": (
-        at(lambda **more: peft.BOFTConfig(boft_block_size=8, boft_n_butterfly_factor=2, **more)),
+        at(
+            lambda **more: peft.BOFTConfig(
+                boft_block_size=8, boft_n_butterfly_factor=2, **more
+            )
+        ),
         {"block": 4},
         LINEAR,
     ),
@@ -71,7 +100,9 @@ PAIRS = {
     ),
     "ln-tuning": (at(peft.LNTuningConfig, NORMS), {}, TARGETS),
     "trainable-tokens": (
-        lambda family: peft.TrainableTokensConfig(token_indices=IDS, task_type=TASKS[family]),
+        lambda family: peft.TrainableTokensConfig(
+            token_indices=IDS, task_type=TASKS[family]
+        ),
         {"ids": IDS},
         TARGETS,
     ),
@@ -83,12 +114,18 @@ PAIRS = {
         ["llama", "gpt2", "t5"],
     ),
     "prefix-tuning": (
-        lambda family: peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+        lambda family: peft.PrefixTuningConfig(
+            num_virtual_tokens=3, task_type="CAUSAL_LM"
+        ),
         {},
         ["llama"],
     ),
 }
-CELLS = [(method, family) for method, (_, _, families) in PAIRS.items() for family in families]
+CELLS = [
+    (method, family)
+    for method, (_, _, families) in PAIRS.items()
+    for family in families
+]
 PROMPTS = ("prompt-tuning", "p-tuning", "prefix-tuning")
 
 
@@ -126,7 +163,9 @@ def test_what_peft_wrote_loads_here(method, family, tmp_path):
     before = logits(ours, tiny_batch(family))
     tuning = petune.load(ours, tmp_path)
     assert tuning.method == method
-    assert ("classifier" in tuning.heads) == (family == "bert" and method != "trainable-tokens")
+    assert ("classifier" in tuning.heads) == (
+        family == "bert" and method != "trainable-tokens"
+    )
     got = logits(ours, tiny_batch(family))
     assert (got - before).abs().max() > 1e-3
     close(got, of_peft(theirs, method, family))
@@ -141,7 +180,9 @@ def test_what_peft_wrote_loads_here(method, family, tmp_path):
 def test_what_petune_saved_loads_in_peft(method, family, tmp_path):
     ours = tiny_model(family)
     arguments = (
-        PAIRS[method][1] if method != "p-tuning" else {"length": 4, "hidden": 8, "encoder": "lstm"}
+        PAIRS[method][1]
+        if method != "p-tuning"
+        else {"length": 4, "hidden": 8, "encoder": "lstm"}
     )
     where = (
         WHERE[family]
@@ -213,8 +254,13 @@ def test_what_else_a_folder_of_lora_may_say(more, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_modules_by_an_expression(tmp_path):
-    config = peft.IA3Config(target_modules=r".*(q|down)_proj", feedforward_modules=r".*down_proj")
-    theirs, ours = peft.get_peft_model(tiny_model("llama"), config).eval(), tiny_model("llama")
+    config = peft.IA3Config(
+        target_modules=r".*(q|down)_proj", feedforward_modules=r".*down_proj"
+    )
+    theirs, ours = (
+        peft.get_peft_model(tiny_model("llama"), config).eval(),
+        tiny_model("llama"),
+    )
     shake(p for n, p in theirs.named_parameters() if p.requires_grad)
     theirs.save_pretrained(tmp_path)
     assert petune.load(ours, tmp_path).arguments == {"before": "down"}
@@ -247,7 +293,13 @@ def test_targets_are_short_names_where_they_can_be(tmp_path):
             "self-attention of every layer of a decoder",
         ),
         ("bert", "prompt-tuning", None, {}, "before the first token of an encoder"),
-        ("llama", "boft", None, {"block": 4, "factors": 3}, "factors=3 is another method"),
+        (
+            "llama",
+            "boft",
+            None,
+            {"block": 4, "factors": 3},
+            "factors=3 is another method",
+        ),
         (
             "llama",
             "boft",
@@ -255,7 +307,13 @@ def test_targets_are_short_names_where_they_can_be(tmp_path):
             {"block": 6},
             "q_proj has block=8, not 6, and PEFT has one for all",
         ),
-        ("llama", "oft", None, {"neumann": True, "terms": 3}, "terms=3 is another method"),
+        (
+            "llama",
+            "oft",
+            None,
+            {"neumann": True, "terms": 3},
+            "terms=3 is another method",
+        ),
     ],
 )
 def test_what_peft_can_not_hold_is_refused_before_anything_is_written(
@@ -273,7 +331,11 @@ def test_what_peft_can_not_hold_is_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("method", "change", "message"),
     [
-        ("lora", {"bias": "lora_only"}, "no method here is PEFT's LORA with bias='lora_only'"),
+        (
+            "lora",
+            {"bias": "lora_only"},
+            "no method here is PEFT's LORA with bias='lora_only'",
+        ),
         ("lora", {"peft_type": "NOVEL"}, "no method here is PEFT's NOVEL"),
         (
             "lora",
@@ -284,13 +346,23 @@ def test_what_peft_can_not_hold_is_refused_before_anything_is_written(
         ("lora", {"r": 5}, "does not fit this model"),
         ("lokr", {"decompose_both": True}, "with decompose_both=True"),
         ("oft", {"block_share": True}, "with block_share=True"),
-        ("vera", {"projection_prng_key": 4}, "its A is not the one that its seed draws"),
+        (
+            "vera",
+            {"projection_prng_key": 4},
+            "its A is not the one that its seed draws",
+        ),
         ("prefix-tuning", {"num_virtual_tokens": 4}, "does not fit this model"),
-        ("prompt-tuning", {"num_transformer_submodules": 2}, "with num_transformer_submodules=2"),
+        (
+            "prompt-tuning",
+            {"num_transformer_submodules": 2},
+            "with num_transformer_submodules=2",
+        ),
     ],
 )
 def test_a_folder_of_another_method_is_refused(method, change, message, tmp_path):
-    peft.get_peft_model(tiny_model("llama"), PAIRS[method][0]("llama")).save_pretrained(tmp_path)
+    peft.get_peft_model(tiny_model("llama"), PAIRS[method][0]("llama")).save_pretrained(
+        tmp_path
+    )
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     model = tiny_model("llama")
@@ -301,12 +373,18 @@ def test_a_folder_of_another_method_is_refused(method, change, message, tmp_path
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("method", "shape"), [("prefix-tuning", (3, 10)), ("boft", (1, 2, 3)), ("ia3", (5,))]
+    ("method", "shape"),
+    [("prefix-tuning", (3, 10)), ("boft", (1, 2, 3)), ("ia3", (5,))],
 )
 def test_a_tensor_of_another_shape_is_no_crash(method, shape, tmp_path):
-    peft.get_peft_model(tiny_model("llama"), PAIRS[method][0]("llama")).save_pretrained(tmp_path)
+    peft.get_peft_model(tiny_model("llama"), PAIRS[method][0]("llama")).save_pretrained(
+        tmp_path
+    )
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    save_file({key: torch.zeros(shape) for key in tensors}, tmp_path / "adapter_model.safetensors")
+    save_file(
+        {key: torch.zeros(shape) for key in tensors},
+        tmp_path / "adapter_model.safetensors",
+    )
     model = tiny_model("llama")
     with pytest.raises(petune.PetuneError, match="does not fit this model"):
         petune.load(model, tmp_path)
@@ -315,7 +393,9 @@ def test_a_tensor_of_another_shape_is_no_crash(method, shape, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_lora_of_the_embedding_is_refused_by_its_name(tmp_path):
-    config = peft.LoraConfig(target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM")
+    config = peft.LoraConfig(
+        target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM"
+    )
     peft.get_peft_model(tiny_model("llama"), config).save_pretrained(tmp_path)
     with pytest.raises(
         petune.UnsupportedError, match="lora_embedding_A is nothing that 'lora' has"
@@ -328,7 +408,8 @@ def test_a_module_that_is_no_hook_point_is_named(tmp_path):
     config = peft.LoraConfig(target_modules="all-linear", task_type="SEQ_CLS")
     peft.get_peft_model(tiny_model("bert"), config).save_pretrained(tmp_path)
     with pytest.raises(
-        petune.UnsupportedError, match=r"adapts bert\.pooler\.dense, where petune has no hook point"
+        petune.UnsupportedError,
+        match=r"adapts bert\.pooler\.dense, where petune has no hook point",
     ):
         petune.load(tiny_model("bert"), tmp_path)
 
@@ -343,6 +424,8 @@ def test_a_gain_that_is_not_the_weight_is_refused(tmp_path):
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
     }
-    model = GemmaForCausalLM(GemmaConfig(vocab_size=32, num_key_value_heads=1, head_dim=32, **size))
+    model = GemmaForCausalLM(
+        GemmaConfig(vocab_size=32, num_key_value_heads=1, head_dim=32, **size)
+    )
     with pytest.raises(petune.UnsupportedError, match="its gain is not its weight"):
         petune.attach(model, "ln-tuning").save(tmp_path, format="peft")

@@ -46,10 +46,16 @@ def installed(tmp_path):
             (tmp_path / f"{name}.py").write_text(text)
             info = tmp_path / f"{name}-1.2.dist-info"
             info.mkdir()
-            (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\n")
+            (info / "METADATA").write_text(
+                f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\n"
+            )
             (info / "entry_points.txt").write_text(f"[petune]\n{name} = {name}\n")
         done = subprocess.run(
-            [sys.executable, "-c", f"import sys; sys.path.append({str(tmp_path)!r})\n" + code],
+            [
+                sys.executable,
+                "-c",
+                f"import sys; sys.path.append({str(tmp_path)!r})\n" + code,
+            ],
             capture_output=True,
             text=True,
             check=False,
@@ -92,7 +98,10 @@ def test_a_single_file(plugin):
         ("import nothing_like_this", "ModuleNotFoundError"),
         ("x = 1", "no hook in it"),
         ("def broken(:", "SyntaxError"),
-        ("import petune\n@petune.hookimpl\ndef petune_method():\n    return {}", "petune_method"),
+        (
+            "import petune\n@petune.hookimpl\ndef petune_method():\n    return {}",
+            "petune_method",
+        ),
     ],
 )
 def test_a_file_that_does_not_load_says_why(plugin, text, message):
@@ -110,7 +119,10 @@ def test_a_file_that_claims_a_taken_name_is_named_and_the_rest_goes_on(plugin):
     registry = Registry()
     registry.add_file(plugin("mine", METHOD.replace("NAME", "'lora'")))
     assert registry.all("petune_methods")["lora"].__name__ == "LoRA"
-    assert "'lora' is claimed by both lowrank (petune) and mine" in registry.plugins["mine"].error
+    assert (
+        "'lora' is claimed by both lowrank (petune) and mine"
+        in registry.plugins["mine"].error
+    )
 
 
 SHOW = """
@@ -122,7 +134,9 @@ print({p.name: p.error for p in registry().plugins.values() if p.error})
 
 def test_an_installed_package_is_found_and_a_broken_one_is_named(installed):
     out = installed(
-        SHOW, shifty=METHOD.replace("NAME", "'shift'"), broken="raise RuntimeError('not today')"
+        SHOW,
+        shifty=METHOD.replace("NAME", "'shift'"),
+        broken="raise RuntimeError('not today')",
     )
     assert "'shift'" in out
     assert "'lora'" in out
@@ -131,15 +145,15 @@ def test_an_installed_package_is_found_and_a_broken_one_is_named(installed):
 
 def test_two_packages_that_claim_a_name_are_both_named(installed):
     out = installed(
-        SHOW, one=METHOD.replace("NAME", "'shift'"), two=METHOD.replace("NAME", "'shift'")
+        SHOW,
+        one=METHOD.replace("NAME", "'shift'"),
+        two=METHOD.replace("NAME", "'shift'"),
     )
     assert "'shift' is claimed by both one (one) and two (two)" in out
 
 
 def test_a_broken_plugin_is_named_where_its_name_is_missed(installed):
-    code = (
-        "import petune\ntry: petune.attach(None, 'shift')\nexcept petune.PetuneError as e: print(e)"
-    )
+    code = "import petune\ntry: petune.attach(None, 'shift')\nexcept petune.PetuneError as e: print(e)"
     assert "failed to load: broken (RuntimeError: not today)" in installed(
         code, broken="raise RuntimeError('not today')"
     )
@@ -147,5 +161,7 @@ def test_a_broken_plugin_is_named_where_its_name_is_missed(installed):
 
 def test_import_is_light():
     code = "import sys; from petune.core.registry.plugins import registry; registry(); print('torch' in sys.modules, 'transformers' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == ["False", "False"]

@@ -42,7 +42,9 @@ def test_decoder(family):
 def test_an_encoder_reads_its_class_from_its_first_token():
     model, tuning = prompted("bert")
     batch = tiny_batch("bert")
-    torch.testing.assert_close(model(**batch).logits, reference(model, tuning, batch, 1))
+    torch.testing.assert_close(
+        model(**batch).logits, reference(model, tuning, batch, 1)
+    )
     hidden = model.bert(**{k: v for k, v in batch.items() if k != "labels"})
     assert hidden.last_hidden_state.shape[1] == 10, (
         "the model that it was attached to puts prompts in, its parts do not"
@@ -67,7 +69,11 @@ def test_results_at_the_tokens_only():
     assert tagger(**batch, labels=labels).logits.shape == (2, 10, 2)
     reader = transformers.BertForQuestionAnswering(config).eval()
     petune.attach(reader, "prompt-tuning", length=4)
-    out = reader(**batch, start_positions=torch.tensor([0, 3]), end_positions=torch.tensor([1, 5]))
+    out = reader(
+        **batch,
+        start_positions=torch.tensor([0, 3]),
+        end_positions=torch.tensor([1, 5]),
+    )
     assert out.start_logits.shape == out.end_logits.shape == (2, 10)
     assert out.loss.isfinite()
 
@@ -83,14 +89,21 @@ def test_other_forms_of_the_same_call(family):
     torch.testing.assert_close(
         model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits, want
     )
-    torch.testing.assert_close(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, want)
     torch.testing.assert_close(
-        model(input_ids=ids, position_ids=torch.arange(10)[None].expand(2, -1)).logits, want
+        model(inputs_embeds=model.get_input_embeddings()(ids)).logits, want
+    )
+    torch.testing.assert_close(
+        model(input_ids=ids, position_ids=torch.arange(10)[None].expand(2, -1)).logits,
+        want,
     )
     causal = torch.ones(2, 1, 10, 10, dtype=torch.bool).tril()
     torch.testing.assert_close(model(input_ids=ids, attention_mask=causal).logits, want)
-    additive = torch.zeros(2, 1, 10, 10).masked_fill(~causal, torch.finfo(torch.float32).min)
-    torch.testing.assert_close(model(input_ids=ids, attention_mask=additive).logits, want)
+    additive = torch.zeros(2, 1, 10, 10).masked_fill(
+        ~causal, torch.finfo(torch.float32).min
+    )
+    torch.testing.assert_close(
+        model(input_ids=ids, attention_mask=additive).logits, want
+    )
 
 
 def test_decoding_by_hand_goes_on_from_the_cache():
@@ -124,13 +137,18 @@ def test_two_prompts_stand_one_after_the_other():
 def test_a_row_gets_all_the_prompts_of_its_tuning():
     model, _ = prompted("llama", 3, "before")
     petune.attach(
-        model, ["prompt-tuning", "p-tuning"], name="two", **{"prompt-tuning": {"length": 3}}
+        model,
+        ["prompt-tuning", "p-tuning"],
+        name="two",
+        **{"prompt-tuning": {"length": 3}},
     )
     batch = {k: v for k, v in tiny_batch("llama", padding=0).items() if k != "labels"}
     with petune.route(model, ["two", None]):
         both = model(**batch).logits
     petune.tunings(model)["before"].disable()
-    torch.testing.assert_close(both[:1], model(**batch).logits[:1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        both[:1], model(**batch).logits[:1], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_processors_and_limits_see_the_users_tokens_only():
@@ -155,7 +173,9 @@ def test_processors_and_limits_see_the_users_tokens_only():
     )
     assert out.shape == (2, 13)
     assert seen == [10, 11, 12]
-    only_new = model.generate(inputs_embeds=model.get_input_embeddings()(ids), **GENERATION)
+    only_new = model.generate(
+        inputs_embeds=model.get_input_embeddings()(ids), **GENERATION
+    )
     assert torch.equal(only_new, model.generate(ids, **GENERATION)[:, 10:])
 
 

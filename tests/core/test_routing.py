@@ -30,7 +30,9 @@ def only(model, name):
 
 def run(family, model, batch):
     with torch.no_grad():
-        out = model(**{k: v for k, v in batch.items() if k != "labels" or family == "t5"}).logits
+        out = model(
+            **{k: v for k, v in batch.items() if k != "labels" or family == "t5"}
+        ).logits
     return [
         row if out.dim() == 2 or family == "t5" else row[m.bool()]
         for row, m in zip(out, batch["attention_mask"], strict=True)
@@ -51,9 +53,9 @@ def test_forward(served):
             one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()), msg=str(name)
         )
     for i in range(len(ROWS) - 1):
-        assert not torch.allclose(got[i], got[-1][: len(got[i])], atol=1e-3) or len(got[i]) != len(
-            got[-1]
-        )
+        assert not torch.allclose(got[i], got[-1][: len(got[i])], atol=1e-3) or len(
+            got[i]
+        ) != len(got[-1])
 
 
 def test_generation(served):
@@ -61,7 +63,9 @@ def test_generation(served):
     if family in ("bert", "roberta"):
         assert not model.can_generate()
         return
-    batch = {k: v for k, v in tiny_batch(family, rows=len(ROWS)).items() if k != "labels"}
+    batch = {
+        k: v for k, v in tiny_batch(family, rows=len(ROWS)).items() if k != "labels"
+    }
     if family != "t5":
         batch = {k: v.flip(1) for k, v in batch.items()}
     want = []
@@ -83,7 +87,8 @@ def test_only_the_tunings_of_a_batch_get_gradients(served):
     with petune.route(model, ["lora", None]):
         model.train()(**batch).loss.backward()
     reached = {
-        n: any(p.grad is not None for p in t.parameters()) for n, t in petune.tunings(model).items()
+        n: any(p.grad is not None for p in t.parameters())
+        for n, t in petune.tunings(model).items()
     }
     assert reached == {
         "lora": True,
@@ -96,7 +101,11 @@ def test_only_the_tunings_of_a_batch_get_gradients(served):
 
 def test_mistakes(served):
     family, model = served
-    batch = {k: v for k, v in tiny_batch(family, rows=2).items() if k != "labels" or family == "t5"}
+    batch = {
+        k: v
+        for k, v in tiny_batch(family, rows=2).items()
+        if k != "labels" or family == "t5"
+    }
     with (
         pytest.raises(petune.PetuneError, match=r"'lroa'.*Did you mean 'lora'"),
         petune.route(model, ["lroa"]),
@@ -122,5 +131,6 @@ def test_a_base_without_tunings_can_be_routed():
     before = run("llama", model, batch)
     with petune.route(model, [None, None]):
         assert all(
-            torch.equal(a, b) for a, b in zip(run("llama", model, batch), before, strict=True)
+            torch.equal(a, b)
+            for a, b in zip(run("llama", model, batch), before, strict=True)
         )

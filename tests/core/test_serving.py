@@ -20,27 +20,46 @@ def engine(folder, model):
     assert config["bias"] == "none"
     assert not any(
         config[k]
-        for k in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern")
+        for k in (
+            "use_dora",
+            "use_rslora",
+            "modules_to_save",
+            "rank_pattern",
+            "alpha_pattern",
+        )
     )
     tensors = load_file(folder / "adapter_model.safetensors")
     for key, tensor in tensors.items():
         name, matrix, weight = key.rsplit(".", 2)
         assert (name.startswith("base_model.model."), weight) == (True, "weight")
         assert tensor.shape[matrix == "lora_B"] == config["r"]
-        assert any(f".{name}".endswith(f".{target}") for target in config["target_modules"])
+        assert any(
+            f".{name}".endswith(f".{target}") for target in config["target_modules"]
+        )
         assert tensor.is_contiguous()
         if matrix == "lora_A":
             module = model.get_submodule(name.removeprefix("base_model.model."))
-            delta = tensors[f"{name}.lora_B.weight"] @ tensor * config["lora_alpha"] / config["r"]
+            delta = (
+                tensors[f"{name}.lora_B.weight"]
+                @ tensor
+                * config["lora_alpha"]
+                / config["r"]
+            )
             with torch.no_grad():
-                module.weight += delta if isinstance(module, torch.nn.Linear) else delta.T
+                module.weight += (
+                    delta if isinstance(module, torch.nn.Linear) else delta.T
+                )
     return model
 
 
 CASES = {
     "plain": ("llama", "q v down", {"rank": 4}),
     "rslora": ("llama", None, {"rank": 4, "rslora": True}),
-    "patterns": ("llama", "q v down", {"rank_pattern": {"q": 3}, "alpha_pattern": {"*.1.*": 40.0}}),
+    "patterns": (
+        "llama",
+        "q v down",
+        {"rank_pattern": {"q": 3}, "alpha_pattern": {"*.1.*": 40.0}},
+    ),
     "pissa": ("llama", "q v down", {"rank": 4, "init": "pissa"}),
     "parts": ("gpt2", "q v down", {"rank": 4}),
     "whole": ("gpt2", "q k v up", {"rank": 4}),

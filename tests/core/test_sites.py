@@ -26,7 +26,10 @@ def test_every_block_has_its_linear_layers_by_role(family):
     assert found == dict.fromkeys(LINEAR[family].split(), 3)
     assert Counter(s.role for s in sites if s.kind == "attention") == {"attention": 3}
     assert Counter(s.role for s in sites if s.kind == "block")["layer"] == 3
-    assert [s.role for s in sites if s.kind in ("prompt", "embedding")] == ["prompt", "embed"]
+    assert [s.role for s in sites if s.kind in ("prompt", "embedding")] == [
+        "prompt",
+        "embed",
+    ]
 
 
 def test_encoder_decoder():
@@ -118,7 +121,9 @@ def test_values_may_be_narrower_than_keys():
 
 def test_what_stands_beside_an_attention_is_none_of_its_projections():
     sites = petune.sites(small("deepseek_v32"))
-    assert {s.role for s in sites if ".indexer." in s.name and s.kind == "linear"} == {"other"}
+    assert {s.role for s in sites if ".indexer." in s.name and s.kind == "linear"} == {
+        "other"
+    }
     grouped = petune.sites(small("deepseek_v4"))
     assert not [s for s in grouped if s.name.endswith("o_a_proj")], (
         "a linear layer by groups is no linear layer"
@@ -128,7 +133,9 @@ def test_what_stands_beside_an_attention_is_none_of_its_projections():
 def test_blocks_in_lists_of_lists():
     with torch.device("meta"):
         model = transformers.AutoModelForMaskedLM.from_config(tiny.config("funnel"))
-    layers = [s.name for s in petune.sites(model) if s.role == "layer" and "encoder" in s.name]
+    layers = [
+        s.name for s in petune.sites(model) if s.role == "layer" and "encoder" in s.name
+    ]
     assert layers[0] == "funnel.encoder.blocks.0.0"
     assert len(layers) == sum(len(block) for block in model.funnel.encoder.blocks)
 

@@ -24,7 +24,10 @@ def saved(tmp_path):
 
 
 def test_two_files_and_nothing_else(saved):
-    assert sorted(p.name for p in saved.iterdir()) == ["adapter.json", "adapter.safetensors"]
+    assert sorted(p.name for p in saved.iterdir()) == [
+        "adapter.json",
+        "adapter.safetensors",
+    ]
     config = json.loads((saved / "adapter.json").read_text())
     assert config["method"] == "lora"
     assert config["arguments"] == {"rank": 4, "alpha": 3.0}
@@ -43,7 +46,10 @@ def test_over_an_older_one(saved):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda p: (p / "adapter.json").unlink(), "no adapter.json there, so no tuning"),
+        (
+            lambda p: (p / "adapter.json").unlink(),
+            "no adapter.json there, so no tuning",
+        ),
         (lambda p: (p / "adapter.safetensors").unlink(), "no such file"),
         (lambda p: (p / "adapter.json").write_text("{"), "not JSON"),
         (lambda p: (p / "adapter.json").write_text("{}"), "is not a tuning's"),
@@ -53,7 +59,10 @@ def test_over_an_older_one(saved):
         (lambda p: edit(p, petune=99), "newer than this petune"),
         (lambda p: edit(p, where="q"), "which this model has no place for"),
         (lambda p: edit(p, where="q v o"), "it has no 'model.layers"),
-        (lambda p: edit(p, arguments={"rank": 8}), r"is \(4, 64\), the model needs \(8, 64\)"),
+        (
+            lambda p: edit(p, arguments={"rank": 8}),
+            r"is \(4, 64\), the model needs \(8, 64\)",
+        ),
     ],
 )
 def test_a_folder_that_does_not_fit(saved, spoil, message):
@@ -86,7 +95,9 @@ def plug(tmp_path):
 
 def documented():
     """The format of the page on plugins."""
-    blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    blocks = re.findall(
+        r"^```python\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE
+    )
     return next(block for block in blocks if "def petune_formats" in block)
 
 
@@ -137,8 +148,13 @@ def test_formats_that_share_a_name_are_told_apart_by_the_other(plug, tmp_path):
         _, tuning = moved(rank=rank)
         tuning.save(tmp_path / format, format=format)
         assert {
-            len(a.A) for a in petune.load(tiny_model("llama"), tmp_path / format).adapters.values()
+            len(a.A)
+            for a in petune.load(
+                tiny_model("llama"), tmp_path / format
+            ).adapters.values()
         } == {rank}
     (tmp_path / "peft" / "adapter_model.safetensors").unlink()
-    with pytest.raises(petune.PetuneError, match=r"adapter_model\.safetensors: no such file"):
+    with pytest.raises(
+        petune.PetuneError, match=r"adapter_model\.safetensors: no such file"
+    ):
         petune.load(tiny_model("llama"), tmp_path / "peft")

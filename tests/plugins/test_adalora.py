@@ -25,7 +25,9 @@ def pair():
         ours, "adalora", where="q v down", rank=RANK, target=TARGET, alpha=8, warmup=0.1, cooldown=0.25, every=3,
         betas=(0.8, 0.9), orthogonality=0.3,
     )  # fmt: skip
-    layers = {name: theirs.base_model.model.get_submodule(name) for name in tuning.adapters}
+    layers = {
+        name: theirs.base_model.model.get_submodule(name) for name in tuning.adapters
+    }
     with torch.no_grad():
         for name, adapter in tuning.adapters.items():
             layer = layers[name]
@@ -56,7 +58,9 @@ def test_equals_peft_step_by_step(tmp_path):
             second.step()
         second.zero_grad()
         for name, adapter in tuning.adapters.items():
-            assert torch.equal(adapter.e == 0, layers[name].lora_E["default"][:, 0] == 0), (
+            assert torch.equal(
+                adapter.e == 0, layers[name].lora_E["default"][:, 0] == 0
+            ), (
                 step,
                 name,
             )
@@ -77,7 +81,9 @@ def test_equals_peft_step_by_step(tmp_path):
         "every site has the same rank"
     )
     with torch.no_grad():
-        torch.testing.assert_close(logits(ours, batch), logits(theirs, batch), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            logits(ours, batch), logits(theirs, batch), rtol=1e-3, atol=1e-3
+        )
     theirs.save_pretrained(tmp_path)
     loaded = tiny_model("llama")
     adapters = petune.load(loaded, tmp_path).adapters

@@ -62,7 +62,8 @@ def test_parts_of_a_fused_projection(kind):
     """What is put onto the part of the values comes out of the attention as the same onto its v."""
     model = built(kind)
     core, fused = (
-        next(s for s in petune.sites(model) if s.role == role) for role in ("attention", "qkv")
+        next(s for s in petune.sites(model) if s.role == role)
+        for role in ("attention", "qkv")
     )
     shift = torch.arange(core.kv_heads * core.value_dim).float()
 
@@ -92,7 +93,9 @@ def test_parts_of_a_fused_projection(kind):
     checks.output(model, inputs)
     before, seen = seen[0], []
     tuning = petune.attach(model, Shift, name="shift", where="v@0")
-    assert [s.name for s in (link.site for link in tuning.links)] == [f"{fused.name}[v]"]
+    assert [s.name for s in (link.site for link in tuning.links)] == [
+        f"{fused.name}[v]"
+    ]
     checks.output(model, inputs)
     moved = (seen[0] - before).transpose(1, 2)[0, 0]  # (kv_heads, value_dim)
     torch.testing.assert_close(moved.flatten(), shift, rtol=1e-4, atol=1e-4)

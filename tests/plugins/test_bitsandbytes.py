@@ -50,10 +50,14 @@ def test_the_base_is_quantized_and_the_head_is_not(llama, precision, head):
 
 
 @pytest.mark.parametrize(
-    ("precision", "off"), [("nf4", 0.15), ("nf4-single", 0.15), ("fp4", 0.2), ("int8", 0.02)]
+    ("precision", "off"),
+    [("nf4", 0.15), ("nf4-single", 0.15), ("fp4", 0.2), ("int8", 0.02)],
 )
 def test_the_layers_are_the_dense_ones_but_for_rounding(llama, precision, off):
-    model, dense = petune.from_pretrained(llama, precision=precision), petune.from_pretrained(llama)
+    model, dense = (
+        petune.from_pretrained(llama, precision=precision),
+        petune.from_pretrained(llama),
+    )
     x = torch.randn(8, 64)  # (rows, features)
     name = "model.layers.1.mlp.up_proj"
     ours, theirs = model.get_submodule(name)(x), dense.get_submodule(name)(x)
@@ -108,9 +112,13 @@ def test_layers_do_not_pack_themselves_for_inference(llama):
 
 def test_a_fresh_module_in_the_base_stays_dense_too(tmp_path):
     BertForMaskedLM(BertConfig(**SMALL)).save_pretrained(tmp_path)  # has no pooler
-    model = petune.from_pretrained(tmp_path, precision="nf4", head="sequence-classification")
+    model = petune.from_pretrained(
+        tmp_path, precision="nf4", head="sequence-classification"
+    )
     assert model.petune_fresh == ("bert.pooler", "classifier")
-    assert {name for name, module in model.named_modules() if type(module) is nn.Linear} == {
+    assert {
+        name for name, module in model.named_modules() if type(module) is nn.Linear
+    } == {
         "bert.pooler.dense",
         "classifier",
     }
@@ -118,7 +126,14 @@ def test_a_fresh_module_in_the_base_stays_dense_too(tmp_path):
 
 def test_gpt2s_transposed_layers_are_quantized_as_well(tmp_path):
     GPT2LMHeadModel(
-        GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=96, bos_token_id=0, eos_token_id=0)
+        GPT2Config(
+            n_embd=64,
+            n_layer=1,
+            n_head=2,
+            vocab_size=96,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
     ).save_pretrained(tmp_path)
     model = petune.from_pretrained(tmp_path, precision="nf4")
     assert kinds(model.transformer) == {Linear4bit}
@@ -150,29 +165,41 @@ def test_nothing_is_said_at_each_forward(llama, caplog, capfd):
 def test_a_model_with_nothing_to_quantize_is_an_error(tmp_path, llama, monkeypatch):
     config = plugin._config
     everything = ["model", "lm_head"]
-    monkeypatch.setattr(plugin, "_config", lambda skip, **options: config(everything, **options))
-    with pytest.raises(PetuneError, match="no linear layer that could be stored at nf4"):
+    monkeypatch.setattr(
+        plugin, "_config", lambda skip, **options: config(everything, **options)
+    )
+    with pytest.raises(
+        PetuneError, match="no linear layer that could be stored at nf4"
+    ):
         petune.from_pretrained(llama, precision="nf4")
 
 
 def test_without_bitsandbytes_the_remedy_is_said(llama, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(
-        plugin, "find_spec", lambda name: None if name == "bitsandbytes" else found(name)
+        plugin,
+        "find_spec",
+        lambda name: None if name == "bitsandbytes" else found(name),
     )
-    with pytest.raises(PetuneError, match="needs bitsandbytes: pip install bitsandbytes"):
+    with pytest.raises(
+        PetuneError, match="needs bitsandbytes: pip install bitsandbytes"
+    ):
         petune.from_pretrained(llama, precision="nf4")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["smollm2-135m", "minilm"])
 def test_the_real_models_at_nf4(name):
-    model, dense = petune.from_pretrained(name, precision="nf4"), petune.from_pretrained(name)
+    model, dense = (
+        petune.from_pretrained(name, precision="nf4"),
+        petune.from_pretrained(name),
+    )
     batch = petune.load_tokenizer(name)(
         "The film was a delight from start to end.", return_tensors="pt"
     )
     with torch.no_grad():
         ours, theirs = (
-            each(**batch, output_hidden_states=True).hidden_states[-1] for each in (model, dense)
+            each(**batch, output_hidden_states=True).hidden_states[-1]
+            for each in (model, dense)
         )
     assert (ours - theirs).norm() / theirs.norm() < 0.6

@@ -33,7 +33,9 @@ class Here:
 @pytest.fixture
 def numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
     monkeypatch.setenv("PETUNE_CACHE", str(tmp_path))
-    source = Source((Here("\n".join(f"{i % 90}\t{i}" for i in range(100))),), "rows.txt")
+    source = Source(
+        (Here("\n".join(f"{i % 90}\t{i}" for i in range(100))),), "rows.txt"
+    )
 
     def read(path: Path):
         for line in path.read_text().splitlines():
@@ -57,7 +59,9 @@ def test_ratings_become_the_sign_and_none_is_left_where_there_is_no_sign(tmp_pat
 
 def test_a_conll_file_becomes_sentences(tmp_path):
     start = "-DOCSTART- -X- -X- O\n\n"
-    text = f"{start}EU NNP B-NP B-ORG\nrejects VBZ B-VP O\n\n{start}Peter NNP B-NP B-PER\n"
+    text = (
+        f"{start}EU NNP B-NP B-ORG\nrejects VBZ B-VP O\n\n{start}Peter NNP B-NP B-PER\n"
+    )
     assert list(sets.conll(write(tmp_path / "c.conll", text))) == [
         {"tokens": ["EU", "rejects"], "tags": ["B-ORG", "O"]},
         {"tokens": ["Peter"], "tags": ["B-PER"]},
@@ -74,7 +78,8 @@ def test_documents_and_questions_become_prompts(tmp_path):
     assert row["prompt"].endswith("Summary:")
     assert row["completion"] == "It rained."
     path = write(
-        tmp_path / "q.jsonl", '{"question": "who sings", "answer": ["Meghan Trainor", "Trainor"]}\n'
+        tmp_path / "q.jsonl",
+        '{"question": "who sings", "answer": ["Meghan Trainor", "Trainor"]}\n',
     )
     (row,) = sets.questions(path)
     assert "who sings?" in row["prompt"]
@@ -89,12 +94,16 @@ def test_a_split_takes_a_fifth_and_a_tenth_and_shares_no_row(numbers):
         "validation": 10,
         "test": 20,
     }
-    assert sorted(n for rows in splits.values() for n in rows["number"]) == list(range(100))
+    assert sorted(n for rows in splits.values() for n in rows["number"]) == list(
+        range(100)
+    )
 
 
 def test_a_split_is_the_same_everywhere_and_follows_the_seed(numbers):
     assert numbers.splits()["test"]["number"][:5] == [31, 3, 93, 42, 41]
-    assert numbers.splits(seed=1)["test"]["number"] != numbers.splits()["test"]["number"]
+    assert (
+        numbers.splits(seed=1)["test"]["number"] != numbers.splits()["test"]["number"]
+    )
     rows = numbers.rows()
     assert shuffled(rows, "text") == shuffled(
         sorted(rows, key=lambda row: (row["text"], row["number"])), "text"
@@ -112,10 +121,14 @@ def test_equal_inputs_stay_together(numbers):
 def test_a_file_that_is_not_what_it_should_be_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("PETUNE_CACHE", str(tmp_path))
     broken = Dataset(
-        "tagging", {"tokens": "tokens"}, Source((Here("no tabs here"),), "rows.txt"), sets.ratings
+        "tagging",
+        {"tokens": "tokens"},
+        Source((Here("no tabs here"),), "rows.txt"),
+        sets.ratings,
     )
     with pytest.raises(
-        PetuneError, match=r"rows.txt: ValueError: not enough values.* Delete .* to fetch it again"
+        PetuneError,
+        match=r"rows.txt: ValueError: not enough values.* Delete .* to fetch it again",
     ):
         broken.rows()
 
@@ -148,13 +161,16 @@ def test_every_data_set_says_which_column_plays_which_role():
 def test_the_real_sentences(name, count, share):
     rows = petune_datasets()[name].rows()
     assert len(rows) == count
-    assert sum(row["label"] == "positive" for row in rows) / count == pytest.approx(share, abs=5e-4)
+    assert sum(row["label"] == "positive" for row in rows) / count == pytest.approx(
+        share, abs=5e-4
+    )
     assert all(row["text"] for row in rows)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "count"), [("conll2003-sample", 226), ("xsum-sample", 1_000), ("nq-sample", 3_569)]
+    ("name", "count"),
+    [("conll2003-sample", 226), ("xsum-sample", 1_000), ("nq-sample", 3_569)],
 )
 def test_the_real_samples(name, count):
     data = petune_datasets()[name]

@@ -49,7 +49,10 @@ def test_what_backward_keeps():
 @torch.no_grad()
 def test_the_ladder_is_its_formula():
     model = tiny_model("bert")
-    rungs = [link.adapter for link in petune.attach(model, "ladder-side-tuning", reduction=4).links]
+    rungs = [
+        link.adapter
+        for link in petune.attach(model, "ladder-side-tuning", reduction=4).links
+    ]
     for rung in rungs:
         for p in rung.parameters():
             nn.init.normal_(p, std=0.3)

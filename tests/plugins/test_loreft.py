@@ -18,7 +18,11 @@ def plain(tuning, ids, n, first, last):
     """The logits of one row, of which the first n tokens are the prompt, with R, W and b applied position by position:
     p <- min(p, floor(n / 2)) and s <- min(s, ceil(n / 2)) where the prompt is shorter than both.
     """
-    p, s = (min(first, n // 2), min(last, n - n // 2)) if n < first + last else (first, last)
+    p, s = (
+        (min(first, n // 2), min(last, n - n // 2))
+        if n < first + last
+        else (first, last)
+    )
     base = tiny_model("llama")
 
     def edit(adapter):
@@ -27,7 +31,9 @@ def plain(tuning, ids, n, first, last):
             for position in [*range(p), *range(n - s, n)]:
                 edit = adapter.edits[0 if position < p else -1]
                 q, _ = torch.linalg.qr(edit.free)  # (hidden, rank)
-                h[:, position] += (edit.W @ h[0, position] + edit.b - q.T @ h[0, position]) @ q.T
+                h[:, position] += (
+                    edit.W @ h[0, position] + edit.b - q.T @ h[0, position]
+                ) @ q.T
             return h
 
         return hook
@@ -39,7 +45,13 @@ def plain(tuning, ids, n, first, last):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"tied": True}, {"first": 2, "last": 3}, {"first": 3, "last": 0}, {"first": 0, "last": 1}],
+    [
+        {},
+        {"tied": True},
+        {"first": 2, "last": 3},
+        {"first": 3, "last": 0},
+        {"first": 0, "last": 1},
+    ],
 )
 @pytest.mark.parametrize("left", [False, True])
 @torch.no_grad()
@@ -50,7 +62,9 @@ def test_positions_under_padding(arguments, left):
     ids, mask = batch["input_ids"], batch["attention_mask"]
     if left:
         ids, mask = ids.flip(1), mask.flip(1)
-    got = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+    got = model(
+        ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
+    ).logits
     for row, real, found in zip(ids, mask.bool(), got, strict=True):
         want = plain(tuning, row[real], int(real.sum()), first, last)
         torch.testing.assert_close(found[real], want, rtol=1e-4, atol=1e-4)
@@ -63,7 +77,9 @@ def test_the_completion_is_not_edited():
     labels = ids.clone()
     labels[:, :6] = -100
     got = model(ids, labels=labels).logits[0]
-    torch.testing.assert_close(got, plain(tuning, ids[0], 6, 2, 2), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        got, plain(tuning, ids[0], 6, 2, 2), rtol=1e-4, atol=1e-4
+    )
     assert not torch.allclose(model(ids).logits[0], got, atol=1e-3)
 
 
@@ -85,7 +101,9 @@ def test_rows_stay_orthonormal():
     _, tuning = tuned(rank=3)
     for edit in tuning.links[0].adapter.edits:
         rotation = edit.rotation()
-        torch.testing.assert_close(rotation @ rotation.T, torch.eye(3), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            rotation @ rotation.T, torch.eye(3), rtol=0, atol=1e-5
+        )
 
 
 def test_nothing_to_edit_is_a_mistake():

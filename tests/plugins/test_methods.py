@@ -30,7 +30,12 @@ def vera(ours, layer):
 
 
 def loha(ours, layer):
-    for mine, theirs in (("B1", "w1_a"), ("A1", "w1_b"), ("B2", "w2_a"), ("A2", "w2_b")):
+    for mine, theirs in (
+        ("B1", "w1_a"),
+        ("A1", "w1_b"),
+        ("B2", "w2_a"),
+        ("A2", "w2_b"),
+    ):
         getattr(ours, mine).copy_(getattr(layer, f"hada_{theirs}")["default"])
 
 
@@ -79,7 +84,10 @@ def test_equals_peft(method, family):
     torch.manual_seed(0)
     config, theirs_args, ours_args, copy = PEERS[method]
     made = config(target_modules=TARGETS[family], **theirs_args)
-    theirs, ours = peft.get_peft_model(tiny_model(family), made).eval(), tiny_model(family)
+    theirs, ours = (
+        peft.get_peft_model(tiny_model(family), made).eval(),
+        tiny_model(family),
+    )
     before = logits(ours, tiny_batch(family))
     shake(p for p in theirs.parameters() if p.requires_grad)
     for name, adapter in petune.attach(ours, method, **ours_args).adapters.items():
@@ -91,13 +99,19 @@ def test_equals_peft(method, family):
 
 @pytest.mark.parametrize(
     ("family", "targets"),
-    [("llama", ["input_layernorm", "post_attention_layernorm", "norm"]), ("bert", ["LayerNorm"])],
+    [
+        ("llama", ["input_layernorm", "post_attention_layernorm", "norm"]),
+        ("bert", ["LayerNorm"]),
+    ],
 )
 @torch.no_grad()
 def test_ln_tuning_equals_peft(family, targets):
     torch.manual_seed(0)
     made = peft.LNTuningConfig(target_modules=targets, exclude_modules=".*embeddings.*")
-    theirs, ours = peft.get_peft_model(tiny_model(family), made).eval(), tiny_model(family)
+    theirs, ours = (
+        peft.get_peft_model(tiny_model(family), made).eval(),
+        tiny_model(family),
+    )
     shake(p for p in theirs.parameters() if p.requires_grad)
     for name, adapter in petune.attach(ours, "ln-tuning").adapters.items():
         base, tuned = (
@@ -128,7 +142,8 @@ def test_bottlenecks():
         if method in ("houlsby", "pfeiffer"):
             want = (
                 h
-                + F.gelu(x * 2 @ adapter.down.weight.T + adapter.down.bias) @ adapter.up.weight.T
+                + F.gelu(x * 2 @ adapter.down.weight.T + adapter.down.bias)
+                @ adapter.up.weight.T
                 + adapter.up.bias
             )
         elif method == "parallel-adapter":
@@ -208,7 +223,12 @@ def test_lora_starts_at_the_base(init):
     model = tiny_model("llama")
     before = logits(model, tiny_batch("llama"))
     tuning = petune.attach(
-        model, "lora", init=init, rslora=True, rank_pattern={"v": 4}, alpha_pattern={"*.0.*": 2.0}
+        model,
+        "lora",
+        init=init,
+        rslora=True,
+        rank_pattern={"v": 4},
+        alpha_pattern={"*.0.*": 2.0},
     )
     close(logits(model, tiny_batch("llama")), before)
     adapter = tuning.adapters["model.layers.0.self_attn.v_proj"]
@@ -219,7 +239,10 @@ def test_lora_starts_at_the_base(init):
             next(link for link in tuning.links if link.adapter is adapter).site.weight()
         )
         torch.testing.assert_close(
-            torch.linalg.svdvals(adapter.B @ adapter.A)[:4], values[:4], rtol=1e-3, atol=1e-4
+            torch.linalg.svdvals(adapter.B @ adapter.A)[:4],
+            values[:4],
+            rtol=1e-3,
+            atol=1e-4,
         )
 
 
@@ -228,7 +251,8 @@ def test_a_pattern_that_matches_nothing_is_named(argument):
     model = tiny_model("llama")
     for key in ("v_prj", "gate"):  # no site at all, and one that `where` leaves out
         with pytest.raises(
-            petune.PetuneError, match=rf"{argument}: '{key}' matches none of the sites adapted"
+            petune.PetuneError,
+            match=rf"{argument}: '{key}' matches none of the sites adapted",
         ):
             petune.attach(model, "lora", where="q v", **{argument: {"q": 4, key: 2}})
     assert petune.tunings(model) == {}
@@ -240,8 +264,13 @@ def test_lora_plus():
     tuning = petune.attach(model, "lora", lr_ratio=16.0)
     groups = tuning.parameter_groups(1e-3)
     assert [group["lr"] for group in groups] == [1e-3, 16e-3]
-    assert {id(p) for p in groups[1]["params"]} == {id(a.B) for a in tuning.adapters.values()}
-    before = [(a, a.A.detach().clone(), a.B.detach().clone()) for a in tuning.adapters.values()]
+    assert {id(p) for p in groups[1]["params"]} == {
+        id(a.B) for a in tuning.adapters.values()
+    }
+    before = [
+        (a, a.A.detach().clone(), a.B.detach().clone())
+        for a in tuning.adapters.values()
+    ]
     with torch.no_grad():
         for adapter, _, b in before:
             b.copy_(adapter.B.normal_(std=0.1))
@@ -249,7 +278,8 @@ def test_lora_plus():
     model(**tiny_batch("llama")).loss.backward()
     optimizer.step()
     moved = [
-        ((adapter.A - a).abs().median(), (adapter.B - b).abs().median()) for adapter, a, b in before
+        ((adapter.A - a).abs().median(), (adapter.B - b).abs().median())
+        for adapter, a, b in before
     ]
     for a, b in moved:
         torch.testing.assert_close(b / a, torch.tensor(16.0), rtol=1e-2, atol=0)

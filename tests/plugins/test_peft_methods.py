@@ -33,7 +33,15 @@ WHOLE = [
     "cpt",
     "cartridge",
 ]
-ELSEWHERE = ["ln_tuning", "trainable_tokens", "poly", "lily", "xlora", "shadow", "glora"]
+ELSEWHERE = [
+    "ln_tuning",
+    "trainable_tokens",
+    "poly",
+    "lily",
+    "xlora",
+    "shadow",
+    "glora",
+]
 UNTRACED = [
     "frod",
     "shira",
@@ -44,7 +52,11 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
 def layered():
-    names = {name.removeprefix("peft:") for name in petune.methods() if name.startswith("peft:")}
+    names = {
+        name.removeprefix("peft:")
+        for name in petune.methods()
+        if name.startswith("peft:")
+    }
     return sorted(names - {*WHOLE, *ELSEWHERE})
 
 
@@ -60,7 +72,10 @@ def test_the_same_numbers_as_in_peft(method):
     config = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[kind](
         target_modules=TARGETS, **OPTIONS.get(method, {})
     )
-    theirs, ours = peft.get_peft_model(tiny_model("llama"), config).eval(), tiny_model("llama")
+    theirs, ours = (
+        peft.get_peft_model(tiny_model("llama"), config).eval(),
+        tiny_model("llama"),
+    )
     before = logits(ours, tiny_batch("llama"))
     shake(p for p in theirs.parameters() if p.requires_grad)
     tuning = petune.attach(
@@ -69,7 +84,9 @@ def test_the_same_numbers_as_in_peft(method):
     with torch.no_grad():
         for name, adapter in tuning.adapters.items():
             own = theirs.base_model.model.get_submodule(name).state_dict()
-            adapter.layer.load_state_dict({k: own[k] for k in adapter.layer.state_dict()})
+            adapter.layer.load_state_dict(
+                {k: own[k] for k in adapter.layer.state_dict()}
+            )
     want = logits(theirs, tiny_batch("llama"))
     assert (want - before).abs().max() > 1e-3
     close(logits(ours, tiny_batch("llama")), want)
@@ -87,7 +104,9 @@ def test_options_are_those_of_peft_with_its_defaults():
         petune.attach(tiny_model("llama"), "peft:hra", r="many")
 
 
-@pytest.mark.parametrize("method", ["prompt_tuning", "ln_tuning", "poly", "c3a", "lily", "xlora"])
+@pytest.mark.parametrize(
+    "method", ["prompt_tuning", "ln_tuning", "poly", "c3a", "lily", "xlora"]
+)
 def test_what_peft_can_not_do_is_refused_with_its_reason(method):
     model = tiny_model("llama")
     reason = {
@@ -98,7 +117,8 @@ def test_what_peft_can_not_do_is_refused_with_its_reason(method):
     }
     reason["xlora"] = "more of the model"
     with pytest.raises(
-        petune.UnsupportedError, match=f"peft:{method}.*{reason.get(method, 'mixes the rows')}"
+        petune.UnsupportedError,
+        match=f"peft:{method}.*{reason.get(method, 'mixes the rows')}",
     ):
         petune.attach(model, f"peft:{method}")
     assert petune.tunings(model) == {}
@@ -151,7 +171,9 @@ def test_shared_parameters_are_saved_once(tmp_path):
     assert sum("vector_bank" in name for name, _ in tuning.state()) == 1
     tuning.save(tmp_path)
     petune.load(fresh, tmp_path)
-    assert torch.equal(logits(fresh, tiny_batch("llama")), logits(model, tiny_batch("llama")))
+    assert torch.equal(
+        logits(fresh, tiny_batch("llama")), logits(model, tiny_batch("llama"))
+    )
 
 
 def test_hra_holds_the_kit():
@@ -164,10 +186,15 @@ def test_hra_holds_the_kit():
 @pytest.mark.parametrize("method", layered())
 def test_all_others_hold_it(method, precision):
     """At a layer of each kind, to be done sooner."""
-    cls, family = petune.methods()[f"peft:{method}"], "llama" if precision == "fp32" else "bert"
+    cls, family = (
+        petune.methods()[f"peft:{method}"],
+        "llama" if precision == "fp32" else "bert",
+    )
     narrow = type(cls.__name__, (cls,), {"where": "q down"})
     rows = list(
-        run_checks(narrow, families=[family], precisions=[precision], **OPTIONS.get(method, {}))
+        run_checks(
+            narrow, families=[family], precisions=[precision], **OPTIONS.get(method, {})
+        )
     )
     failed = {row.behaviour: row.error for row in rows if row.error}
     assert set(failed) == ({"torch.compile"} if method in UNTRACED else set()), failed
@@ -211,7 +238,9 @@ def test_they_are_compared_like_any_other(suite, tmp_path):
     ]
     out = tmp_path / "out"
     assert main(["bench", suite(*cells), "--out", str(out)]) == 0
-    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()
+    ]
     assert [row["status"] for row in rows] == [
         "ok",
         "unsupported",

@@ -23,11 +23,15 @@ def test_the_base_is_quantized_and_the_head_is_not(family):
     model, dense = tiny_model(family, PRECISION), tiny_model(family)
     outside = {"lm_head", "classifier", "bert.pooler.dense"}
     kinds = {
-        type(m) for n, m in model.named_modules() if features(m) is not None and n not in outside
+        type(m)
+        for n, m in model.named_modules()
+        if features(m) is not None and n not in outside
     }
     assert kinds == {QuantizedConv1D if family == "gpt2" else QuantizedLinear}
     batch = tiny_batch(family)
-    off = (logits(model, batch) - logits(dense, batch)).norm() / logits(dense, batch).norm()
+    off = (logits(model, batch) - logits(dense, batch)).norm() / logits(
+        dense, batch
+    ).norm()
     assert 0 < off < 0.05
 
 
@@ -39,7 +43,9 @@ def test_backward_keeps_no_dense_weight(family):
     )  # without the dense head
     x = torch.randn(2, 10, 64, requires_grad=True)
     shapes = {
-        tuple(m.weight.shape) for m in blocks.modules() if type(m).__name__.startswith("Quantized")
+        tuple(m.weight.shape)
+        for m in blocks.modules()
+        if type(m).__name__.startswith("Quantized")
     }
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(
@@ -58,7 +64,9 @@ def test_the_gradient_is_that_of_the_dense_layer(family):
         for m in tiny_model(family, PRECISION).modules()
         if type(m).__name__.startswith("Quantized")
     )
-    dense = layer.weight.dequantize() if family == "gpt2" else layer.weight.dequantize().T
+    dense = (
+        layer.weight.dequantize() if family == "gpt2" else layer.weight.dequantize().T
+    )
     x = torch.randn(3, 5, dense.shape[0], requires_grad=True)
     y, want = layer(x), x @ dense + (0 if layer.bias is None else layer.bias)
     torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)

@@ -45,7 +45,9 @@ def test_a_single_file_is_split_once_and_for_all(tmp_path: Path) -> None:
         "validation": 3,
         "test": 3,
     }
-    assert [list(rows) for rows in splits.values()] == [list(rows) for rows in again.values()]
+    assert [list(rows) for rows in splits.values()] == [
+        list(rows) for rows in again.values()
+    ]
     texts = Counter(text for rows in splits.values() for text in rows["text"])
     assert texts == Counter(row["sentence"] for row in ROWS)
     assert splits["train"].column_names == ["text", "label"]
@@ -72,7 +74,11 @@ def test_only_the_missing_split_is_cut_from_train(tmp_path: Path) -> None:
         "test": str(save(tmp_path / "b.jsonl", ROWS[20:])),
     }
     splits = load_splits(files, COLUMNS, ROLES)
-    assert [len(splits[split]) for split in ("train", "validation", "test")] == [18, 2, 10]
+    assert [len(splits[split]) for split in ("train", "validation", "test")] == [
+        18,
+        2,
+        10,
+    ]
 
 
 def test_a_missing_column_is_named_with_the_nearest(tmp_path: Path) -> None:
@@ -90,11 +96,16 @@ def test_a_missing_column_is_named_with_the_nearest(tmp_path: Path) -> None:
 
 def test_optional_roles_and_swapped_names() -> None:
     rows = Dataset.from_list([{"a": "x", "b": "y", "text_pair": "z"}])
-    assert assign(rows, {"text": "a"}, ["text"], ["text_pair"], source="s").column_names == [
+    assert assign(
+        rows, {"text": "a"}, ["text"], ["text_pair"], source="s"
+    ).column_names == [
         "text",
         "text_pair",
     ]
-    assert assign(rows, {"a": "b", "b": "a"}, ["a", "b"], source="s")[0] == {"a": "y", "b": "x"}
+    assert assign(rows, {"a": "b", "b": "a"}, ["a", "b"], source="s")[0] == {
+        "a": "y",
+        "b": "x",
+    }
     with pytest.raises(PetuneError, match="can't play two roles"):
         assign(rows, {"text": "a", "label": "a"}, ["text", "label"], source="s")
 
@@ -103,7 +114,11 @@ def test_optional_roles_and_swapped_names() -> None:
     ("name", "content", "said"),
     [
         ("rows.jsonl", '{"a": 1}\n{"a": \n', r"rows\.jsonl line 2: "),
-        ("rows.jsonl", '{"a": 1}\n[1]\n', r"rows\.jsonl line 2: each line is an object"),
+        (
+            "rows.jsonl",
+            '{"a": 1}\n[1]\n',
+            r"rows\.jsonl line 2: each line is an object",
+        ),
         ("rows.jsonl", '{"a": 1}\n{"a": "x"}\n', r"rows\.jsonl: "),
         ("rows.jsonl", "", r"rows\.jsonl: no rows"),
         ("rows.json", '{"a": 1}', r"rows\.json: a \.json file is a list of objects"),
@@ -122,7 +137,9 @@ def test_a_file_that_is_not_what_it_says(
 
 
 def test_empty_values_and_too_few_rows(tmp_path: Path) -> None:
-    path = save(tmp_path / "rows.jsonl", [*ROWS, {"id": 31, "sentence": None, "gold": 1}])
+    path = save(
+        tmp_path / "rows.jsonl", [*ROWS, {"id": 31, "sentence": None, "gold": 1}]
+    )
     with pytest.raises(
         PetuneError, match="column 'sentence' is empty in 1 rows; row 31 is the first"
     ):
@@ -131,7 +148,9 @@ def test_empty_values_and_too_few_rows(tmp_path: Path) -> None:
         load_splits(str(save(tmp_path / "few.jsonl", ROWS[:2])), COLUMNS, ROLES)
 
 
-def test_a_hub_set_that_can_not_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_set_that_can_not_be_had_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import datasets
 
     def refuse(*args: Any, **kwargs: Any) -> None:
@@ -157,16 +176,25 @@ def test_a_hub_set_is_read_by_its_splits_and_label_names(
 
     def local(name: str, config: str | None) -> Any:
         assert (name, config) == ("owner/name", "small")
-        return real("json", data_files=files, features=features, cache_dir=str(tmp_path / "cache"))
+        return real(
+            "json",
+            data_files=files,
+            features=features,
+            cache_dir=str(tmp_path / "cache"),
+        )
 
     monkeypatch.setattr(datasets, "load_dataset_builder", local)
     splits = load_splits(
-        {"hub": "owner/name", "config": "small", "train": "train", "test": "dev"}, COLUMNS, ROLES
+        {"hub": "owner/name", "config": "small", "train": "train", "test": "dev"},
+        COLUMNS,
+        ROLES,
     )
     assert splits["test"]["label"][:] == ["no", "yes", "no", "yes", "no"]
     assert len(splits["train"]) + len(splits["validation"]) == len(ROWS)
     with pytest.raises(PetuneError, match="unknown split 'tset'"):
-        load_splits({"hub": "owner/name", "config": "small", "test": "tset"}, COLUMNS, ROLES)
+        load_splits(
+            {"hub": "owner/name", "config": "small", "test": "tset"}, COLUMNS, ROLES
+        )
 
 
 def test_a_hub_set_that_would_be_unpickled_is_refused(

@@ -14,7 +14,9 @@ from petune.training.regions import compiled
 
 def step(model, tuning, batch):
     """(loss, gradients, bytes kept for backward)."""
-    weights = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
+    weights = {
+        t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]
+    }
     kept = {}
 
     def pack(t):
@@ -53,16 +55,23 @@ def test_recomputed(family, precision, method):
     model, tuning = adapted(family, method, precision)
     batch = tiny_batch(family, rows=4, length=32)
     loss, gradients, more = step(model, tuning, batch)
-    before = {n: {k for k in vars(m) if k == "forward"} for n, m in model.named_modules()}
+    before = {
+        n: {k for k in vars(m) if k == "forward"} for n, m in model.named_modules()
+    }
     with recomputed(model):
         ours, found, less = step(model, tuning, batch)
     assert torch.equal(ours, loss)
     for one, other in zip(found, gradients, strict=True):
         torch.testing.assert_close(
-            one, other, rtol=2e-2 if precision == "bf16" else 1e-5, atol=2e-2 * float(loss)
+            one,
+            other,
+            rtol=2e-2 if precision == "bf16" else 1e-5,
+            atol=2e-2 * float(loss),
         )
     assert less <= LEFT[family, precision] * more
-    assert {n: {k for k in vars(m) if k == "forward"} for n, m in model.named_modules()} == before
+    assert {
+        n: {k for k in vars(m) if k == "forward"} for n, m in model.named_modules()
+    } == before
     assert step(model, tuning, batch)[2] == more
 
 
@@ -74,11 +83,16 @@ def test_dropout_survives_the_trial_of_an_mlp():
         assert {n: m.training for n, m in model.named_modules()} == modes
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("bert", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", ["llama", pytest.param("bert", marks=pytest.mark.slow)]
+)
 def test_compiled_blocks(family, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     model, tuning = adapted(family)
-    batches = [tiny_batch(family, rows=rows, length=length) for rows, length in ((2, 10), (3, 12))]
+    batches = [
+        tiny_batch(family, rows=rows, length=length)
+        for rows, length in ((2, 10), (3, 12))
+    ]
     want = [step(model, tuning, batch) for batch in batches]
     with compiled(model):
         got = [step(model, tuning, batch) for batch in batches]
@@ -103,7 +117,9 @@ def test_without_a_compiler():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("precision", "dropout"), [("fp32", 0.0), ("bf16", 0.1), ("nf4", 0.0)])
+@pytest.mark.parametrize(
+    ("precision", "dropout"), [("fp32", 0.0), ("bf16", 0.1), ("nf4", 0.0)]
+)
 def test_compiled_blocks_keep_less(precision, dropout):
     model, tuning = adapted("llama", precision=precision, dropout=dropout)
     batch = tiny_batch("llama", rows=4, length=32)
@@ -113,7 +129,9 @@ def test_compiled_blocks_keep_less(precision, dropout):
         ours, found, less = step(model, tuning, batch)
     assert less < 0.7 * more
     if not dropout:
-        torch.testing.assert_close(ours, loss, rtol=1e-2 if precision == "bf16" else 1e-4, atol=0)
+        torch.testing.assert_close(
+            ours, loss, rtol=1e-2 if precision == "bf16" else 1e-4, atol=0
+        )
         for one, other in zip(found, gradients, strict=True):
             close = 5e-2 if precision == "bf16" else 1e-3
             torch.testing.assert_close(
@@ -130,16 +148,24 @@ def test_compiled_blocks_keep_less(precision, dropout):
     ],
 )
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_what_lies_below_the_adapters_has_no_graph(method, options, share, checkpointing):
+def test_what_lies_below_the_adapters_has_no_graph(
+    method, options, share, checkpointing
+):
     model, tuning = adapted("llama", method, **options)
     reached = []
     for block in model.model.layers[:-1]:
-        mlp = block.mlp  # what a block adds to the stream, whatever an adapter taps from it
-        mlp.register_forward_hook(lambda *given: reached.append(given[-1].requires_grad))
+        mlp = (
+            block.mlp
+        )  # what a block adds to the stream, whatever an adapter taps from it
+        mlp.register_forward_hook(
+            lambda *given: reached.append(given[-1].requires_grad)
+        )
     if checkpointing:
         with plain_input(model):
             model.activation_checkpointing_enable()
-    batch = {k: v for k, v in tiny_batch("llama", rows=4, length=32).items() if k != "labels"}
+    batch = {
+        k: v for k, v in tiny_batch("llama", rows=4, length=32).items() if k != "labels"
+    }
     assert model(**batch, use_cache=False).logits.requires_grad
     assert not any(reached)
     assert len(reached) == len(model.model.layers) - 1

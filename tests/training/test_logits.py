@@ -21,11 +21,23 @@ SIZES = {
 SIZES |= {"num_attention_heads": 4, "bos_token_id": 1, "eos_token_id": 2}
 GROUPED = SIZES | {"num_key_value_heads": 2, "head_dim": 8}
 MODELS = {
-    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", GROUPED | {"final_logit_softcapping": 3.0}),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        "Gemma2Config",
+        GROUPED | {"final_logit_softcapping": 3.0},
+    ),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", GROUPED),
     "cohere": ("CohereForCausalLM", "CohereConfig", SIZES | {"logit_scale": 0.3}),
-    "opt": ("OPTForCausalLM", "OPTConfig", SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 16}),
-    "mixtral": ("MixtralForCausalLM", "MixtralConfig", GROUPED | {"output_router_logits": True}),
+    "opt": (
+        "OPTForCausalLM",
+        "OPTConfig",
+        SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 16},
+    ),
+    "mixtral": (
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        GROUPED | {"output_router_logits": True},
+    ),
     "modernbert": (
         "ModernBertForMaskedLM",
         "ModernBertConfig",
@@ -40,7 +52,11 @@ def built(name):
     model, config, arguments = MODELS[name]
     torch.manual_seed(0)
     config = getattr(transformers, config)(**arguments)
-    return getattr(transformers, model)._from_config(config, attn_implementation="eager").eval()
+    return (
+        getattr(transformers, model)
+        ._from_config(config, attn_implementation="eager")
+        .eval()
+    )
 
 
 def labelled():
@@ -58,7 +74,11 @@ def loss_and_gradients(model, tuning, batch):
 @pytest.mark.parametrize("name", ["llama", "gpt2", *MODELS])
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("lora", {"where": "q v head"}), ("prompt-tuning", {}), ("last-layers", {"train": None})],
+    [
+        ("lora", {"where": "q v head"}),
+        ("prompt-tuning", {}),
+        ("last-layers", {"train": None}),
+    ],
 )
 def test_equal_to_the_models_own(name, method, options):
     model = built(name)

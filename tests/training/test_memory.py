@@ -13,7 +13,9 @@ X, H = 4 * BATCH * WIDE, 4 * BATCH * NARROW
 
 def model() -> nn.Sequential:
     return nn.Sequential(
-        nn.Linear(WIDE, NARROW, bias=False), nn.ReLU(), nn.Linear(NARROW, WIDE, bias=False)
+        nn.Linear(WIDE, NARROW, bias=False),
+        nn.ReLU(),
+        nn.Linear(NARROW, WIDE, bias=False),
     )
 
 
@@ -59,7 +61,9 @@ def test_a_storage_saved_twice_counts_once() -> None:
         h = weight(x)
         return (h * h.view(-1).view_as(h)).sum()
 
-    _, saved = measure_step(weight, torch.optim.SGD(weight.parameters(), lr=0.1), loss, [x])
+    _, saved = measure_step(
+        weight, torch.optim.SGD(weight.parameters(), lr=0.1), loss, [x]
+    )
     assert saved == 2 * X  # x, and h once
 
 
@@ -95,6 +99,8 @@ def test_parameters_learning_rate_and_gradients_are_as_before() -> None:
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, weight_decay=0.1)
     first = measure_step(net, optimizer, lambda: net(x).sum(), [x])
     assert measure_step(net, optimizer, lambda: net(x).sum(), [x]) == first
-    assert all(torch.equal(old, new) for old, new in zip(before, net.parameters(), strict=True))
+    assert all(
+        torch.equal(old, new) for old, new in zip(before, net.parameters(), strict=True)
+    )
     assert optimizer.param_groups[0]["lr"] == 0.1
     assert all(p.grad is None for p in net.parameters())

@@ -16,7 +16,9 @@ def built(name):
     torch.manual_seed(0)
     if name == "gemma2":
         config = transformers.Gemma2Config(**SIZES, attn_logit_softcapping=5.0)
-        return transformers.Gemma2ForCausalLM._from_config(config, attn_implementation="eager")
+        return transformers.Gemma2ForCausalLM._from_config(
+            config, attn_implementation="eager"
+        )
     if name == "gemma3":
         kinds = ["sliding_attention", "full_attention", "sliding_attention"]
         return transformers.Gemma3ForCausalLM(
@@ -34,7 +36,9 @@ def uneven():
     return batch
 
 
-@pytest.mark.parametrize("name", ["llama", "llama eager", "gpt2", "qwen", "gemma2", "gemma3"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama eager", "gpt2", "qwen", "gemma2", "gemma3"]
+)
 @pytest.mark.parametrize("method", ["lora", "prefix-tuning", "houlsby", "loreft"])
 def test_equal_to_the_padded_batch(name, method):
     model = built(name).train()
@@ -64,7 +68,9 @@ def test_which_batches_are_worth_it():
     assert not is_padded({**batch, "weights": torch.ones(4)}), (
         "a row's own values have no place among tokens"
     )
-    assert not is_padded({key: value for key, value in batch.items() if key != "labels"})
+    assert not is_padded(
+        {key: value for key, value in batch.items() if key != "labels"}
+    )
 
 
 def test_who_can_not_be_packed():

@@ -19,11 +19,21 @@ def write(folder: Path, text: str) -> Path:
 def test_defaults_and_overrides(tmp_path: Path) -> None:
     path = write(tmp_path, yaml.safe_dump(MINIMAL))
     recipe = load_recipe(
-        path, ["training.steps=10", "method_args.rank=4", "precision=bf16", "columns={text: a}"]
+        path,
+        [
+            "training.steps=10",
+            "method_args.rank=4",
+            "precision=bf16",
+            "columns={text: a}",
+        ],
     )
     assert recipe.training.steps == 10
     assert recipe.method_args == {"rank": 4}
-    assert (recipe.precision, recipe.method, recipe.columns) == ("bf16", "lora", {"text": "a"})
+    assert (recipe.precision, recipe.method, recipe.columns) == (
+        "bf16",
+        "lora",
+        {"text": "a"},
+    )
 
 
 def test_overrides_leave_the_given_mapping_alone() -> None:
@@ -47,8 +57,14 @@ def test_floats_as_people_write_them(tmp_path: Path, written: str) -> None:
     ("change", "words"),
     [
         ({"modle": "x"}, ["unknown key 'modle'", "Did you mean 'model'"]),
-        ({"training": {"stpes": 3}}, ["unknown key 'training.stpes'", "'training.steps'"]),
-        ({"training": {"steps": "ten"}}, ["training.steps: 'ten' should be a valid integer"]),
+        (
+            {"training": {"stpes": 3}},
+            ["unknown key 'training.stpes'", "'training.steps'"],
+        ),
+        (
+            {"training": {"steps": "ten"}},
+            ["training.steps: 'ten' should be a valid integer"],
+        ),
         ({"training": {"steps": 0}}, ["training.steps: 0 should be greater than 0"]),
         (
             {"training": {"steps": 3, "epochs": 1}},
@@ -94,7 +110,9 @@ def test_a_missing_file_and_a_bad_override(tmp_path: Path) -> None:
         load_recipe(tmp_path / "nowhere.yaml")
     with pytest.raises(PetuneError, match="write key=value"):
         load_recipe(MINIMAL, ["steps"])
-    with pytest.raises(PetuneError, match=r"override 'data=\[': '\[' is not a YAML value"):
+    with pytest.raises(
+        PetuneError, match=r"override 'data=\[': '\[' is not a YAML value"
+    ):
         load_recipe(MINIMAL, ["data=["])
 
 
@@ -104,7 +122,10 @@ def test_a_missing_file_and_a_bad_override(tmp_path: Path) -> None:
         ({"method": "lroa"}, ["unknown method 'lroa'", "Did you mean 'lora'"]),
         ({"method_args": {"rnak": 3}}, ["'rnak'", "'rank'"]),
         ({"method_args": {"rank": "big"}}, ["rank='big'"]),
-        ({"task": "clasification"}, ["unknown task 'clasification'", "'classification'"]),
+        (
+            {"task": "clasification"},
+            ["unknown task 'clasification'", "'classification'"],
+        ),
         ({"precision": "nf5"}, ["unknown precision 'nf5'", "'nf4'", "bf16"]),
         ({"head": "causal"}, ["head: ", "'causal-lm'"]),
         ({"data": "vader-movis"}, ["unknown data set 'vader-movis'", "'vader-movies'"]),
@@ -127,12 +148,16 @@ def test_names_are_looked_up_before_anything_is_loaded(
         assert word in said
 
 
-def test_a_missing_file_is_named_with_its_neighbour(recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_a_missing_file_is_named_with_its_neighbour(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
     with pytest.raises(PetuneError, match=r"Did you mean .*opinions\.jsonl\?"):
         load_recipe({**recipe, "data": str(tmp_path / "opinion.jsonl")}).check()
 
 
-def test_a_caller_with_its_own_method_is_not_asked_for_one(recipe: dict[str, Any]) -> None:
+def test_a_caller_with_its_own_method_is_not_asked_for_one(
+    recipe: dict[str, Any],
+) -> None:
     load_recipe({**recipe, "method": "someone-else's"}).check(method=False)
 
 
@@ -143,7 +168,9 @@ def test_resolved_paths_are_absolute(
     resolved = load_recipe({**recipe, "data": "opinions.jsonl"}).resolved()
     assert resolved.data == str(tmp_path / "opinions.jsonl")
     assert (
-        load_recipe({**recipe, "data": "vader-movies", "model": "minilm"}).resolved().model
+        load_recipe({**recipe, "data": "vader-movies", "model": "minilm"})
+        .resolved()
+        .model
         == "minilm"
     )
     assert isinstance(resolved, Recipe)

@@ -25,7 +25,9 @@ def crash_at(monkeypatch: pytest.MonkeyPatch) -> Any:
     whole = Recorder.on_step_end
 
     def at(step: int | None) -> None:
-        def dying(self: Recorder, args: Any, state: Any, control: Any, **more: Any) -> None:
+        def dying(
+            self: Recorder, args: Any, state: Any, control: Any, **more: Any
+        ) -> None:
             whole(self, args, state, control, **more)
             if state.global_step == step:
                 raise Crash
@@ -41,10 +43,19 @@ def test_a_resumed_run_ends_like_one_that_was_never_stopped(
 ) -> None:
     recipe = changed(recipe, steps=40, checkpoint_every=7, schedule="cosine", warmup=0.1,
                      gradient_accumulation=accumulation)  # fmt: skip
-    recipe["method_args"] = {"rank": 4, "dropout": 0.2}  # draws random numbers at every step
-    whole, broken = ({**recipe, "output": str(tmp_path / name)} for name in ("whole", "broken"))
+    recipe["method_args"] = {
+        "rank": 4,
+        "dropout": 0.2,
+    }  # draws random numbers at every step
+    whole, broken = (
+        {**recipe, "output": str(tmp_path / name)} for name in ("whole", "broken")
+    )
     expected = train(whole, quiet=True)
-    for step in (6, 9, 26):  # before the first checkpoint, in the first epoch, in a later one
+    for step in (
+        6,
+        9,
+        26,
+    ):  # before the first checkpoint, in the first epoch, in a later one
         crash_at(step)
         with pytest.raises(Crash):
             train(broken, quiet=True, resume=True)
@@ -57,19 +68,28 @@ def test_a_resumed_run_ends_like_one_that_was_never_stopped(
         expected.train_loss,
     )
     keys = ("step", "loss", "learning_rate", "tokens")
-    logs = [[[row[key] for key in keys] for row in rows(run["output"])] for run in (whole, broken)]
+    logs = [
+        [[row[key] for key in keys] for row in rows(run["output"])]
+        for run in (whole, broken)
+    ]
     assert logs[0] == logs[1]
     assert train(broken, quiet=True, resume=True) == got  # nothing is left to do
 
 
-def test_checkpoints_hold_the_adapter_and_nothing_to_unpickle(recipe: dict[str, Any]) -> None:
+def test_checkpoints_hold_the_adapter_and_nothing_to_unpickle(
+    recipe: dict[str, Any],
+) -> None:
     train(changed(recipe, checkpoint_every=2, optimizer="adamw_torch"), quiet=True)
     folders = sorted((Path(recipe["output"]) / "checkpoints").iterdir())
     assert [folder.name for folder in folders] == [
         "checkpoint-4",
         "checkpoint-6",
     ]  # the last two are kept
-    files = {str(path.relative_to(folders[0])) for path in folders[0].rglob("*") if path.is_file()}
+    files = {
+        str(path.relative_to(folders[0]))
+        for path in folders[0].rglob("*")
+        if path.is_file()
+    }
     assert files == {
         "adapter/adapter.json", "adapter/adapter.safetensors", "clock.json", "optimizer.pt", "scheduler.pt",
         "rng_state.pth", "trainer_state.json",
@@ -98,13 +118,17 @@ def test_resuming_unpickles_nothing(
     assert all(asked)
 
 
-def test_a_checkpoint_cut_short_is_passed_over(recipe: dict[str, Any], crash_at: Any) -> None:
+def test_a_checkpoint_cut_short_is_passed_over(
+    recipe: dict[str, Any], crash_at: Any
+) -> None:
     recipe = changed(recipe, checkpoint_every=2)
     crash_at(5)
     with pytest.raises(Crash):
         train(recipe, quiet=True)
     crash_at(None)
-    (Path(recipe["output"]) / "checkpoints" / "checkpoint-4" / "trainer_state.json").unlink()
+    (
+        Path(recipe["output"]) / "checkpoints" / "checkpoint-4" / "trainer_state.json"
+    ).unlink()
     assert train(recipe, quiet=True, resume=True).steps == 6
 
 
@@ -117,7 +141,11 @@ def test_a_run_in_the_way(recipe: dict[str, Any], crash_at: Any) -> None:
     with pytest.raises(PetuneError, match="unfinished run; --resume goes on"):
         train(recipe, quiet=True)
     with pytest.raises(PetuneError, match=r"another method_args, training\.seed"):
-        train({**changed(recipe, seed=1), "method_args": {"rank": 2}}, quiet=True, resume=True)
+        train(
+            {**changed(recipe, seed=1), "method_args": {"rank": 2}},
+            quiet=True,
+            resume=True,
+        )
     first = train(recipe, quiet=True, resume=True)
     with pytest.raises(PetuneError, match="finished run; --overwrite"):
         train(recipe, quiet=True)
@@ -135,7 +163,9 @@ def test_a_signal_leaves_a_checkpoint_to_resume_from(
     expected = train({**recipe, "output": str(tmp_path / "whole")}, quiet=True)
     begin = Recorder.on_step_begin
 
-    def interrupted(self: Recorder, args: Any, state: Any, control: Any, **more: Any) -> None:
+    def interrupted(
+        self: Recorder, args: Any, state: Any, control: Any, **more: Any
+    ) -> None:
         begin(self, args, state, control, **more)
         if state.global_step == 3:
             os.kill(os.getpid(), number)

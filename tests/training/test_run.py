@@ -6,7 +6,11 @@ import pytest
 import torch
 from peft import PeftModel
 from samples import jsonl, opinions
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 import petune
 from petune import PetuneError, UnmergeableError, UnsupportedError
@@ -32,7 +36,9 @@ def test_a_run_answers_in_order_and_keeps_the_other_columns(
     assert [{key: row[key] for key in ("id", "sentence")} for row in answers] == rows
     assert {row["prediction"] for row in answers} <= {"neg", "pos"}
     assert predict(recipe["output"], rows) == answers
-    scored = evaluate(recipe["output"], jsonl(tmp_path / "scored.jsonl", opinions(20, seed=5)))
+    scored = evaluate(
+        recipe["output"], jsonl(tmp_path / "scored.jsonl", opinions(20, seed=5))
+    )
     hits = [
         row["prediction"] == truth["gold"]
         for row, truth in zip(answers, opinions(20, seed=5), strict=True)
@@ -62,13 +68,17 @@ def test_a_merged_run_needs_no_petune(
         expected = run.model(**batch).logits
     out = tmp_path / "merged"
     merge_run(recipe["output"], out)
-    auto = AutoModelForSequenceClassification if kind == "recipe" else AutoModelForCausalLM
+    auto = (
+        AutoModelForSequenceClassification if kind == "recipe" else AutoModelForCausalLM
+    )
     plain, info = auto.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert type(plain).__module__.startswith("transformers.")
     with torch.no_grad():
-        torch.testing.assert_close(plain(**batch).logits, expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            plain(**batch).logits, expected, atol=1e-5, rtol=1e-4
+        )
     assert (
         AutoTokenizer.from_pretrained(out)("good")["input_ids"]
         == run.tokenizer("good")["input_ids"]
@@ -80,13 +90,18 @@ def test_a_merged_run_needs_no_petune(
 def test_what_can_not_be_merged_is_refused_and_leaves_nothing(
     generation: dict[str, Any], tmp_path: Path
 ) -> None:
-    train({**generation, "method": "prefix-tuning", "method_args": {"length": 2}}, quiet=True)
+    train(
+        {**generation, "method": "prefix-tuning", "method_args": {"length": 2}},
+        quiet=True,
+    )
     with pytest.raises(UnmergeableError, match="prefix-tuning"):
         merge_run(generation["output"], tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 
-def test_an_exported_run_serves_in_peft(generation: dict[str, Any], tmp_path: Path) -> None:
+def test_an_exported_run_serves_in_peft(
+    generation: dict[str, Any], tmp_path: Path
+) -> None:
     train(generation, quiet=True)
     run = load_run(generation["output"])
     batch = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
@@ -99,14 +114,18 @@ def test_an_exported_run_serves_in_peft(generation: dict[str, Any], tmp_path: Pa
         )
 
 
-def test_a_head_is_nothing_that_engines_serve(recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_a_head_is_nothing_that_engines_serve(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
     train(recipe, quiet=True)
     with pytest.raises(UnsupportedError, match="head that was trained along"):
         export_run(recipe["output"], tmp_path / "out", "serving")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_quantized_run_merges_into_its_precision(recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_a_quantized_run_merges_into_its_precision(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
     train({**recipe, "precision": "nf4"}, quiet=True)
     out = tmp_path / "merged"
     merged = merge_run(recipe["output"], out, quantized=True)
@@ -116,14 +135,17 @@ def test_a_quantized_run_merges_into_its_precision(recipe: dict[str, Any], tmp_p
     assert torch.isfinite(model(torch.tensor([[5, 6, 7, 8]])).logits).all()
 
 
-def test_a_merge_that_can_not_be_written_is_refused(recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_a_merge_that_can_not_be_written_is_refused(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
     train(recipe, quiet=True)
     with pytest.raises(PetuneError, match=r"is not quantized \(precision: fp32\)"):
         merge_run(recipe["output"], tmp_path / "merged", quantized=True)
     run = load_run(recipe["output"])
     run.model.bert.embeddings.more = torch.nn.Linear(2, 2)
     with pytest.raises(
-        PetuneError, match=r"a saved bert has no place for bert\.embeddings\.more\.weight"
+        PetuneError,
+        match=r"a saved bert has no place for bert\.embeddings\.more\.weight",
     ):
         run.merge(tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
@@ -153,4 +175,6 @@ def test_a_run_is_told_from_its_files_alone(recipe: dict[str, Any]) -> None:
     run = load_run(recipe["output"])
     assert run.tuning.method == "bitfit"
     assert run.recipe.training.seed == 0
-    assert json.loads((run.path / "result.json").read_text())["metric"] == run.task.metric
+    assert (
+        json.loads((run.path / "result.json").read_text())["metric"] == run.task.metric
+    )

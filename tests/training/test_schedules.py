@@ -20,10 +20,17 @@ MAM = {
 
 def test_several_methods_in_a_recipe(recipe: dict[str, Any]) -> None:
     result = train({**recipe, **MAM}, quiet=True)
-    config = json.loads((Path(recipe["output"]) / "adapter" / "adapter.json").read_text())
+    config = json.loads(
+        (Path(recipe["output"]) / "adapter" / "adapter.json").read_text()
+    )
     assert config["method"] == MAM["method"]
-    assert config["arguments"] == {"prefix-tuning": {"length": 5}, "parallel-adapter": {}}
-    assert {key.partition(":")[0] for key in weights(recipe["output"])} > set(MAM["method"])
+    assert config["arguments"] == {
+        "prefix-tuning": {"length": 5},
+        "parallel-adapter": {},
+    }
+    assert {key.partition(":")[0] for key in weights(recipe["output"])} > set(
+        MAM["method"]
+    )
     assert evaluate(recipe["output"])["score"] == result.score
 
 
@@ -43,7 +50,10 @@ def test_several_methods_in_a_recipe(recipe: dict[str, Any]) -> None:
             {"method": ["lora", "ia3"], "method_args": {}, "where": "q"},
             "with several methods, where=",
         ),
-        ({"method": "lora", "where": {"lora": "q"}}, "a string, as there is one method"),
+        (
+            {"method": "lora", "where": {"lora": "q"}},
+            "a string, as there is one method",
+        ),
         ({"method": 3}, "method: 3 should be a valid string"),
     ],
 )
@@ -68,13 +78,20 @@ def test_lora_plus_with_any_optimizer(
 
     monkeypatch.setattr(AdapterTrainer, "create_optimizer", watch)
     recipe["method_args"] = {"lr_ratio": 4.0}
-    train(changed(recipe, optimizer=optimizer, schedule="constant", weight_decay=0.1), quiet=True)
+    train(
+        changed(recipe, optimizer=optimizer, schedule="constant", weight_decay=0.1),
+        quiet=True,
+    )
     trainer, made_optimizer = made[0]
     names = {id(p): name for name, p in trainer.tuning.state()}
     rates = {
-        names[id(p)]: group["lr"] for group in made_optimizer.param_groups for p in group["params"]
+        names[id(p)]: group["lr"]
+        for group in made_optimizer.param_groups
+        for p in group["params"]
     }
-    assert rates.keys() == {name for name, p in trainer.tuning.state() if p.requires_grad}
+    assert rates.keys() == {
+        name for name, p in trainer.tuning.state() if p.requires_grad
+    }
     for name, rate in rates.items():
         assert rate == pytest.approx(4e-2 if name.endswith(".B") else 1e-2), name
     decays = {
@@ -82,7 +99,9 @@ def test_lora_plus_with_any_optimizer(
         for group in made_optimizer.param_groups
         for p in group["params"]
     }
-    assert {name for name, decay in decays.items() if not decay} == {"classifier.module.bias"}
+    assert {name for name, decay in decays.items() if not decay} == {
+        "classifier.module.bias"
+    }
 
 
 def test_adalora_cuts_to_its_budget_and_resumes(
@@ -90,7 +109,9 @@ def test_adalora_cuts_to_its_budget_and_resumes(
 ) -> None:
     recipe = changed(recipe, steps=30, checkpoint_every=11)
     recipe |= {"method": "adalora", "method_args": {"rank": 5, "target": 2, "every": 2}}
-    whole, broken = ({**recipe, "output": str(tmp_path / name)} for name in ("whole", "broken"))
+    whole, broken = (
+        {**recipe, "output": str(tmp_path / name)} for name in ("whole", "broken")
+    )
     train(whole, quiet=True)
     after = Recorder.on_step_end
 
@@ -105,7 +126,11 @@ def test_adalora_cuts_to_its_budget_and_resumes(
     train(broken, quiet=True, resume=True)
     found = weights(whole["output"])
     assert same_weights(found, weights(broken["output"]))
-    left = [int((tensor != 0).sum()) for name, tensor in found.items() if name.endswith(".e")]
+    left = [
+        int((tensor != 0).sum())
+        for name, tensor in found.items()
+        if name.endswith(".e")
+    ]
     assert sum(left) == 2 * len(left)
     assert {name.rpartition(".")[2] for name in found} >= {"Q", "e", "P"}
     assert not [name for name in found if "mean" in name or "keep" in name], (
@@ -113,7 +138,9 @@ def test_adalora_cuts_to_its_budget_and_resumes(
     )
 
 
-def test_loreft_knows_the_prompt_in_training_and_in_scoring(generation: dict[str, Any]) -> None:
+def test_loreft_knows_the_prompt_in_training_and_in_scoring(
+    generation: dict[str, Any],
+) -> None:
     """The held-out loss is that of the prompt edited and the completion not, however the labels are handed over."""
     generation |= {"method": "loreft", "method_args": {"first": 1, "last": 1}}
     metrics = []

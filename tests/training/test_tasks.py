@@ -13,7 +13,9 @@ from petune.training import load_recipe
 from petune.training.setup import make_model, make_task
 
 
-def classification(recipe: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[Any, Dataset]:
+def classification(
+    recipe: dict[str, Any], rows: list[dict[str, Any]]
+) -> tuple[Any, Dataset]:
     task = make_task(load_recipe(recipe))
     table = Dataset.from_list(rows)
     task.fit(table)
@@ -25,8 +27,12 @@ def classification(recipe: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[
     [["neg", "pos"], [0, 1], [3, 7], [False, True]],
     ids=["names", "integers", "far integers", "booleans"],
 )
-def test_labels_come_back_as_they_were_given(recipe: dict[str, Any], labels: list[Any]) -> None:
-    task, rows = classification(recipe, [{"text": "good", "label": label} for label in labels * 3])
+def test_labels_come_back_as_they_were_given(
+    recipe: dict[str, Any], labels: list[Any]
+) -> None:
+    task, rows = classification(
+        recipe, [{"text": "good", "label": label} for label in labels * 3]
+    )
     assert task.encode(rows[1])["labels"] == 1
     fresh = make_task(load_recipe(recipe), task.state())
     model = make_model(load_recipe(recipe), fresh)
@@ -36,10 +42,14 @@ def test_labels_come_back_as_they_were_given(recipe: dict[str, Any], labels: lis
 
 def test_fractions_are_no_classes(recipe: dict[str, Any]) -> None:
     with pytest.raises(PetuneError, match=r"fractions such as 0\.5"):
-        classification(recipe, [{"text": "good", "label": 0.5}, {"text": "bad", "label": 1.0}])
+        classification(
+            recipe, [{"text": "good", "label": 0.5}, {"text": "bad", "label": 1.0}]
+        )
 
 
-def test_an_unseen_label_is_a_miss_and_only_unseen_ones_an_error(recipe: dict[str, Any]) -> None:
+def test_an_unseen_label_is_a_miss_and_only_unseen_ones_an_error(
+    recipe: dict[str, Any],
+) -> None:
     task, rows = classification(
         recipe, [{"text": "good", "label": "pos"}, {"text": "bad", "label": "neg"}]
     )
@@ -47,19 +57,24 @@ def test_an_unseen_label_is_a_miss_and_only_unseen_ones_an_error(recipe: dict[st
     right = task.predict(model, rows)
     told = [{"text": "good", "label": right[0]}, {"text": "bad", "label": right[1]}]
     assert task.score(model, Dataset.from_list(told))["accuracy"] == 1.0
-    assert task.score(model, Dataset.from_list([*told, {"text": "fine", "label": "meh"}]))[
-        "accuracy"
-    ] == pytest.approx(2 / 3)
+    assert task.score(
+        model, Dataset.from_list([*told, {"text": "fine", "label": "meh"}])
+    )["accuracy"] == pytest.approx(2 / 3)
     with pytest.raises(PetuneError, match="'meh': no label here occurs"):
         task.score(model, Dataset.from_list([{"text": "fine", "label": "meh"}]))
 
 
 def test_pairs_and_texts_without_a_token(recipe: dict[str, Any], decoder: Path) -> None:
-    task, _ = classification(recipe, [{"text": "a", "label": 0}, {"text": "b", "label": 1}])
+    task, _ = classification(
+        recipe, [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
+    )
     pair = task.encode({"text": "good", "text_pair": "bad film", "label": 0})
-    assert len(pair["input_ids"]) > len(task.encode({"text": "good", "label": 0})["input_ids"])
+    assert len(pair["input_ids"]) > len(
+        task.encode({"text": "good", "label": 0})["input_ids"]
+    )
     bare, _ = classification(
-        {**recipe, "model": str(decoder)}, [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
+        {**recipe, "model": str(decoder)},
+        [{"text": "a", "label": 0}, {"text": "b", "label": 1}],
     )
     assert len(bare.encode({"text": "", "label": 0})["input_ids"]) == 1
 
@@ -73,7 +88,9 @@ def test_answers_do_not_depend_on_the_batch(recipe: dict[str, Any]) -> None:
         "day",
         "night one two three happy actor the the the",
     ]
-    task, rows = classification(recipe, [{"text": t, "label": i % 2} for i, t in enumerate(texts)])
+    task, rows = classification(
+        recipe, [{"text": t, "label": i % 2} for i, t in enumerate(texts)]
+    )
     model = make_model(load_recipe(recipe), task)
     together = torch.tensor(task._logits(model, rows))
     alone = torch.cat(
@@ -100,7 +117,10 @@ def test_the_loss_is_on_the_completion_alone(generation: dict[str, Any]) -> None
 def test_a_long_prompt_loses_its_middle(generation: dict[str, Any]) -> None:
     task, _ = generator({**generation, "training": {"max_length": 8}})
     example = task.encode(
-        {"prompt": "one two three good bad fine awful movie film", "completion": "the one"}
+        {
+            "prompt": "one two three good bad fine awful movie film",
+            "completion": "the one",
+        }
     )
     words = task.tokenizer.convert_ids_to_tokens(example["input_ids"])
     assert words == ["one", "two", "awful", "movie", "film", "the", "one", "</s>"]
@@ -135,7 +155,9 @@ def test_generation_does_not_depend_on_the_batch(generation: dict[str, Any]) -> 
     assert all(len(text.split()) <= 4 for text in together)
 
 
-def test_scores_of_generation(generation: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_of_generation(
+    generation: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     task, model = generator(generation)
     rows = Dataset.from_list([
         {"prompt": "one", "completion": ["The one.", "one"]}, {"prompt": "two", "completion": ["three", "two"]},
@@ -147,8 +169,12 @@ def test_scores_of_generation(generation: dict[str, Any], monkeypatch: pytest.Mo
     losses = []
     for row in rows:
         batch = task.collate([task.encode(row)])
-        losses.append((model(**batch).loss.item(), int((batch["labels"] != -100).sum())))
-    mean = sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
+        losses.append(
+            (model(**batch).loss.item(), int((batch["labels"] != -100).sum()))
+        )
+    mean = sum(loss * count for loss, count in losses) / sum(
+        count for _, count in losses
+    )
     assert scores["loss"] == pytest.approx(mean, rel=1e-5)
     assert scores["perplexity"] == pytest.approx(math.exp(mean), rel=1e-4)
 

@@ -21,7 +21,9 @@ def test_a_run_and_its_folder(recipe: dict[str, Any]) -> None:
         "recipe.yaml", "task.json", "adapter", "metrics.jsonl", "result.json", "checkpoints",
     } - ({"checkpoints"} if not (run / "checkpoints").exists() else set())  # fmt: skip
     assert (
-        Recipe.model_validate(yaml.safe_load((run / "recipe.yaml").read_text())).training.steps
+        Recipe.model_validate(
+            yaml.safe_load((run / "recipe.yaml").read_text())
+        ).training.steps
         == 60
     )
     assert json.loads((run / "task.json").read_text()) == {"labels": ["neg", "pos"]}
@@ -34,23 +36,35 @@ def test_a_run_and_its_folder(recipe: dict[str, Any]) -> None:
     logged = [row for row in rows(recipe["output"]) if "loss" in row]
     assert [row["step"] for row in logged] == list(range(2, 61, 2))
     assert all(
-        {"step", "loss", "learning_rate", "tokens", "seconds"} <= row.keys() for row in logged
+        {"step", "loss", "learning_rate", "tokens", "seconds"} <= row.keys()
+        for row in logged
     )
     assert logged[-1]["loss"] < logged[0]["loss"]
     assert logged[-1]["tokens"] == result.tokens
-    assert [row["step"] for row in rows(recipe["output"]) if "eval_accuracy" in row] == [30, 60]
+    assert [
+        row["step"] for row in rows(recipe["output"]) if "eval_accuracy" in row
+    ] == [30, 60]
 
 
-def test_tokens_are_counted_without_padding(recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_tokens_are_counted_without_padding(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
     data = jsonl(
-        tmp_path / "uneven.jsonl", [{"t": "good " * (i % 7 + 1), "l": i % 2} for i in range(20)]
+        tmp_path / "uneven.jsonl",
+        [{"t": "good " * (i % 7 + 1), "l": i % 2} for i in range(20)],
     )
     files = {"train": str(data), "validation": str(data), "test": str(data)}
     result = train(
-        {**changed(recipe, steps=5), "data": files, "columns": {"text": "t", "label": "l"}},
+        {
+            **changed(recipe, steps=5),
+            "data": files,
+            "columns": {"text": "t", "label": "l"},
+        },
         quiet=True,
     )
-    assert result.tokens == sum(i % 7 + 1 for i in range(20))  # five batches of four: one epoch
+    assert result.tokens == sum(
+        i % 7 + 1 for i in range(20)
+    )  # five batches of four: one epoch
 
 
 def test_the_same_seed_gives_the_same_run_and_another_another(
@@ -64,12 +78,18 @@ def test_the_same_seed_gives_the_same_run_and_another_another(
     assert not same_weights(weights(outs[0]), weights(outs[2]))
 
 
-def test_a_folder_of_other_files_is_left_alone(recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_a_folder_of_other_files_is_left_alone(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     for overwrite in (False, True):
         with pytest.raises(PetuneError, match="holds other files than a run"):
-            train({**recipe, "output": str(tmp_path / "mine")}, quiet=True, overwrite=overwrite)
+            train(
+                {**recipe, "output": str(tmp_path / "mine")},
+                quiet=True,
+                overwrite=overwrite,
+            )
     with pytest.raises(PetuneError, match="is a file"):
         train({**recipe, "output": str(tmp_path / "mine" / "thesis.tex")}, quiet=True)
 
@@ -80,7 +100,10 @@ def test_a_peer_in_the_same_loop(generation: dict[str, Any]) -> None:
     class Peer:
         def __init__(self, model: Any) -> None:
             config = peft.LoraConfig(
-                r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+                r=4,
+                lora_alpha=16,
+                target_modules=["q_proj", "v_proj"],
+                task_type="CAUSAL_LM",
             )
             self.model = peft.get_peft_model(model, config)
 
@@ -115,23 +138,32 @@ def test_without_a_final_evaluation(recipe: dict[str, Any]) -> None:
     assert Result.read(recipe["output"]) == result
 
 
-def test_epochs_accumulation_and_optimizers(recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_epochs_accumulation_and_optimizers(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
     training = {"epochs": 2, "batch_size": 5, "gradient_accumulation": 2, "optimizer": "adafactor",
                 "gradient_checkpointing": True, "group_by_length": False, "learning_rate": 1e-3}  # fmt: skip
     result = train({**recipe, "training": training}, quiet=True)
     assert result.steps == 2 * 5  # 48 rows: 10 batches, 5 updates an epoch
 
 
-def test_accumulation_is_one_large_batch(generation: dict[str, Any], tmp_path: Path) -> None:
+def test_accumulation_is_one_large_batch(
+    generation: dict[str, Any], tmp_path: Path
+) -> None:
     small, large = str(tmp_path / "small"), str(tmp_path / "large")
     train(
         {
-            **changed(generation, batch_size=4, gradient_accumulation=2, group_by_length=False),
+            **changed(
+                generation, batch_size=4, gradient_accumulation=2, group_by_length=False
+            ),
             "output": small,
         },
         quiet=True,
     )
-    train({**changed(generation, batch_size=8, group_by_length=False), "output": large}, quiet=True)
+    train(
+        {**changed(generation, batch_size=8, group_by_length=False), "output": large},
+        quiet=True,
+    )
     a, b = weights(small), weights(large)
     assert all(torch.allclose(a[key], b[key], atol=1e-4) for key in a)
 
@@ -141,7 +173,9 @@ def test_logits_only_where_there_is_a_label_change_nothing_but_memory(
 ) -> None:
     some, every = str(tmp_path / "some"), str(tmp_path / "every")
     less = train({**generation, "output": some}, quiet=True)
-    more = train({**changed(generation, labelled_logits=False), "output": every}, quiet=True)
+    more = train(
+        {**changed(generation, labelled_logits=False), "output": every}, quiet=True
+    )
     a, b = weights(some), weights(every)
     assert all(torch.allclose(a[key], b[key], atol=1e-5) for key in a)
     assert less.metrics == pytest.approx(more.metrics, abs=1e-5)
@@ -168,7 +202,8 @@ def test_settings_change_nothing_but_the_cost(
 ) -> None:
     plain = train({**generation, "output": str(tmp_path / "plain")}, quiet=True)
     other = train(
-        {**changed(generation, **settings), "output": str(tmp_path / "other")}, quiet=True
+        {**changed(generation, **settings), "output": str(tmp_path / "other")},
+        quiet=True,
     )
     a, b = weights(str(tmp_path / "plain")), weights(str(tmp_path / "other"))
     assert all(torch.allclose(a[key], b[key], atol=1e-4) for key in a)
@@ -196,7 +231,10 @@ def test_padded_batches_stand_end_to_end_unless_told_otherwise(
     assert all(rows == 1 for rows, _ in shapes)
     shapes.clear()
     train(
-        {**changed(generation, packing=False), "output": generation["output"] + "-padded"},
+        {
+            **changed(generation, packing=False),
+            "output": generation["output"] + "-padded",
+        },
         quiet=True,
     )
     assert not shapes
@@ -217,11 +255,14 @@ def test_what_the_settings_exclude(recipe: dict[str, Any]) -> None:
         load_recipe(changed(recipe, compile="regions", gradient_checkpointing=True))
     with pytest.raises(PetuneError, match=r"training\.packing"):
         train(changed(recipe, packing=True), quiet=True)
-    assert not Path(recipe["output"]).exists(), "nothing is left of what could not begin"
+    assert not Path(recipe["output"]).exists(), (
+        "nothing is left of what could not begin"
+    )
 
 
 @pytest.mark.parametrize(
-    "method", ["prompt-tuning", "prefix-tuning", "houlsby", "bitfit", "full", "last-layers"]
+    "method",
+    ["prompt-tuning", "prefix-tuning", "houlsby", "bitfit", "full", "last-layers"],
 )
 def test_methods_of_every_kind(generation: dict[str, Any], method: str) -> None:
     args = {"length": 3} if "tuning" in method else {}
@@ -231,16 +272,24 @@ def test_methods_of_every_kind(generation: dict[str, Any], method: str) -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "nf4", "int8"])
 @pytest.mark.parametrize("kind", ["recipe", "generation"])
-def test_at_every_precision(request: pytest.FixtureRequest, kind: str, precision: str) -> None:
+def test_at_every_precision(
+    request: pytest.FixtureRequest, kind: str, precision: str
+) -> None:
     recipe = request.getfixturevalue(kind)
     whole = train({**recipe, "output": recipe["output"] + "-whole"}, quiet=True)
     result = train({**recipe, "precision": precision}, quiet=True)
     assert result.trainable_params == whole.trainable_params
     assert result.peak_memory_bytes < whole.peak_memory_bytes
-    assert evaluate(recipe["output"])["loss"] == pytest.approx(result.metrics["loss"], rel=1e-3)
+    assert evaluate(recipe["output"])["loss"] == pytest.approx(
+        result.metrics["loss"], rel=1e-3
+    )
 
 
-def test_one_label_only_is_no_classification(recipe: dict[str, Any], tmp_path: Path) -> None:
-    data = jsonl(tmp_path / "dull.jsonl", [{**row, "gold": "pos"} for row in opinions(20)])
+def test_one_label_only_is_no_classification(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    data = jsonl(
+        tmp_path / "dull.jsonl", [{**row, "gold": "pos"} for row in opinions(20)]
+    )
     with pytest.raises(PetuneError, match="1 different labels"):
         train({**recipe, "data": str(data)}, quiet=True)

@@ -27,12 +27,19 @@ Cell = tuple[str, str]
 
 def main() -> None:
     """Run the sweep."""
-    parser = argparse.ArgumentParser(prog="python -m petune_bench.coverage", description=__doc__)
-    parser.add_argument(
-        "--out", type=Path, required=True, help="the folder for coverage.jsonl and coverage.md"
+    parser = argparse.ArgumentParser(
+        prog="python -m petune_bench.coverage", description=__doc__
     )
     parser.add_argument(
-        "architectures", nargs="*", help="model types to run again, the others stay; all by default"
+        "--out",
+        type=Path,
+        required=True,
+        help="the folder for coverage.jsonl and coverage.md",
+    )
+    parser.add_argument(
+        "architectures",
+        nargs="*",
+        help="model types to run again, the others stay; all by default",
     )
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -51,14 +58,18 @@ def main() -> None:
     for kind in again:
         found += apart(kind, known[kind])
         found.sort(key=lambda row: str(row["architecture"]))
-        file.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+        file.write_text(
+            "".join(json.dumps(row) + "\n" for row in found), encoding="utf-8"
+        )
     (options.out / "coverage.md").write_text(report.page(found), encoding="utf-8")
 
 
 def apart(kind: str, heads: dict[str, str]) -> Iterator[dict[str, Any]]:
     """The rows of one architecture, from a process of its own: a crash or a hang ends only that."""
     ours, theirs = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=_work, args=(kind, heads, theirs))
+    process = multiprocessing.get_context("fork").Process(
+        target=_work, args=(kind, heads, theirs)
+    )
     start = time.monotonic()
     process.start()
     theirs.close()

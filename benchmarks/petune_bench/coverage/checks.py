@@ -45,14 +45,20 @@ def cell(model: PreTrainedModel, inputs: dict[str, Tensor], method: str) -> None
         _change(tuning)
         idle, ran = _gradients(tuning, model, inputs, reached)
         assert ran, "no adapter ran"
-        assert not idle, f"{len(idle)} adapters stay idle though their modules run: {idle[0]}"
-        assert not _same(output(model, inputs), base), "a changed tuning does not change the output"
+        assert not idle, (
+            f"{len(idle)} adapters stay idle though their modules run: {idle[0]}"
+        )
+        assert not _same(output(model, inputs), base), (
+            "a changed tuning does not change the output"
+        )
         with tuning.disabled():
-            assert torch.equal(output(model, inputs), base), "switched off it is not the base"
-        if model.can_generate() and _generates(model, tuning, inputs):
-            assert torch.equal(*(_generate(model, inputs, cache) for cache in (True, False))), (
-                "cached differs"
+            assert torch.equal(output(model, inputs), base), (
+                "switched off it is not the base"
             )
+        if model.can_generate() and _generates(model, tuning, inputs):
+            assert torch.equal(
+                *(_generate(model, inputs, cache) for cache in (True, False))
+            ), "cached differs"
     finally:
         tuning.detach()
     assert type(model) is cls, "detach leaves another class"
@@ -68,7 +74,9 @@ def repeatable(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
     """
     out = output(model, inputs)
     assert bool(out.isfinite().all()), "the base's output is not finite"
-    assert torch.equal(output(model, inputs), out), "the base gives something else each time"
+    assert torch.equal(output(model, inputs), out), (
+        "the base gives something else each time"
+    )
     assert _reached(model, inputs), "no gradient reaches the base"
 
 
@@ -84,7 +92,12 @@ def _forward(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     out = model(**inputs, **({"use_cache": False} if "use_cache" in known else {}))
     found = [
         out.get(key)
-        for key in ("logits", "start_logits", "start_top_log_probs", "prediction_logits")
+        for key in (
+            "logits",
+            "start_logits",
+            "start_top_log_probs",
+            "prediction_logits",
+        )
     ]
     return next(
         value
@@ -97,7 +110,9 @@ def _change(tuning: petune.Tuning) -> None:
     with torch.no_grad():
         for p in tuning.parameters():
             p.add_(
-                torch.randn_like(p) * 0.3 * float(p.std().clamp(min=0.2) if p.numel() > 1 else 1)
+                torch.randn_like(p)
+                * 0.3
+                * float(p.std().clamp(min=0.2) if p.numel() > 1 else 1)
             )
 
 
@@ -117,7 +132,10 @@ def _backward(out: Tensor) -> None:
 
 
 def _gradients(
-    tuning: petune.Tuning, model: PreTrainedModel, inputs: dict[str, Tensor], reached: set[int]
+    tuning: petune.Tuning,
+    model: PreTrainedModel,
+    inputs: dict[str, Tensor],
+    reached: set[int],
 ) -> tuple[list[str], int]:
     """Adapters that did not run though their module did, and how many ran. Those that ran must get gradients, as far
     as the base's own parameters there would.
@@ -133,16 +151,23 @@ def _gradients(
     _backward(out)
     ran = [link for link in tuning.links if id(link.adapter) in seen]
     # a trained copy has to act even where its module's parameters are read by another
-    acting = [link for link in tuning.links if link in ran or link.site.kind == "module"]
-    own = {link: link.site.module.parameters(recurse=link.site.kind != "module") for link in acting}
+    acting = [
+        link for link in tuning.links if link in ran or link.site.kind == "module"
+    ]
+    own = {
+        link: link.site.module.parameters(recurse=link.site.kind != "module")
+        for link in acting
+    }
     due = [link for link in acting if any(id(p) in reached for p in own[link])]
     without = [
-        link.site.name for link in due if all(p.grad is None for p in link.adapter.parameters())
+        link.site.name
+        for link in due
+        if all(p.grad is None for p in link.adapter.parameters())
     ]
     assert not without, f"no gradient reaches {without[0]}"
-    assert any(p.grad is not None and bool(p.grad.any()) for p in tuning.parameters()), (
-        "all gradients are zero"
-    )
+    assert any(
+        p.grad is not None and bool(p.grad.any()) for p in tuning.parameters()
+    ), "all gradients are zero"
     idle = [
         link.site.name
         for link in tuning.links
@@ -157,7 +182,9 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
-def _generates(model: PreTrainedModel, tuning: petune.Tuning, inputs: dict[str, Tensor]) -> bool:
+def _generates(
+    model: PreTrainedModel, tuning: petune.Tuning, inputs: dict[str, Tensor]
+) -> bool:
     """Whether the base itself generates the same with and without a cache."""
     with tuning.disabled():
         try:
@@ -170,6 +197,8 @@ def _generates(model: PreTrainedModel, tuning: petune.Tuning, inputs: dict[str, 
 def _generate(model: PreTrainedModel, inputs: dict[str, Tensor], cache: bool) -> Tensor:
     torch.manual_seed(0)
     given = {key: value for key, value in inputs.items() if key != "decoder_input_ids"}
-    out = model.generate(**given, use_cache=cache, pad_token_id=0, eos_token_id=None, **GENERATION)  # type: ignore[operator]
+    out = model.generate(
+        **given, use_cache=cache, pad_token_id=0, eos_token_id=None, **GENERATION
+    )  # type: ignore[operator]
     assert isinstance(out, Tensor)
     return out

@@ -12,13 +12,17 @@ from petune_bench.coverage.checks import METHODS
 
 Row = Mapping[str, Any]
 NO_SOFTMAX = "computes no softmax attention: there are no keys to put a prefix beside"
-NO_TABLE = "reads no token by one table of embeddings: there is no place for a row of a prompt"
+NO_TABLE = (
+    "reads no token by one table of embeddings: there is no place for a row of a prompt"
+)
 IMPOSSIBLE: dict[str, dict[str, str]] = {
     "prefix-tuning": dict.fromkeys(
         ["falcon_mamba", "fnet", "mamba", "mamba2", "rwkv", "xlstm", "yoso"], NO_SOFTMAX
     ),
     "prompt-tuning": {
-        **dict.fromkeys(["canine", "musicgen", "musicgen_melody", "perceiver"], NO_TABLE),
+        **dict.fromkeys(
+            ["canine", "musicgen", "musicgen_melody", "perceiver"], NO_TABLE
+        ),
         "deepseek_v4": "picks its experts by a table of token ids, which has none for virtual tokens",
     },
 }
@@ -36,9 +40,7 @@ page (torch {torch}, CPU, float32).
 **{holds:,} of {cells:,} cells hold: {share:.1%}.** {impossible} others are refused because nothing could be done there;
 of the rest {rest:.1%} hold. {built} of {mapped} model types could be built ({heads} with their heads).
 """
-NOT_BUILT = (
-    "What transformers itself could not build or run at these sizes, offline, from token ids alone."
-)
+NOT_BUILT = "What transformers itself could not build or run at these sizes, offline, from token ids alone."
 
 
 def page(rows: Sequence[Row]) -> str:
@@ -61,27 +63,47 @@ def page(rows: Sequence[Row]) -> str:
         heads=len({(row["architecture"], row["head"]) for row in run}),
     )
     by_method = [
-        (m, *(sum(row["method"] == m for row in part) for part in (holds, cannot, holes, run)))
+        (
+            m,
+            *(
+                sum(row["method"] == m for row in part)
+                for part in (holds, cannot, holes, run)
+            ),
+        )
         for m in METHODS
     ]
-    missing = {row["architecture"]: row["reason"] for row in rows if row["status"] == "not built"}
+    missing = {
+        row["architecture"]: row["reason"]
+        for row in rows
+        if row["status"] == "not built"
+    }
     parts = [
         head,
         _table(("method", "holds", "impossible", "holes", "cells"), by_method),
         "## Holes\n",
         _table(("method", "architecture", "heads", "reason"), _grouped(holes)),
         "## Impossible\n",
-        _table(("method", "architecture", "heads", "reason"), _grouped(cannot, IMPOSSIBLE)),
+        _table(
+            ("method", "architecture", "heads", "reason"), _grouped(cannot, IMPOSSIBLE)
+        ),
         f"## Not built\n\n{NOT_BUILT}\n",
-        _table(("architecture", "reason"), [(kind, _cell(why)) for kind, why in missing.items()]),
+        _table(
+            ("architecture", "reason"),
+            [(kind, _cell(why)) for kind, why in missing.items()],
+        ),
         "## By architecture\n\n`+` holds with every head, `-` is impossible, `!` is a hole with one head at least.\n",
-        _table(("architecture", "heads", *METHODS), [_line(kind, run) for kind in sorted(types)]),
+        _table(
+            ("architecture", "heads", *METHODS),
+            [_line(kind, run) for kind in sorted(types)],
+        ),
     ]
     return "\n".join(parts)
 
 
 def _impossible(row: Row) -> bool:
-    return row["status"] == "refused" and row["architecture"] in IMPOSSIBLE.get(row["method"], {})
+    return row["status"] == "refused" and row["architecture"] in IMPOSSIBLE.get(
+        row["method"], {}
+    )
 
 
 def _line(kind: str, run: Sequence[Row]) -> tuple[str, ...]:

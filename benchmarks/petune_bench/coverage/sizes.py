@@ -89,7 +89,10 @@ MORE: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.5] * 4,
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "granitemoehybrid": {"mamba_d_head": 32, "layer_types": ["linear_attention", "full_attention"]},
+    "granitemoehybrid": {
+        "mamba_d_head": 32,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
     "got_ocr2": {"image_seq_length": 4},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16, "moe_topk": 2, "num_experts": 4},
@@ -115,7 +118,10 @@ MORE: dict[str, dict[str, Any]] = {
         "hash_seed": 0,
     },
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    },
 }
 """{model type: changes to its small configuration}."""
 

@@ -30,7 +30,9 @@ def architectures() -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     for head, mapping in HEADS.items():
         for kind, name in getattr(modeling_auto, mapping).items():
-            found.setdefault(kind, {})[head] = name if isinstance(name, str) else name[0]
+            found.setdefault(kind, {})[head] = (
+                name if isinstance(name, str) else name[0]
+            )
     return dict(sorted(found.items()))
 
 
@@ -61,7 +63,9 @@ def small(plain: PretrainedConfig) -> dict[str, Any]:
             and value == vars(plain).get("num_attention_heads")
         ):
             found[key] = small_size("num_attention_heads")
-        elif (type(value) is int and value > 2) or re.fullmatch(r"(pad|bos|eos)_token_id", key):
+        elif (type(value) is int and value > 2) or re.fullmatch(
+            r"(pad|bos|eos)_token_id", key
+        ):
             size = small_size(key)
             found |= {} if size is None else {key: size}
     return found | MORE.get(plain.model_type, {})
@@ -88,16 +92,29 @@ def build(kind: str, head: str, name: str) -> PreTrainedModel:
     if not isinstance(
         whole, cls.config_class
     ):  # a text model under the type of a model of several towers
-        inside = [value for value in vars(whole).values() if isinstance(value, cls.config_class)]
+        inside = [
+            value
+            for value in vars(whole).values()
+            if isinstance(value, cls.config_class)
+        ]
         whole = inside[0] if inside else whole.get_text_config()
-    if head == "causal-lm" and not whole.is_encoder_decoder and hasattr(whole, "is_decoder"):
+    if (
+        head == "causal-lm"
+        and not whole.is_encoder_decoder
+        and hasattr(whole, "is_decoder")
+    ):
         whole.is_decoder = True
-    if whole.is_encoder_decoder and getattr(whole, "decoder_start_token_id", None) is None:
+    if (
+        whole.is_encoder_decoder
+        and getattr(whole, "decoder_start_token_id", None) is None
+    ):
         whole.decoder_start_token_id = 1
     with torch.device("meta"):
         count = sum(p.numel() for p in cls._from_config(whole).parameters())
     if count > MOST:
-        raise ValueError(f"it has {count:,} parameters at the sizes known to the harness")
+        raise ValueError(
+            f"it has {count:,} parameters at the sizes known to the harness"
+        )
     torch.manual_seed(0)
     model: PreTrainedModel = cls._from_config(whole).eval()
     with torch.no_grad():
@@ -107,12 +124,18 @@ def build(kind: str, head: str, name: str) -> PreTrainedModel:
     return model
 
 
-def batch(model: PreTrainedModel, rows: int = 2, length: int = 12) -> dict[str, torch.Tensor]:
+def batch(
+    model: PreTrainedModel, rows: int = 2, length: int = 12
+) -> dict[str, torch.Tensor]:
     """Token ids, and what else the model's forward can't do without."""
     generator = torch.Generator().manual_seed(0)
     known = inspect.signature(type(model).forward).parameters
     rows *= getattr(model, "num_codebooks", 1)
-    found = {"input_ids": torch.randint(4, VOCABULARY - 8, (rows, length), generator=generator)}
+    found = {
+        "input_ids": torch.randint(
+            4, VOCABULARY - 8, (rows, length), generator=generator
+        )
+    }
     found["input_ids"][:, [3, 5, -1]] = (
         2  # where texts end: some read the class there, or the question before it
     )

@@ -67,11 +67,19 @@ for all rows and with another for each of the 8.
 
 def main() -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(prog="python -m petune_bench.performance", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m petune_bench.performance", description=__doc__
+    )
     parser.add_argument("--out", type=Path, help="the page to write")
-    parser.add_argument("--steps", type=int, default=20, help="steps of the first table (20)")
-    parser.add_argument("--short", type=int, default=4, help="timed steps of the others (4)")
-    parser.add_argument("--only", choices=list(PARTS), action="append", help="these parts alone")
+    parser.add_argument(
+        "--steps", type=int, default=20, help="steps of the first table (20)"
+    )
+    parser.add_argument(
+        "--short", type=int, default=4, help="timed steps of the others (4)"
+    )
+    parser.add_argument(
+        "--only", choices=list(PARTS), action="append", help="these parts alone"
+    )
     given = parser.parse_args()
     began, page = time.perf_counter(), []
     with quietly():
@@ -97,19 +105,25 @@ def first(given: argparse.Namespace) -> Iterator[str]:
     rate = max(rate, sgemm_rate())
     floor, sgemm = measure.shares_of_sgemm(times, tokens, labelled, rate)
     yield FIRST.format(
-        steps=given.steps, tokens=tokens, labelled=labelled, rate=rate / 1e9, floor=floor
+        steps=given.steps,
+        tokens=tokens,
+        labelled=labelled,
+        rate=rate / 1e9,
+        floor=floor,
     )
     peer = times["PEFT"]
     table = []
     for (name, found), share in zip(times.items(), sgemm, strict=True):
         peak, kept = (
-            mine / theirs for mine, theirs in zip(memory[name], memory["PEFT"], strict=True)
+            mine / theirs
+            for mine, theirs in zip(memory[name], memory["PEFT"], strict=True)
         )
         step = f"{found.median:.2f} ± {found.median * found.spread:.2f}"
         table.append([name, step, f"{ratios(found, peer):.2f}", f"{found.warm_up:.0f}", f"{peak:.2f}", f"{kept:.2f}",
                       share, f"{apart(found, peer):.0e}"])  # fmt: skip
     yield from rows_of(
-        ["", "step, s", "time", "first two, s", "memory", "kept", "sgemm", "loss"], table
+        ["", "step, s", "time", "first two, s", "memory", "kept", "sgemm", "loss"],
+        table,
     )
     yield ""
     heads = ["", "PEFT's step", "petune", "petune, compiled", "loss"]
@@ -121,13 +135,16 @@ def kept(given: argparse.Namespace) -> Iterator[str]:
     task, _ = rows("nq-sample", 1, 128)
     columns = ["PEFT", "petune", "compiled"]
     yield from rows_of(
-        ["", *(f"kept, {c}" for c in columns), *(f"peak, {c}" for c in columns)], measure.kept(task)
+        ["", *(f"kept, {c}" for c in columns), *(f"peak, {c}" for c in columns)],
+        measure.kept(task),
     )
 
 
 def settings(given: argparse.Namespace) -> Iterator[str]:
     yield SETTINGS
-    yield from rows_of(["setting", "time", "memory", "kept", "loss"], measure.settings(given.short))
+    yield from rows_of(
+        ["setting", "time", "memory", "kept", "loss"], measure.settings(given.short)
+    )
 
 
 def serve(given: argparse.Namespace) -> Iterator[str]:
@@ -138,11 +155,23 @@ def serve(given: argparse.Namespace) -> Iterator[str]:
     for what in ("attach", "switch"):
         ours, theirs = found[what], found[f"{what}, PEFT"]
         table.append(
-            [what, _duration(ours), _duration(theirs), f"{serving.share(ours, theirs):.2g}"]
+            [
+                what,
+                _duration(ours),
+                _duration(theirs),
+                f"{serving.share(ours, theirs):.2g}",
+            ]
         )
-    shares = [serving.share(routed[f"routed{who}"], routed[f"one{who}"]) for who in ("", ", PEFT")]
+    shares = [
+        serving.share(routed[f"routed{who}"], routed[f"one{who}"])
+        for who in ("", ", PEFT")
+    ]
     table.append(
-        ["8 LoRAs routed, share of one LoRA's time", *(f"{share:.2f}" for share in shares), "–"]
+        [
+            "8 LoRAs routed, share of one LoRA's time",
+            *(f"{share:.2f}" for share in shares),
+            "–",
+        ]
     )
     yield from rows_of(["", "petune", "PEFT", "share"], table)
 

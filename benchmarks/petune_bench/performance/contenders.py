@@ -42,7 +42,9 @@ def recipe(data: str, settings: Mapping[str, Any], precision: str = "fp32") -> R
                   "training": training})  # fmt: skip
 
 
-def rows(data: str, count: int, max_length: int, seed: int = 0) -> tuple[Task, list[Example]]:
+def rows(
+    data: str, count: int, max_length: int, seed: int = 0
+) -> tuple[Task, list[Example]]:
     """Encoded training rows in a random order, and the task that makes batches of them."""
     told = recipe(data, {"max_length": max_length})
     task, train = make_task(told), make_splits(told)["train"]
@@ -54,7 +56,9 @@ def rows(data: str, count: int, max_length: int, seed: int = 0) -> tuple[Task, l
 
 def plain_batch(size: int = 2, length: int = 128, labelled: int = 16) -> Batch:
     """Rows of one length, without padding, whose last tokens are labelled."""
-    ids = torch.randint(5, 40_000, (size, length), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        5, 40_000, (size, length), generator=torch.Generator().manual_seed(0)
+    )
     labels = ids.masked_fill(torch.arange(length) < length - labelled, -100)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
@@ -69,7 +73,9 @@ class Contender:
         self.stack = ExitStack()
         if isinstance(trainer, AdapterTrainer):
             self.stack.enter_context(trainer.lean())
-        if trainer.args.activation_checkpointing:  # as Trainer does when it begins to train
+        if (
+            trainer.args.activation_checkpointing
+        ):  # as Trainer does when it begins to train
             told: Any = trainer.args.activation_checkpointing_kwargs
             every, rest = (
                 told["every_n_layers"],
@@ -85,9 +91,13 @@ class Contender:
     def step(self, batch: Batch) -> tuple[float, float]:
         """(seconds, loss) of one training step, as Trainer takes it."""
         began = time.perf_counter()
-        (given,), labelled = self.trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+        (given,), labelled = self.trainer.get_batch_samples(
+            iter([batch]), 1, torch.device("cpu")
+        )
         loss = self.trainer.training_step(self.model, given, labelled)
-        torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], 1.0)
+        torch.nn.utils.clip_grad_norm_(
+            [p for p in self.model.parameters() if p.requires_grad], 1.0
+        )
         self.optimizer.step()
         self.optimizer.zero_grad()
         return time.perf_counter() - began, float(loss)
@@ -136,7 +146,12 @@ def contend(
     task = type(task)(task.tokenizer, told)
     recorder = Recorder(folder, EpochSampler([], 1, 0, False), 1)  # type: ignore[arg-type]
     ours = AdapterTrainer(
-        model, tuning, task, recorder, args=arguments(told, folder, 1, quiet=True), train_dataset=[]
+        model,
+        tuning,
+        task,
+        recorder,
+        args=arguments(told, folder, 1, quiet=True),
+        train_dataset=[],
     )  # type: ignore[arg-type]
     return Contender(name, ours, model, precision)
 
@@ -159,9 +174,15 @@ def _peft(model: Any, weights: Mapping[str, Tensor], dropout: float) -> Any:
 
     targets = sorted({name.rpartition(".")[0] for name in weights})
     config = peft.LoraConfig(
-        r=RANK, lora_alpha=16, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM"
+        r=RANK,
+        lora_alpha=16,
+        lora_dropout=dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
     )
     made = peft.get_peft_model(model, config)
-    told = {f"base_model.model.{n[:-2]}.lora_{n[-1]}.weight": t for n, t in weights.items()}
+    told = {
+        f"base_model.model.{n[:-2]}.lora_{n[-1]}.weight": t for n, t in weights.items()
+    }
     peft.set_peft_model_state_dict(made, told)
     return made

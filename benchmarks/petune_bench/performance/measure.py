@@ -35,11 +35,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "compile: regions, memory_budget: 0.5": COMPILED | {"memory_budget": 0.5},
 }
 """Each alone, beside a recipe that sets none of them."""
-KEPT = [("bf16", 0.0), ("bf16", 0.05), ("nf4 in bf16", 0.0), ("nf4 in fp32", 0.0), ("fp32", 0.0)]
+KEPT = [
+    ("bf16", 0.0),
+    ("bf16", 0.05),
+    ("nf4 in bf16", 0.0),
+    ("nf4 in fp32", 0.0),
+    ("fp32", 0.0),
+]
 """(precision, dropout) of which the bytes are counted."""
 
 
-def main_race(steps: int) -> tuple[dict[str, Times], dict[str, tuple[int, int]], int, int]:
+def main_race(
+    steps: int,
+) -> tuple[dict[str, Times], dict[str, tuple[int, int]], int, int]:
     """(times, (peak, kept) of the last batch, tokens a step, labelled tokens a step) of 8 questions and answers."""
     task, examples = rows("nq-sample", 8 * steps, 256)
     ways = [contend(name, task, settings) for name, settings in WAYS.items()]
@@ -55,15 +63,23 @@ def main_race(steps: int) -> tuple[dict[str, Times], dict[str, tuple[int, int]],
 def other_precisions(steps: int) -> Iterator[list[str]]:
     """Rows of times at nf4 and with dropout, as shares of PEFT's."""
     task, examples = rows("nq-sample", 8 * (steps + WARM_UP), 256)
-    for what, precision, dropout in (("nf4", "nf4", 0.0), ("dropout 0.05", "fp32", 0.05)):
+    for what, precision, dropout in (
+        ("nf4", "nf4", 0.0),
+        ("dropout 0.05", "fp32", 0.05),
+    ):
         ways = [
-            contend(name, task, settings, precision, dropout) for name, settings in WAYS.items()
+            contend(name, task, settings, precision, dropout)
+            for name, settings in WAYS.items()
         ]
         times = race(ways, batches(task, examples))
         _close(ways)
         peer = times["PEFT"]
         shares = [f"{ratios(times[name], peer):.2f}" for name in list(WAYS)[1:]]
-        same = "–" if dropout else f"{max(apart(times[name], peer) for name in list(WAYS)[1:]):.0e}"
+        same = (
+            "–"
+            if dropout
+            else f"{max(apart(times[name], peer) for name in list(WAYS)[1:]):.0e}"
+        )
         yield [what, f"{peer.median:.2f} s", *shares, same]
 
 
@@ -88,7 +104,10 @@ def kept(task: Task) -> Iterator[list[str]]:
             for n in list(WAYS)[1:]
         ]
         row += [f"{peer[0] / 1e6:,.0f}"]
-        row += [f"{found[n][0] / 1e6:,.0f} ({found[n][0] / peer[0]:.2f})" for n in list(WAYS)[1:]]
+        row += [
+            f"{found[n][0] / 1e6:,.0f} ({found[n][0] / peer[0]:.2f})"
+            for n in list(WAYS)[1:]
+        ]
         yield row
 
 
@@ -96,7 +115,9 @@ def settings(steps: int) -> Iterator[list[str]]:
     """Rows of what each setting changes, beside the defaults, on rows of 60 to 192 tokens."""
     task, short = rows("nq-sample", 2 * (steps + WARM_UP), 192)
     _, long = rows("xsum-sample", 2 * (steps + WARM_UP), 192)
-    mixed: list[Example] = [row for pair in zip(short, long, strict=True) for row in pair]
+    mixed: list[Example] = [
+        row for pair in zip(short, long, strict=True) for row in pair
+    ]
     for name, values in SETTINGS.items():
         ways = [contend("defaults", task, EAGER), contend(name, task, values)]
         given: list[Batch] = list(batches(task, mixed, 4))

@@ -29,12 +29,16 @@ def in_turns(
             began = time.perf_counter()
             own = function()
             taken[name].append(time.perf_counter() - began if own is None else own)
-    return {name: found[1:] for name, found in taken.items()}  # the first turn fills caches
+    return {
+        name: found[1:] for name, found in taken.items()
+    }  # the first turn fills caches
 
 
 def share(times: list[float], other: list[float]) -> float:
     """The median over the turns of one time as a share of the other."""
-    return statistics.median(mine / theirs for mine, theirs in zip(times, other, strict=True))
+    return statistics.median(
+        mine / theirs for mine, theirs in zip(times, other, strict=True)
+    )
 
 
 def attach_and_switch() -> dict[str, list[float]]:
@@ -47,7 +51,9 @@ def attach_and_switch() -> dict[str, list[float]]:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     }
-    model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=512, num_hidden_layers=LAYERS, **sizes))
+    model: Any = LlamaForCausalLM(
+        LlamaConfig(vocab_size=512, num_hidden_layers=LAYERS, **sizes)
+    )
     config = peft.LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
 
     def attach() -> float:
@@ -66,7 +72,9 @@ def attach_and_switch() -> dict[str, list[float]]:
     found = in_turns({"attach": attach, "attach, PEFT": attach_peft}, 7)
     theirs: Any = peft.get_peft_model(copy.deepcopy(model), config, adapter_name="one")
     theirs.add_adapter("two", config)
-    one, two = (petune.attach(model, "lora", name=name, rank=RANK) for name in ("one", "two"))
+    one, two = (
+        petune.attach(model, "lora", name=name, rank=RANK) for name in ("one", "two")
+    )
     names = iter(["two", "one"] * 50)
 
     def switch() -> None:

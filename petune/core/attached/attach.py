@@ -1,29 +1,24 @@
-"""A tuning: the adapters of a method, or of several, on one model under one name."""
+"""A method, or several, is put on a model."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from petune.core.attached.install import _install
+from petune.core.attached.arguments import arguments_at
+from petune.core.attached.copying import trained_copies
+from petune.core.attached.install import install
 from petune.core.attached.parts import Part, Where, parts
-from petune.core.attached.tuning import Tuning
-from petune.core.frozen.modules import base_class, children, features, walk
+from petune.core.attached.tuning import Tuning, tunings
+from petune.core.forward.link import Link
 from petune.core.frozen.site import KIND_OF, Site
-from petune.core.frozen.weights import dense, is_quantized
 from petune.core.frozen.where import select
-from petune.core.graft.board import board_of
 from petune.core.method.adapter import Adapter, Unfreeze
-from petune.core.method.copies import TrainedCopy, TrainedParameters
 from petune.core.registry.methods import Method
 from petune.core.registry.sites import find_sites
-from petune.errors import PetuneError, UnsupportedError, unknown
+from petune.errors import PetuneError, UnsupportedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,112 +39,103 @@ def attach(
         method: a registered name (`petune.methods()`) or the class itself; a list of them is one tuning, whose
             methods act in that order, and then `where` and `arguments` go by the methods' names.
         name: the tuning's name on this model.
-        where: the sites, in place of the method's own choice; see `petune.site.select`.
+        where: the sites, in place of the method's own choice; see `petune.core.frozen.where.select`.
         train: modules of the base that train along, in a copy of the tuning's own; without it those that
             `from_pretrained` had to make anew (a classifier).
-        arguments: the method's hyperparameters.
+        arguments: the method's hyperparameters. For each there is another that ends in `_pattern`, a mapping from
+            words of `where` to the values that the hyperparameter has there: `rank_pattern={"q": 4}`.
 
     Raises:
-        PetuneError: an unknown name or argument, a `where` that matches nothing, a name already taken.
+        PetuneError: an unknown name or argument, a `where` that matches nothing, a name already taken, another
+            thread runs a forward of the model.
         UnsupportedError: the method can't act on this model.
     """
     wanted = parts(method, arguments, where)
-    taken = tunings(model)
-    if name in taken:
+    _check_name(model, name)
+    heads = tuple(getattr(model, "petune_fresh", ()) if train is None else train)
+    sites = find_sites(model)
+    made = [_made(part, sites) for part in wanted]
+    to_train = [module for part in made for module in part.modules]
+    copies = trained_copies(model, [*to_train, *heads])
+    tuning = Tuning(model, name, [each.part for each in made], heads)
+    tuning.links += [
+        Link(copy, site, tuning) for copy, site in copies
+    ]  # what trains itself is innermost
+    for each in made:
+        tuning.links += each.links(tuning)
+    if not tuning.links:
+        raise UnsupportedError(
+            f"method {wanted[0].name!r}: this model has no blocks with linear layers."
+        )
+    install(model, tuning)
+    return tuning
+
+
+def _check_name(model: PreTrainedModel, name: str) -> None:
+    if name in tunings(model):
         raise PetuneError(
             f"a tuning named {name!r} is attached already; give this one another name=…"
         )
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise PetuneError(f"name={name!r}: letters, digits, '_' and '-' only.")
-    heads = tuple(getattr(model, "petune_fresh", ()) if train is None else train)
-    sites = find_sites(model)
-    trained = [
-        m
-        for p in wanted
-        if issubclass(p.cls, Unfreeze)
-        for m in p.cls(**p.arguments).modules(sites)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What comes of a method on a model: adapters at its sites, or the names of the modules that train."""
+
+    part: Part
+    adapters: Sequence[tuple[Adapter, Site]] = ()
+    modules: Sequence[str] = ()
+
+    def links(self, tuning: Tuning) -> list[Link]:
+        """The adapters as links of a tuning."""
+        method = self.part.name
+        before = f"{method}:" if len(tuning.parts) > 1 else ""
+        return [
+            Link(adapter, site, tuning, method, before + site.name)
+            for adapter, site in self.adapters
+        ]
+
+
+def _made(part: Part, sites: list[Site]) -> Made:
+    if issubclass(part.cls, Unfreeze):
+        return Made(part, modules=list(part.cls(**part.arguments).modules(sites)))
+    picked = _picked(part, part.cls, sites)
+    pool: dict[Any, Any] = {}
+    own: list[Site] = []
+    own += [replace(site, peers=own, pool=pool) for site in picked]
+    settled = replace(part, arguments=part.cls.settle(own, dict(part.arguments)))
+    at_each = arguments_at(own, settled)
+    adapters = [
+        (part.cls(site, **given), site)
+        for site, given in zip(own, at_each, strict=True)
     ]
-    links: list[tuple[Adapter, Site, Part | None]] = []
-    settled = []
-    for part in wanted:
-        own, part = _adapters(part, sites) if issubclass(part.cls, Adapter) else ([], part)
-        links += [(adapter, site, part) for adapter, site in own]
-        settled.append(part)
-    copies = [(adapter, site, None) for adapter, site in _copies(model, [*trained, *heads])]
-    if not links and not copies:
-        raise UnsupportedError(
-            f"method {settled[0].name!r}: this model has no blocks with linear layers."
-        )
-    return _install(
-        model, Tuning(model, name, settled, heads, [*copies, *links])
-    )  # what trains itself is innermost
+    return Made(settled, adapters=adapters)
 
 
-def tunings(model: PreTrainedModel) -> dict[str, Tuning]:
-    """The tunings attached to a model, in the order in which they act."""
-    board = board_of(model)
-    return dict(board.tunings) if board else {}
+def _picked(part: Part, cls: type[Adapter], sites: list[Site]) -> list[Site]:
+    """The sites at which a method acts.
 
-
-def _adapters(part: Part, sites: list[Site]) -> tuple[list[tuple[Adapter, Site]], Part]:
-    """The adapters of a method at the sites picked, and the method with its arguments settled."""
-    name, cls = part.name, part.cls
-    assert issubclass(cls, Adapter)
+    Raises:
+        PetuneError: none, or some of a kind that the method has no form for.
+    """
     try:
         picked = select(sites, part.where or cls.where, strict=part.where is not None)
     except PetuneError as none:
-        raise type(none)(f"method {name!r}: {none}") from None
-    accepted = {KIND_OF[role] for role in cls.where.split() if role in KIND_OF}
-    accepted |= {"linear", "block"} if accepted & {"linear", "block"} else set()
-    wrong = [s for s in picked if accepted and s.kind not in accepted]
-    if wrong:
-        kinds = " and ".join(sorted(accepted))
-        raise PetuneError(
-            f"method {name!r} acts on {kinds} sites; where={part.where!r} picks {wrong[0].kind} sites."
-        )
-    pool: dict[Any, Any] = {}
-    own: list[Site] = []
-    own += [dataclasses.replace(site, peers=own, _pool=pool) for site in picked]
-    part = dataclasses.replace(part, arguments=cls.settle(own, dict(part.arguments)))
-    return [(cls(site, **part.arguments), site) for site in own], part
-
-
-def _copies(model: PreTrainedModel, names: Sequence[str]) -> list[tuple[Adapter, Site]]:
-    """Float32 copies, to be trained, of all the modules with parameters in the modules named."""
-    everything = dict(walk(model)) if names else {}
-    memo: dict[int, Any] = {}  # one for all, so that tied weights stay tied
-    found: dict[str, tuple[Adapter, Site]] = {}
-    whole: list[str] = []
-    for name in names:
-        if name not in everything:
-            raise PetuneError(unknown("module to train:", name, [n for n, _ in children(model)]))
-        for path, module in walk(everything[name], name):
-            held = path.startswith(tuple(whole)) and not is_quantized(module)
-            if path in found or held or not list(module.parameters(recurse=False)):
-                continue
-            size = features(module)
-            if size is None and list(children(module)):
-                whole.append(f"{path}.")
-                adapter: TrainedCopy = TrainedParameters(
-                    {n: m for n, m in walk(module) if not is_quantized(m)}
-                )
-            else:
-                own = dense(module) if is_quantized(module) else _copy(module, memo)
-                own = own.to(torch.promote_types(torch.float32, next(own.parameters()).dtype))
-                adapter = TrainedCopy(own.requires_grad_(True))
-            found[path] = (
-                adapter,
-                Site(path, "module", "parameters", None, *(size or (0, 0)), module),
+        raise type(none)(f"method {part.name!r}: {none}") from None
+    accepted = _accepted_kinds(cls)
+    for site in picked:
+        if accepted and site.kind not in accepted:
+            kinds = " and ".join(sorted(accepted))
+            raise PetuneError(
+                f"method {part.name!r} acts on {kinds} sites; where={part.where!r} picks {site.kind} sites."
             )
-    return list(found.values())
+    return picked
 
 
-def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """The module without what petune has put on it."""
-    if "petune_graft" not in vars(module):
-        return copy.deepcopy(module, memo)
-    state = {k: v for k, v in vars(module).items() if k != "petune_graft"}
-    own = {k: v for k, v in module._modules.items() if k != "petune"}
-    plain: nn.Module = object.__new__(base_class(module))
-    plain.__dict__.update(copy.deepcopy(dict(state, _modules=own), memo))
-    return plain
+def _accepted_kinds(cls: type[Adapter]) -> set[str]:
+    """The kinds of site that a method acts on: a map of hidden states stands around a layer as around a block."""
+    accepted = {KIND_OF[role] for role in cls.where.split() if role in KIND_OF}
+    hidden = {"linear", "block"}
+    return accepted | hidden if accepted & hidden else accepted

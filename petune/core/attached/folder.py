@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from petune.core.attached.parts import Part, Where
 from petune.core.registry.plugins import registry
 from petune.errors import PetuneError
 from petune.files import read_json
@@ -23,11 +24,31 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from petune.core.attached.tuning import Tuning
-
 
 VERSION = 1
 WEIGHTS, CONFIG = "adapter.safetensors", "adapter.json"
+
+
+class Kept(Protocol):
+    """What of a tuning a folder keeps; see `petune.Tuning`."""
+
+    model: Any
+    parts: tuple[Part, ...]
+    heads: tuple[str, ...]
+
+    @property
+    def method(self) -> str: ...
+
+    @property
+    def arguments(self) -> dict[str, Any]: ...
+
+    @property
+    def where(self) -> Where: ...
+
+    @property
+    def weight(self) -> float: ...
+
+    def state(self) -> Iterator[tuple[str, Tensor]]: ...
 
 
 @dataclass(frozen=True)
@@ -41,21 +62,27 @@ class Format:
         load: attaches what a folder holds to a model, under a name; without it the format is not read.
     """
 
-    export: Callable[[Tuning], tuple[Mapping[str, Tensor], Mapping[str, Any]]]
+    export: Callable[[Any], tuple[Mapping[str, Tensor], Mapping[str, Any]]]
     weights: str
     config: str
-    load: Callable[[PreTrainedModel, Path, str], Tuning] | None = None
+    load: Callable[[PreTrainedModel, Path, str], Any] | None = None
 
 
-def save(tuning: Tuning, path: str | PathLike[str], format: str = "petune") -> None:
+def save(tuning: Kept, path: str | PathLike[str], format: str = "petune") -> None:
     """Write a tuning into a folder, each file whole or not at all.
 
     Raises:
         PetuneError: no such format, or one that has no place for this tuning; nothing is written then.
     """
-    form = OWN if format == "petune" else registry().get("petune_formats", format, "petune")
+    form = (
+        OWN
+        if format == "petune"
+        else registry().get("petune_formats", format, "petune")
+    )
     tensors, config = form.export(tuning)
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    tensors = {
+        key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()
+    }
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
@@ -65,10 +92,11 @@ def save(tuning: Tuning, path: str | PathLike[str], format: str = "petune") -> N
             os.replace(Path(scratch, file), folder / file)
 
 
-def _export(tuning: Tuning) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _export(tuning: Kept) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    names = [part.name for part in tuning.parts]
     config = {
         "petune": VERSION,
-        "method": tuning.method if len(tuning.parts) == 1 else [part.name for part in tuning.parts],
+        "method": tuning.method if len(names) == 1 else names,
         "arguments": tuning.arguments,
         "where": tuning.where,
         "train": list(tuning.heads),
@@ -92,8 +120,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         raise PetuneError(f"{folder}: no {CONFIG} there, so no tuning.")
     config = read_json(folder / CONFIG)
-    if missing := {"petune", "method", "arguments", "where", "train"} - config.keys():
-        raise PetuneError(f"{folder / CONFIG} is not a tuning's: it has no {min(missing)!r}.")
+    missing = {"petune", "method", "arguments", "where", "train"} - config.keys()
+    if missing:
+        raise PetuneError(
+            f"{folder / CONFIG} is not a tuning's: it has no {min(missing)!r}."
+        )
     if config["petune"] > VERSION:
         raise PetuneError(
             f"{folder / CONFIG}: format {config['petune']} is newer than this petune; upgrade it."

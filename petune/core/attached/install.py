@@ -1,49 +1,147 @@
-"""A tuning: the adapters of a method, or of several, on one model under one name."""
+"""Adapters are put into a model, and taken out: the two halves side by side."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import nn
 
-from petune.core.attached.tuning import Tuning
-from petune.core.frozen.modules import input_table, is_causal, tables, walk
+from petune.core.forward.link import Acting, Link
+from petune.core.frozen.computes import calls_attention_interface
+from petune.core.frozen.modules import base_class, walk
+from petune.core.frozen.tables import input_table, is_causal, tables
 from petune.core.frozen.weights import is_quantized
-from petune.core.graft.attend import install
+from petune.core.graft import observed
+from petune.core.graft.attend import install as install_attention
 from petune.core.graft.board import Board, board_of
-from petune.core.graft.module import Grafted, add, hold
-from petune.core.tokens.model import Prompted
-from petune.core.tokens.prompts import Table
+from petune.core.graft.module import (
+    Alone,
+    Grafted,
+    add,
+    graft_of,
+    hold,
+    release,
+    remove,
+)
+from petune.core.graft.remembering import check_checkpointing, forget, remember
+from petune.core.host.seams import SEAMS
+from petune.core.host.trainer import say_adapted, say_plain
+from petune.core.method.copies import TrainedParameters
+from petune.core.tokens.model import AdaptedModel
+from petune.core.tokens.table import PromptTable
+from petune.errors import PetuneError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
+def install(model: Any, tuning: Acting) -> None:
+    """Put a tuning's adapters in and freeze the base. Nothing of the tuning can fail from here on.
 
-def _install(model: PreTrainedModel, tuning: Tuning) -> Tuning:
-    """Nothing can fail from here on: the adapters are put in, the base is frozen."""
+    Raises:
+        MovedError: a library has changed something that petune leans on.
+        UnsupportedError: the model's gradient checkpointing is of a kind that the method can't take.
+        PetuneError: another thread runs a forward of the model.
+    """
+    SEAMS.require()
     board = board_of(model) or Board()
-    if not board.tunings:
-        board.flags = {n: p.requires_grad for n, p in model.named_parameters()}
-        board.causal, table = is_causal(model), input_table(model)
-        board.vocabulary = len(table.weight) if table is not None else 0
-        model.requires_grad_(False)
-        if any(is_quantized(m) for _, m in walk(model)):
-            model._hf_peft_config_loaded = True  # Trainer refuses a quantized model without it
-    hold(model, board, Prompted)
-    board.tunings[tuning.name] = tuning
-    least = torch.float64 if model.dtype == torch.float64 else torch.float32
-    encoder_decoder = tuning.reads and model.config.is_encoder_decoder
-    decoder = set(model.get_decoder().modules()) if encoder_decoder else None  # type: ignore[no-untyped-call]
+    check_checkpointing(model, [tuning])
+    with board.gate.change(f"attach {tuning.name!r}"):
+        if not board.tunings:
+            _begin(model, board)
+        hold(model, board, AdaptedModel)
+        place_stacks(model, tuning)
+        for link in tuning.links:
+            _put(model, link, board)
+        board.tunings[tuning.name] = tuning
+        remember(model)
+
+
+def uninstall(model: Any, tuning: Acting) -> None:
+    """Take a tuning's adapters out. After the last one the model is what it was: same class, keys and logits.
+
+    Raises:
+        PetuneError: the tuning is not attached, or another thread runs a forward of the model.
+    """
+    board = attached_board(model, tuning)
+    with board.gate.change(f"detach {tuning.name!r}"):
+        del board.tunings[tuning.name]
+        for link in tuning.links:
+            _take(model, link)
+        if not board.tunings:
+            forget(model)
+        release(model)
+        if not board.tunings:
+            _end(model, board)
+
+
+def attached_board(model: Any, tuning: Acting) -> Board:
+    """The board on which a tuning stands.
+
+    Raises:
+        PetuneError: it is not attached any more.
+    """
+    board = board_of(model)
+    if board is None or board.tunings.get(tuning.name) is not tuning:
+        raise PetuneError(f"tuning {tuning.name!r} is not attached any more.")
+    return board
+
+
+def _begin(model: Any, board: Board) -> None:
+    """Note what the base is before the first tuning, and freeze it."""
+    board.asked_gradients = {
+        name: p.requires_grad for name, p in model.named_parameters()
+    }
+    board.causal = is_causal(model)
+    table = input_table(model)
+    board.vocabulary = len(table.weight) if table is not None else 0
+    model.requires_grad_(False)
+    if any(is_quantized(module) for _, module in walk(model)):
+        say_adapted(model)
+
+
+def _end(model: Any, board: Board) -> None:
+    """The counterpart of `_begin`."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(
+            board.asked_gradients.get(name, parameter.requires_grad)
+        )
+    say_plain(model)
+
+
+def place_stacks(model: Any, tuning: Acting) -> None:
+    """Tell each link which of an encoder-decoder's stacks holds its site: its batch is that one's."""
+    if not tuning.reads_batch or not model.config.is_encoder_decoder:
+        return
+    decoder = set(model.get_decoder().modules())
     for link in tuning.links:
-        link.stack = "decoder" if decoder is None or link.site.module in decoder else "encoder"
-        anchor = next(link.site.module.parameters(), None)
-        link.adapter.to(device=anchor.device if anchor is not None else None, dtype=least)
-        link.adapter.train(model.training)
-        add(link, board, Table if isinstance(link.site.module, nn.Embedding) else Grafted)
-        if link.site.kind == "prompt":
-            for embedding in tables(model):
-                hold(embedding, board, Table)
-        elif link.site.kind == "attention":
-            install()
-    return tuning
+        link.stack = "decoder" if link.site.module in decoder else "encoder"
+
+
+def _put(model: Any, link: Link, board: Board) -> None:
+    module = link.site.module
+    anchor = next(module.parameters(), None)
+    least = torch.float64 if model.dtype == torch.float64 else torch.float32
+    link.adapter.to(device=anchor.device if anchor is not None else None, dtype=least)
+    link.adapter.train(model.training)
+    if link.site.kind == "attention":
+        install_attention()
+        link.methods = _methods(link)
+    add(link, board, PromptTable if isinstance(module, nn.Embedding) else Grafted)
+    if isinstance(link.adapter, TrainedParameters):
+        here = graft_of(module)
+        here.alone = here.alone or Alone()
+    for table in tables(model) if link.site.kind == "prompt" else ():
+        hold(table, board, PromptTable)
+
+
+def _take(model: Any, link: Link) -> None:
+    remove(link)
+    for table in tables(model) if link.site.kind == "prompt" else ():
+        release(table)
+
+
+def _methods(link: Link) -> Any:
+    """What takes the place of an attention's own methods: what its site says, else it is observed if it does not ask
+    transformers for its function.
+    """
+    asks = calls_attention_interface(base_class(link.site.module))
+    return link.site.methods or ({} if asks else {"forward": observed.forward})

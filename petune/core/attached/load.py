@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from petune.core.attached.folder import CONFIG, WEIGHTS, Format, read_config, read_tensors
+from petune.core.attached.attach import attach
+from petune.core.attached.folder import (
+    CONFIG,
+    WEIGHTS,
+    Format,
+    read_config,
+    read_tensors,
+)
 from petune.core.registry.plugins import registry
 from petune.errors import PetuneError
 
@@ -39,10 +46,9 @@ def load(
         PetuneError: no tuning there, its method is not installed, or it does not fit the model; the model is
             left as it was.
     """
-    from petune.core.attached.attach import attach
-
     folder = Path(path)
-    if (read := _reader(folder)) is not None:
+    read = _reader(folder)
+    if read is not None:
         return read(model, folder, name)
     config = read_config(folder)
     tensors = read_tensors(folder / WEIGHTS)
@@ -68,7 +74,9 @@ def _reader(folder: Path) -> Callable[[PreTrainedModel, Path, str], Tuning] | No
     if (folder / CONFIG).exists():
         return None
     known: list[Format] = [
-        form for form in registry().all("petune_formats").values() if form.load is not None
+        form
+        for form in registry().all("petune_formats").values()
+        if form.load is not None
     ]
     found = [form for form in known if (folder / form.config).exists()]
     found.sort(key=lambda form: not (folder / form.weights).exists())
@@ -94,7 +102,9 @@ def fill(tuning: Tuning, tensors: Mapping[str, Tensor], source: Path) -> None:
         )
     for key, tensor in own.items():
         if tensor.shape != tensors[key].shape:
-            shapes = f"{tuple(tensors[key].shape)}, the model needs {tuple(tensor.shape)}"
+            shapes = (
+                f"{tuple(tensors[key].shape)}, the model needs {tuple(tensor.shape)}"
+            )
             raise PetuneError(f"{source} does not fit this model: {key!r} is {shapes}.")
     with torch.no_grad():
         for key, tensor in own.items():

@@ -24,7 +24,9 @@ class Part:
 
 
 def parts(
-    method: str | Method | Sequence[str | Method], arguments: Mapping[str, Any], where: Where = None
+    method: str | Method | Sequence[str | Method],
+    arguments: Mapping[str, Any],
+    where: Where = None,
 ) -> tuple[Part, ...]:
     """The parts of a tuning. With a list of methods, `arguments` and `where` go by the methods' names.
 
@@ -38,7 +40,9 @@ def parts(
         return (Part(name, cls, check_arguments(name, cls, arguments), where),)
     found = dict(resolve(one) for one in method)
     if not found or len(found) < len(method):
-        raise PetuneError(f"method={list(method)!r}: list each method once, and at least one.")
+        raise PetuneError(
+            f"method={list(method)!r}: list each method once, and at least one."
+        )
     if isinstance(where, str):
         raise PetuneError(
             f"where={where!r}: with several methods, where={{{next(iter(found))!r}: …}}."
@@ -46,7 +50,9 @@ def parts(
     for what, given in (("arguments go", arguments), ("where goes", where or {})):
         for name in given:
             if name not in found:
-                raise PetuneError(unknown(f"method ({what} by method in a list)", name, found))
+                raise PetuneError(
+                    unknown(f"method ({what} by method in a list)", name, found)
+                )
     for name, own in arguments.items():
         if not isinstance(own, Mapping):
             raise PetuneError(
@@ -54,7 +60,10 @@ def parts(
             )
     return tuple(
         Part(
-            name, cls, check_arguments(name, cls, arguments.get(name, {})), (where or {}).get(name)
+            name,
+            cls,
+            check_arguments(name, cls, arguments.get(name, {})),
+            (where or {}).get(name),
         )
         for name, cls in found.items()
     )

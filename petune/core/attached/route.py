@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from petune.core.forward.plan import Plan
+from petune.core.forward.settings import setting
 from petune.core.graft.board import board_of
 from petune.errors import PetuneError, unknown
 
@@ -18,8 +19,11 @@ if TYPE_CHECKING:
 def route(model: PreTrainedModel, names: Sequence[str | None]) -> Iterator[None]:
     """Within the context row i of a batch goes through the tuning `names[i]` alone; None is the base.
 
+    It holds for the context that sets it (a thread, an asyncio task) and for no other. `generate` repeats the names
+    for its beams.
+
     Raises:
-        PetuneError: a name is not attached, or a batch does not fit the names.
+        PetuneError: a name is not attached, or a batch does not have one row a name.
     """
     board = board_of(model)
     known = board.tunings if board else {}
@@ -33,8 +37,5 @@ def route(model: PreTrainedModel, names: Sequence[str | None]) -> Iterator[None]
     if board is None:
         yield
         return
-    before, board.plan = board.plan, Plan(names)
-    try:
+    with setting(board, plan=Plan(names)):
         yield
-    finally:
-        board.plan = before

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from petune.core.attached import folder as storage
+from petune.core.attached import folder
+from petune.core.attached.install import attached_board, uninstall
 from petune.core.attached.merge import Merged, merge
 from petune.core.attached.parts import Part, Where
-from petune.core.forward.link import Link
-from petune.core.frozen.modules import tables as _tables
-from petune.core.frozen.site import Site
-from petune.core.graft.board import Board, board_of
-from petune.core.graft.module import release, remove
+from petune.core.forward.link import Acting, Link
+from petune.core.forward.settings import setting, settings_of
+from petune.core.frozen.config import declare
+from petune.core.graft.board import board_of
 from petune.core.method.adapter import Adapter
-from petune.errors import PetuneError, UnsupportedError
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -26,8 +24,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Tuning:
-    """What `attach` returns. Attributes: `model`, `name`, `parts` (its methods), `enabled`."""
+class Tuning(Acting):
+    """What `attach` returns.
+
+    Attributes:
+        model: the model that it is attached to.
+        name: its name there.
+        parts: its methods, each with its arguments and the sites that the user picked.
+        heads: the modules of the base that train along.
+    """
 
     def __init__(
         self,
@@ -35,55 +40,39 @@ class Tuning:
         name: str,
         parts: Sequence[Part],
         heads: tuple[str, ...],
-        links: list[tuple[Adapter, Site, Part | None]],
     ) -> None:
-        self.model, self.name, self.parts, self.heads = model, name, tuple(parts), heads
-        self.links = [Link(adapter, site, self, part) for adapter, site, part in links]
-        self.prompts = [link for link in self.links if link.site.kind == "prompt"]
-        self.reads = any(link.reads for link in self.links)
-        self.enabled = True
-        self._weight = 1.0
-
-    @property
-    def method(self) -> str:
-        """The registered name of its method; of several, all with `+` between them."""
-        return "+".join(part.name for part in self.parts)
+        super().__init__(name, "+".join(part.name for part in parts))
+        self.model, self.parts, self.heads = model, tuple(parts), heads
 
     @property
     def arguments(self) -> dict[str, Any]:
         """The arguments given; of several methods, those of each by its name."""
-        one, *more = self.parts
-        return {part.name: part.arguments for part in self.parts} if more else one.arguments
+        if len(self.parts) == 1:
+            return self.parts[0].arguments
+        return {part.name: part.arguments for part in self.parts}
 
     @property
     def where(self) -> Where:
         """The sites that the user picked, None for the method's own; of several methods, by name."""
-        one, *more = self.parts
-        return {part.name: part.where for part in self.parts} if more else one.where
+        if len(self.parts) == 1:
+            return self.parts[0].where
+        return {part.name: part.where for part in self.parts}
 
     @property
-    def weight(self) -> float:
-        """How much of the tuning acts: at each site y = inner(x) + weight (adapter(inner, x) - inner(x)). So tunings
-        that add something, stacked, are their weighted sum.
-        """
-        return self._weight
+    def enabled(self) -> bool:
+        """Whether it acts, in this context, where nothing is routed."""
+        board = board_of(self.model)
+        return self.switched_on if board is None else board.is_on(self)
 
-    @weight.setter
-    def weight(self, weight: float) -> None:
-        if not isinstance(weight, int | float) or not math.isfinite(weight):
-            raise PetuneError(
-                f"weight={weight!r} of tuning {self.name!r}: wanted is a finite number."
-            )
-        if self.prompts and weight != 1:
-            raise UnsupportedError(
-                f"tuning {self.name!r} puts tokens before the input, which have no weighted form."
-            )
-        self._weight = float(weight)
+    @enabled.setter
+    def enabled(self, on: bool) -> None:
+        self.switched_on = on
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.parameters())
-        state = "" if self.enabled else ", disabled"
-        return f"Tuning({self.name!r}, {self.method!r}, {len(self.links)} sites, {count:,} parameters{state})"
+        state = "" if self.switched_on else ", disabled"
+        sites = len(self.links)
+        return f"Tuning({self.name!r}, {self.method!r}, {sites} sites, {count:,} parameters{state})"
 
     @property
     def adapters(self) -> dict[str, Adapter]:
@@ -92,31 +81,33 @@ class Tuning:
 
     def parameters(self) -> list[nn.Parameter]:
         """What trains, each tensor once."""
-        found = {
-            id(p): p for link in self.links for p in link.adapter.parameters() if p.requires_grad
-        }
+        found: dict[int, nn.Parameter] = {}
+        for link in self.links:
+            found |= {id(p): p for p in link.adapter.parameters() if p.requires_grad}
         return list(found.values())
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
         """What trains as an optimizer takes it: a group for each learning rate that the method asks for."""
-        rates = {
-            id(p): rate
-            for link in self.links
-            for name, rate in link.adapter.learning_rates().items()
-            if isinstance(p := getattr(link.adapter, name), nn.Parameter)
-        }
+        factors: dict[int, float] = {}
+        for link in self.links:
+            for name, factor in link.adapter.learning_rates().items():
+                factors[id(getattr(link.adapter, name))] = factor
         groups: dict[float, list[nn.Parameter]] = {1.0: []}
-        for p in self.parameters():
-            groups.setdefault(rates.get(id(p), 1.0), []).append(p)
-        return [{"params": own, "lr": learning_rate * rate} for rate, own in groups.items() if own]
+        for parameter in self.parameters():
+            groups.setdefault(factors.get(id(parameter), 1.0), []).append(parameter)
+        return [
+            {"params": own, "lr": learning_rate * factor}
+            for factor, own in groups.items()
+            if own
+        ]
 
     @contextmanager
     def step(self, step: int, total: int) -> Iterator[None]:
         """Around each `optimizer.step()`, number `step` of `total` from 0: what methods with a schedule ask for."""
         with ExitStack() as stack:
             for part in self.parts:
-                if issubclass(part.cls, Adapter):
-                    own = [link.adapter for link in self.links if link.part is part]
+                own = [link.adapter for link in self.links if link.method == part.name]
+                if own and issubclass(part.cls, Adapter):
                     stack.enter_context(part.cls.step(own, step, total))
             yield
 
@@ -135,31 +126,39 @@ class Tuning:
         """
         found: dict[str, Tensor] = {}
         for link in self.links:
-            if type(link.adapter).step.__func__ is not Adapter.step.__func__:  # type: ignore[attr-defined]
+            if _has_schedule(link):
                 saved = link.adapter.state_dict()
+                buffers = link.adapter.named_buffers()
                 found |= {
-                    f"{link.label}.{k}": b
-                    for k, b in link.adapter.named_buffers()
-                    if k not in saved
+                    f"{link.label}.{name}": b
+                    for name, b in buffers
+                    if name not in saved
                 }
         return found
 
     def enable(self) -> None:
-        """Switch the tuning on: one flag, whatever the size of the model."""
-        self.enabled = True
+        """Switch the tuning on for everybody: one flag, whatever the size of the model."""
+        self.switched_on = True
 
     def disable(self) -> None:
-        """Switch the tuning off: without others the model is the base, exactly."""
-        self.enabled = False
+        """Switch the tuning off for everybody: without others the model is the base, exactly."""
+        self.switched_on = False
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Off within the context, and afterwards what it was before."""
-        before, self.enabled = self.enabled, False
-        try:
+        """Off within the context, and for no other thread or asyncio task."""
+        board = attached_board(self.model, self)
+        off = settings_of(board).off | {self.name}
+        with setting(board, off=off):
             yield
-        finally:
-            self.enabled = before
+
+    @contextmanager
+    def weighted(self, weight: float) -> Iterator[None]:
+        """At another weight within the context, and for no other thread or asyncio task."""
+        board = attached_board(self.model, self)
+        weights = {**settings_of(board).weights, self.name: self.checked_weight(weight)}
+        with setting(board, weights=weights):
+            yield
 
     def save(self, path: str | PathLike[str], format: str = "petune") -> None:
         """Write `adapter.safetensors` and `adapter.json` into the folder `path`; with "peft" what PEFT reads, with
@@ -168,7 +167,7 @@ class Tuning:
         Raises:
             PetuneError: no such format, or it has no such method; nothing is written then.
         """
-        storage.save(self, path, format)
+        folder.save(self, path, format)
 
     def merge(self, quantize: bool = False) -> Merged:
         """Fold the tuning into the base's weights; it is gone then.
@@ -183,25 +182,26 @@ class Tuning:
             UnmergeableError: a TypeError: the method has no merged form.
             PetuneError: the result would not be finite; nothing is changed.
         """
-        self._here()
-        return merge(self, quantize)
+        board = attached_board(self.model, self)
+        with board.gate.change(f"merge {self.name!r}"):
+            merged = merge(self.model, self, quantize)
+            self.detach()
+            declare(self.model)
+        return merged
 
     def detach(self) -> None:
         """Take the adapters away. After the last one the model is what it was: same class, keys and logits."""
-        board = self._here()
-        for link in self.links:
-            remove(link)
-            for table in _tables(self.model) if link.site.kind == "prompt" else []:
-                release(table)
-        del board.tunings[self.name]
-        release(self.model)
-        if not board.tunings:
-            for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(board.flags.get(name, parameter.requires_grad))
-            vars(self.model).pop("_hf_peft_config_loaded", None)
+        uninstall(self.model, self)
 
-    def _here(self) -> Board:
-        board = board_of(self.model)
-        if board is None or board.tunings.get(self.name) is not self:
-            raise PetuneError(f"tuning {self.name!r} is not attached any more.")
-        return board
+
+def _has_schedule(link: Link) -> bool:
+    step: Any = type(link.adapter).step
+    own: Any = Adapter.step
+    return step.__func__ is not own.__func__
+
+
+def tunings(model: PreTrainedModel) -> Mapping[str, Tuning]:
+    """The tunings attached to a model, in the order in which they act."""
+    board = board_of(model)
+    found: dict[str, Any] = dict(board.tunings) if board else {}
+    return found

@@ -1,98 +1,113 @@
-"""How an adapter comes to stand around a module: the module's class gets a mixin, as `parametrize` and FSDP2 do, so
-that the base's keys, `isinstance` and checkpoints survive, and taking it off restores the class.
-"""
+"""One adapter at one site, and the half of a tuning that acts in a forward."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
 
-import torch
-from torch import Tensor
-
-graft_of = lambda module: vars(module)["petune_graft"]  # noqa: E731
+from petune.core.frozen.site import Site
 from petune.core.method.adapter import Adapter
-from petune.errors import UnsupportedError
-
-if TYPE_CHECKING:
-    from petune.core.attached.parts import Part
-    from petune.core.attached.tuning import Tuning
-    from petune.core.forward.plan import Rows
-    from petune.core.frozen.site import Site
-
+from petune.errors import PetuneError, UnsupportedError
 
 Call = Callable[..., Any]
 
 
+class Acting:
+    """What of a tuning acts in a forward: its links, whether it is switched on, and its weight.
+
+    Args:
+        name: the tuning's name on its model.
+        method: the name of its method, for messages.
+    """
+
+    def __init__(self, name: str, method: str) -> None:
+        self.name, self.method = name, method
+        self.links: list[Link] = []
+        self.switched_on = True
+        self._weight = 1.0
+
+    @property
+    def prompts(self) -> list[Link]:
+        """The links that put virtual tokens before the input."""
+        return [link for link in self.links if link.site.kind == "prompt"]
+
+    @property
+    def reads_batch(self) -> bool:
+        """Whether an adapter of it asks for the batch."""
+        return any(link.reads_batch for link in self.links)
+
+    @property
+    def weight(self) -> float:
+        """How much of the tuning acts: at each site y = inner(x) + weight (adapter(inner, x) - inner(x)). So tunings
+        that add something, stacked, are their weighted sum.
+        """
+        return self._weight
+
+    @weight.setter
+    def weight(self, weight: float) -> None:
+        self._weight = self.checked_weight(weight)
+
+    def checked_weight(self, weight: float) -> float:
+        """The weight as a float.
+
+        Raises:
+            PetuneError: it is no finite number.
+            UnsupportedError: the tuning has virtual tokens, and the weight is not 1.
+        """
+        if not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise PetuneError(
+                f"weight={weight!r} of tuning {self.name!r}: wanted is a finite number."
+            )
+        if self.prompts and weight != 1:
+            raise UnsupportedError(
+                f"tuning {self.name!r} puts tokens before the input, which have no weighted form."
+            )
+        return float(weight)
+
+
 @cache
-def _reads(cls: Any) -> bool:
-    """The method's `forward` asks for the batch."""
-    return "batch" in inspect.signature(cls.forward).parameters
+def _keywords(cls: Any) -> frozenset[str]:
+    """What the method's `forward` asks for besides its input: `batch`, `notes`."""
+    return frozenset(
+        {"batch", "notes"} & set(inspect.signature(cls.forward).parameters)
+    )
 
 
 @dataclass(eq=False)
 class Link:
-    """One adapter at one site. Those of a module act in the order of its list, the first innermost."""
+    """One adapter at one site. The links of a module act in the order of its list, the first innermost.
+
+    Args:
+        tuning: the tuning that it belongs to.
+        method: the name of its method; "" for a module that trains along.
+        label: what tells it from the tuning's other links: its site's name, and where the tuning has several
+            methods the method's name before it.
+        stack: of an encoder-decoder's two stacks of blocks, the one that holds the site.
+        methods: what takes the place of the module's own methods while this attention adapter is there, by name.
+    """
 
     adapter: Adapter
     site: Site
-    tuning: Tuning
-    part: Part | None = None
-    """The method that it belongs to; None for a module that trains along."""
+    tuning: Acting
+    method: str = ""
+    label: str = ""
     stack: str = "decoder"
-    """Whose batch it sees."""
+    methods: Mapping[str, Call] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        kind: Any = type(self.adapter)
-        self.reads = _reads(kind)
-
-    def bound(self, index: Rows | None = None, *args: Any, **kwargs: Any) -> Call:
-        """The adapter as it acts: with the batch that it asks for, or the rows `index` of it, and at its weight.
-        After `inner` and x it gets what else is given here.
-        """
-        call: Call = self.adapter
-        if args or kwargs:
-            call = lambda inner, x: self.adapter(inner, x, *args, **kwargs)  # noqa: E731
-        if self.reads:
-            batch = graft_of(self.site.module).board.batch.get(self.stack)
-            if batch is None:
-                raise UnsupportedError(f"{self.tuning.method!r} acts by position: call the model itself, with its "
-                                       f"{self.stack}'s input, not {self.site.name}.")  # fmt: skip
-            call = partial(call, batch=batch if index is None else batch.rows(index))
-        return call if self.tuning.weight == 1 else partial(_weighted, call, self.tuning.weight)
-
-    @property
-    def _method(self) -> str:
-        return f"{self.part.name}:" if self.part is not None and len(self.tuning.parts) > 1 else ""
-
-    @property
-    def label(self) -> str:
-        """What tells it from the tuning's others: the site's name, and the method's where there are several."""
-        return self._method + self.site.name
+        self.label = self.label or self.site.name
+        asked = _keywords(type(self.adapter))
+        self.reads_batch, self.takes_notes = "batch" in asked, "notes" in asked
 
     @property
     def key(self) -> str:
-        """Where the adapter is registered: one tuning can act twice on a module, on parts or kinds of it."""
-        tag = self.site.name.removeprefix(_plain(self.site.name))
-        method = f":{self._method}" if self._method else ""
-        return (self.tuning.name + method + tag).replace(".", "_")
-
-
-def _plain(site: str) -> str:
-    return site.partition("#")[0].partition("[")[0]
-
-
-def _weighted(
-    adapter: Call, weight: float, inner: Call, x: Tensor, *rest: Any, **others: Any
-) -> Tensor:
-    """Y + weight (adapter(inner, x) - y), y = inner(x) computed once."""
-    y = inner(x, *rest)
-
-    def once(h: Tensor, *more: Any) -> Tensor:
-        same = h is x and all(a is b for a, b in zip(more, rest, strict=True))
-        return y if same else inner(h, *more)
-
-    return torch.lerp(y, adapter(once, x, *rest, **others).to(y.dtype), weight)
+        """The name under which the adapter is registered on its module. One tuning can act twice on a module: on
+        parts of a fused projection, or on the module as a layer and as an attention.
+        """
+        what = self.label.replace(self.site.module_name, "", 1)
+        separator = ":" if self.label != self.site.name else ""
+        return (self.tuning.name + separator + what).replace(".", "_")

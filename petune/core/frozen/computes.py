@@ -1,35 +1,51 @@
-"""Finding the hook points of a model from its structure: no table of architectures."""
+"""What a class computes, read off the names in its code."""
 
 from __future__ import annotations
 
 import dis
 import inspect
+from collections.abc import Iterator
 from functools import cache
 from types import FunctionType
 from typing import Any
 
 from torch import nn
 
+from petune.core.host.attention import asks_interface
+
+PRODUCTS = {"matmul", "bmm", "baddbmm", "@"}
+SOFTMAX = {"softmax", "Softmax"}
+WHOLE = "scaled_dot_product_attention"
+"""torch's function for all of it."""
+
 
 @cache
 def calls_attention_interface(cls: Any) -> bool:
     """The class asks transformers for its attention function, so that it can be wrapped there."""
-    forward: Any = getattr(cls, "forward", None)  # a scripted module has none
-    code = getattr(inspect.unwrap(forward), "__code__", None)
-    return code is not None and {"ALL_ATTENTION_FUNCTIONS", "get_interface"} <= set(code.co_names)
+    return asks_interface(cls)
 
 
 @cache
 def computes_attention(cls: type) -> bool:
     """The class calls a softmax and products of matrices itself, or torch's function for both."""
-    functions = [
-        f
-        for c in cls.__mro__
-        if c is not nn.Module
-        for f in vars(c).values()
-        if isinstance(f, FunctionType)
-    ]
-    steps = [step for f in functions for step in dis.get_instructions(f)]
-    used = {step.argrepr if step.opname == "BINARY_OP" else step.argval for step in steps}
-    product = {"matmul", "bmm", "baddbmm", "@"} & used
-    return "scaled_dot_product_attention" in used or bool(product and {"softmax", "Softmax"} & used)
+    used: set[Any] = set()
+    for function in _functions(cls):
+        used.update(_names_used(function))
+    if WHOLE in used:
+        return True
+    return not used.isdisjoint(PRODUCTS) and not used.isdisjoint(SOFTMAX)
+
+
+def _functions(cls: type) -> Iterator[FunctionType]:
+    """The functions of a class and its parents, without what decorators have put around them."""
+    for parent in cls.__mro__:
+        members = () if parent is nn.Module else vars(parent).values()
+        for member in members:
+            if isinstance(member, FunctionType):
+                yield inspect.unwrap(member)
+
+
+def _names_used(function: FunctionType) -> Iterator[Any]:
+    """The names and operators in a function's code."""
+    for step in dis.get_instructions(function):
+        yield step.argrepr if step.opname == "BINARY_OP" else step.argval

@@ -11,64 +11,78 @@ from torch import nn
 
 from petune.core.frozen.modules import base_class
 
+STACKLEVEL = 7
+"""From a warning here up to whoever called `tuning.merge`."""
 
-def settle(model: Any) -> None:
-    """Make the configuration say what the merged weights are: untied heads, biases that were not there."""
+
+def declare(model: Any) -> None:
+    """Make the configuration say what the merged weights are: untied heads, biases that
+    were not there.
+    """
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    if model.config.tie_word_embeddings and head is not None and head.weight is not table.weight:
+    if head is not None and head.weight is not table.weight:
         model.config.tie_word_embeddings = False
-    _declare_biases(model)
-
-
-def _declare_biases(model: Any) -> None:
     lost = unplaced(model)
-    if not lost:
-        return
-    flags = {
-        key: True
-        for key, value in model.config.to_dict().items()
-        if key.endswith("bias") and value is False
-    }
-    for key in list(flags):  # only those that it takes
-        if not unplaced(model, **{other: True for other in flags if other != key}):
-            del flags[key]
+    if lost:
+        _declare_biases(model, lost)
+
+
+def _declare_biases(model: Any, lost: list[str]) -> None:
+    """Turn on what in the configuration gives a place to the biases that were lost; warn
+    where nothing does.
+    """
+    flags = _needed(model)
     if unplaced(model, **flags):
-        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        names = ", ".join(lost[:2]) + (", …" if len(lost) > 2 else "")
+        kind = model.config.model_type
         warnings.warn(
-            f"a saved {model.config.model_type} has no place for {lost[0]}{more}.", stacklevel=6
+            f"a saved {kind} has no place for {names}.", stacklevel=STACKLEVEL
         )
         return
-    for key in flags:
-        setattr(model.config, key, True)
-    for name in _places(model) - {n for n, _ in model.named_parameters(remove_duplicate=False)}:
-        owner = model.get_submodule(name.rpartition(".")[0])  # transformers would draw it anew
-        owner.bias = nn.Parameter(
-            torch.zeros(owner.out_features, device=owner.weight.device), requires_grad=False
-        )
+    vars(model.config).update(flags)
+    _fill_places(model)
+
+
+def _needed(model: Any) -> dict[str, bool]:
+    """Of the configuration's switches for biases those without which something is lost."""
+    switches = model.config.to_dict()
+    off = [key for key in switches if key.endswith("bias") and switches[key] is False]
+    flags = dict.fromkeys(off, True)
+    for key in off:
+        others = {**flags}
+        del others[key]
+        if not unplaced(model, **others):
+            flags = others
+    return flags
+
+
+def _fill_places(model: Any) -> None:
+    """Put zeros where the configuration now has a place for a bias: transformers would
+    draw one anew.
+    """
+    present = dict(model.named_parameters(remove_duplicate=False))
+    for name in _places(model) - present.keys():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        zeros = torch.zeros(owner.out_features, device=owner.weight.device)
+        owner.bias = nn.Parameter(zeros, requires_grad=False)
 
 
 def unplaced(model: Any, **changed: Any) -> list[str]:
-    """The parameters that transformers would drop, since the architecture has no place for them."""
+    """The parameters that transformers would drop, since the architecture has no place
+    for them.
+
+    Args:
+        changed: keys of the configuration that have another value meanwhile.
+    """
     places = _places(model, **changed)
-    return [n for n, _ in model.named_parameters() if n not in places and ".petune." not in n]
+    own = dict(model.named_parameters())
+    return [name for name in own if name not in places and ".petune." not in name]
 
 
 def _places(model: Any, **changed: Any) -> set[str]:
+    """The names of the parameters that the architecture has by its configuration."""
     config = copy.deepcopy(model.config)
-    for key, value in changed.items():
-        setattr(config, key, value)
+    vars(config).update(changed)
     with torch.device("meta"):
-        return {n for n, _ in base_class(model)(config).named_parameters(remove_duplicate=False)}
-
-
-def forget_quantization(model: Any) -> None:
-    """Nothing quantized is left: transformers saves and moves the model as any other."""
-    vars(model.config).pop("quantization_config", None)
-    for key in (
-        "hf_quantizer",
-        "quantization_method",
-        "is_quantized",
-        "is_loaded_in_4bit",
-        "is_loaded_in_8bit",
-    ):
-        vars(model).pop(key, None)
+        made = base_class(model)(config)
+    return set(dict(made.named_parameters(remove_duplicate=False)))

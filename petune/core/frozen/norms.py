@@ -16,7 +16,10 @@ Call = Callable[[Tensor], Tensor]
 def probe_norm(f: Call, base: Call, module: Any) -> tuple[Tensor, Tensor]:
     """(weight, bias) in float32 with which the norm `base` of `module` computes f, a scale and a shift of it."""
     x = torch.ones(
-        1, module.weight.shape[0], dtype=module.weight.dtype, device=module.weight.device
+        1,
+        module.weight.shape[0],
+        dtype=module.weight.dtype,
+        device=module.weight.device,
     )
     x[:, ::2] = -1  # so that no entry of n(x) is zero
 

@@ -1,19 +1,18 @@
-"""The places of a model where a method may act, and how a user or a method picks among them."""
+"""The places of a model where a method may act."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from petune.core.frozen.modules import input_table
+from petune.core.frozen.tables import input_table
+from petune.core.frozen.weights import bias_of, stored
 
 ALL_LINEAR = "q k v o gate up down"
 """Every linear layer inside the blocks, however the model fuses them."""
-
-
 KINDS = {
     "linear": "q k v o qkv kv gate up gate_up down other head",
     "block": "layer attn cross-attn mlp norm qk-norm embed-norm final",
@@ -23,20 +22,29 @@ KINDS = {
     "module": "classifier parameters",
 }
 """The roles of each kind of site."""
-
-
 KIND_OF = {role: kind for kind, roles in KINDS.items() for role in roles.split()}
-
-
 FUSED = {"qkv": ("q", "k", "v"), "kv": ("k", "v"), "gate_up": ("gate", "up")}
+"""The roles that a fused projection plays at once."""
 
 
 @dataclass(frozen=True, eq=False)
 class Site:
     """One place in the base model.
 
-    `in_features` and `out_features` are the widths of what goes in and comes out; for attention sites `heads`,
-    `kv_heads` and `head_dim` describe q and k, and `value_dim` the width of v. `layer` counts within its stack, from 0.
+    Attributes:
+        name: the name of its module in the model, with `#role` behind it where the module is a site of several kinds,
+            and `[role]` where the site is a part of a fused projection.
+        layer: the number of its block within its stack, from 0; None outside the blocks.
+        in_features, out_features: the widths of what goes in and comes out.
+        heads, kv_heads, head_dim, value_dim: of an attention: the heads of q, those of k and v, and their widths.
+        entry: where the input of a block is seen, if `module` is only the last of the several that compute it.
+        parts: the outputs of a fused projection by role, where they are known: a run, or indices where heads
+            interleave.
+        part: the outputs that this site covers, if it is a part of a fused projection.
+        tied: the module's table is another module's too: a head's that is the input embedding's, and the other way
+            round.
+        peers: all sites of the tuning, this one included.
+        methods: what takes the place of the module's own methods while an attention adapter is there, by name.
     """
 
     name: str
@@ -51,31 +59,50 @@ class Site:
     head_dim: int = 0
     value_dim: int = 0
     entry: nn.Module | None = field(default=None, repr=False)
-    """Where the input of a block is seen, if `module` is only the last of the several that compute it."""
     parts: dict[str, slice | Tensor] = field(default_factory=dict, repr=False)
-    """The outputs of a fused projection by role, where they are known: a run, or indices where heads interleave."""
     part: slice | Tensor | None = None
-    """The outputs that this site covers, if it is a part of a fused projection."""
+    tied: bool = False
     peers: list[Site] = field(default_factory=list, repr=False)
-    """All sites of the tuning, this one included."""
     methods: Mapping[str, Callable[..., Any]] = field(default_factory=dict, repr=False)
-    """What takes the place of the module's own methods while an attention adapter is there, by name."""
-    _pool: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+    pool: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def module_name(self) -> str:
+        """The name of its module in the model."""
+        return self.whole_name.partition("#")[0]
+
+    @property
+    def whole_name(self) -> str:
+        """The name of the fused projection that it is a part of, else its own."""
+        return self.name.partition("[")[0]
 
     def weight(self) -> Tensor:
         """The dense weight, float32: (out_features, in_features) of a linear layer, read by probing where it is not
         stored as such, so that it is right for every quantizer; (vocabulary, hidden) of an embedding or a prompt.
         """
-        from petune.core.frozen.weights import stored
-
         if self.kind in ("embedding", "prompt"):
-            table: Any = input_table(self.module) if self.kind == "prompt" else self.module
+            table: Any = (
+                input_table(self.module) if self.kind == "prompt" else self.module
+            )
             return table.weight.detach().float()
         weight, _ = stored(self.module)
-        return weight if self.part is None else weight[self.part]
+        return self._of_part(weight)
+
+    def bias(self) -> Tensor:
+        """The bias of a linear layer, float32, (out_features,); zeros where it has none."""
+        return self._of_part(bias_of(self.module))
+
+    def _of_part(self, outputs: Tensor) -> Tensor:
+        """Of a tensor with a row for each output those that the site covers."""
+        return outputs if self.part is None else outputs[self.part]
 
     def shared(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """One object for all sites of a tuning: made by the first that asks for `key`."""
-        if key not in self._pool:
-            self._pool[key] = make()
-        return self._pool[key]
+        if key not in self.pool:
+            self.pool[key] = make()
+        return self.pool[key]
+
+
+def with_role(sites: Iterable[Site], role: str) -> Site | None:
+    """The first of the sites that plays a role, None if none does."""
+    return next((site for site in sites if site.role == role), None)

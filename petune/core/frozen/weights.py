@@ -13,9 +13,29 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from petune.core.frozen.modules import base_class, base_forward, features
+from petune.core.host.quantization import was_transposed
 
 ROWS = 1024
 """How many rows of the identity go through a layer at a time: the memory that probing takes."""
+DENSE = (nn.Linear, Conv1D, nn.Embedding)
+"""The plain classes, whose weight can be read and written."""
+
+Pair = tuple[Tensor, Tensor]
+"""The weight (out, in) and the bias (out,) of a linear layer, in float32."""
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """A linear layer whose weight is stored in codes: no floating point, or a tensor that knows how to become one."""
+    weight = getattr(module, "weight", None)
+    if features(module) is None or not isinstance(weight, Tensor):
+        return False
+    becomes_dense = type(weight).dequantize is not Tensor.dequantize
+    return becomes_dense or not weight.is_floating_point()
+
+
+def is_dense(module: nn.Module) -> bool:
+    """A layer of the plain classes, whose weight can be written."""
+    return base_class(module) in DENSE and not is_quantized(module)
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype:
@@ -30,42 +50,56 @@ def compute_dtype(module: nn.Module) -> torch.dtype:
 @torch.no_grad()
 def probe(
     f: Callable[[Tensor], Tensor], module: Any, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
-    """(W, b) in float32 of an affine map f over a linear layer's inputs: W (out, in), b (out)."""
-    width, device = (features(module) or (0, 0))[0], module.weight.device
-    dtype = dtype or compute_dtype(module)
-    b = f(torch.zeros(1, width, dtype=dtype, device=device))[0].float()
+) -> Pair:
+    """(W, b) of an affine map f over a linear layer's inputs.
+
+    Args:
+        dtype: that of what goes into f; the layer's own unless given.
+    """
+    into, _ = features(module) or (0, 0)
+    device, dtype = module.weight.device, dtype or compute_dtype(module)
+    b = _at_zero(f, into, dtype, device)
     columns = []
-    for start in range(0, width, ROWS):
-        rows = torch.zeros(min(ROWS, width - start), width, dtype=dtype, device=device)
+    for start in range(0, into, ROWS):
+        rows = torch.zeros(min(ROWS, into - start), into, dtype=dtype, device=device)
         rows[:, start:].fill_diagonal_(1)
         columns.append(f(rows).float() - b)
     return torch.cat(columns).T.contiguous(), b
 
 
-def is_dense(module: nn.Module) -> bool:
-    """A layer of the plain classes, whose weight can be written."""
-    return base_class(module) in (nn.Linear, Conv1D, nn.Embedding) and not is_quantized(module)
+def _at_zero(
+    f: Callable[[Tensor], Tensor], into: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """f(0) in float32, (out,)."""
+    return f(torch.zeros(1, into, dtype=dtype, device=device))[0].float()
 
 
-def is_quantized(module: nn.Module) -> bool:
-    """A linear layer whose weight is stored in codes: no floating point, or a tensor that knows how to become one."""
-    weight = getattr(module, "weight", None)
-    if features(module) is None or not isinstance(weight, Tensor):
-        return False
-    return not weight.is_floating_point() or type(weight).dequantize is not Tensor.dequantize
-
-
-def stored(layer: Any) -> tuple[Tensor, Tensor]:
-    """(W, b) of a linear layer in float32: read where it is dense, probed elsewhere. Not to be written to."""
-    if (
-        not is_dense(layer) or layer.weight.is_meta
-    ):  # accelerate brings an offloaded weight when the layer runs
+def stored(layer: Any) -> Pair:
+    """(W, b) of a linear layer: read where it is dense, probed elsewhere. Not to be written to."""
+    if not _is_readable(layer):
         return probe(base_forward(layer), layer)
-    weight = (layer.weight.T if isinstance(layer, Conv1D) else layer.weight).detach().float()
-    return weight, weight.new_zeros(
-        len(weight)
-    ) if layer.bias is None else layer.bias.detach().float()
+    weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+    return weight.detach().float(), bias_of(layer)
+
+
+@torch.no_grad()
+def bias_of(layer: Any) -> Tensor:
+    """The bias of a linear layer, (out,): read where it is dense, probed elsewhere; zeros where it has none."""
+    if not _is_readable(layer):
+        into, _ = features(layer) or (0, 0)
+        return _at_zero(
+            base_forward(layer), into, compute_dtype(layer), layer.weight.device
+        )
+    if layer.bias is not None:
+        bias: Tensor = layer.bias.detach().float()
+        return bias
+    _, out = features(layer) or (0, 0)
+    return torch.zeros(out, device=layer.weight.device)
+
+
+def _is_readable(layer: Any) -> bool:
+    """Whether the weight is there to be read: accelerate brings an offloaded one when the layer runs."""
+    return is_dense(layer) and not layer.weight.is_meta
 
 
 def dense(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -74,22 +108,23 @@ def dense(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     return linear(module, weight, bias if module.bias is not None else None, dtype)
 
 
-def linear(old: nn.Module, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
+def linear(
+    old: nn.Module, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> nn.Module:
     """A dense layer of the class that the architecture has there, so that a saved model loads again."""
-    transposed = (
-        isinstance(old, Conv1D) or getattr(old, "source_cls", None) is Conv1D
-    )  # as transformers notes it
-    kind: Any = Conv1D
     out, into = weight.shape
-    with torch.device("meta"):
-        layer: nn.Module = (
-            kind(out, into) if transposed else nn.Linear(into, out, bias=bias is not None)
+    layer: nn.Module
+    if isinstance(old, Conv1D) or was_transposed(old):
+        weight, bias = (
+            weight.T,
+            torch.zeros(out, device=weight.device) if bias is None else bias,
         )
-    layer.weight = nn.Parameter(
-        (weight.T if transposed else weight).to(dtype).contiguous(), requires_grad=False
-    )
-    if transposed and bias is None:
-        bias = weight.new_zeros(out)
+        with torch.device("meta"):
+            layer = Conv1D(out, into)  # type: ignore[no-untyped-call]
+    else:
+        with torch.device("meta"):
+            layer = nn.Linear(into, out, bias=bias is not None)
+    layer.weight = nn.Parameter(weight.to(dtype).contiguous(), requires_grad=False)
     if bias is not None:
         layer.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
     return layer

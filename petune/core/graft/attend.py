@@ -2,33 +2,26 @@
 
 Models ask transformers' `AttentionInterface` for their function on every forward, and hand over their own eager one
 as the default. Wrapping what the interface answers leaves the model's configuration as it is, and with it the masks,
-the caches and each architecture's own choice of implementation. (A registered name of ours would change all three.)
+the caches and each architecture's own choice of implementation.
 """
 
 from __future__ import annotations
 
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
-from petune.core.forward.attention import Attention, Frozen, _explicit, around
-from petune.core.graft.module import graft_of, serving
+from petune.core.forward.attention import FrozenAttention, explicit_mask
+from petune.core.forward.chain import chain
+from petune.core.forward.routed import run_routed_attention
+from petune.core.graft.module import attention_links
+from petune.core.host.attention import Attention, wrap_interface
 
 
 def install() -> None:
     """Make the interface answer with wrapped functions; they pass modules without attention adapters through."""
-    ask = AttentionInterface.get_interface
-    if hasattr(ask, "petune"):
-        return
-
-    @wraps(ask)
-    def get_interface(self: AttentionInterface, name: str, default: Attention) -> Attention:
-        return partial(attend, ask(self, name, default))
-
-    get_interface.petune = True  # type: ignore[attr-defined]
-    AttentionInterface.get_interface = get_interface  # type: ignore[method-assign, assignment]
+    wrap_interface("adapters", lambda answer: partial(attend, answer))
 
 
 def attend(
@@ -48,12 +41,15 @@ def attend(
         attention_mask: None, or broadcastable to (batch, heads, queries, keys).
         options: What else `base` takes. A `position_bias` is extended with zeros for keys that an adapter adds.
     """
-    links = serving(module)
-    if not links:
-        return base(module, query, key, value, attention_mask, **options)
-    mask = _explicit(attention_mask, module, query, key, options.get("is_causal"))
-    call = Frozen(base, module, key.shape[2], mask, options)
-    x = (query, key, value, mask)
-    if plan := graft_of(module).board.plan:
-        return plan.run_attention(links, call, x), None
-    return around(links, call)(*x), None
+    acting = attention_links(module)
+    if acting is None:
+        found: tuple[Tensor, Any] = base(
+            module, query, key, value, attention_mask, **options
+        )
+        return found
+    forward, links = acting
+    mask = explicit_mask(attention_mask, module, query, key, options.get("is_causal"))
+    call = FrozenAttention(forward, base, module, (query, key, value, mask), options)
+    if forward.plan is not None:
+        return run_routed_attention(forward.plan, links, call), None
+    return chain(links, call)(*call.inputs), None

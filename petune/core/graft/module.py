@@ -5,38 +5,60 @@ that the base's keys, `isinstance` and checkpoints survive, and taking it off re
 from __future__ import annotations
 
 import inspect
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial, wraps
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
-from petune.core.forward.chain import Computation, chain
+from petune.core.forward.chain import chain
+from petune.core.forward.computation import ModuleForward
+from petune.core.forward.forward_pass import ForwardPass
 from petune.core.forward.link import Call, Link
-from petune.core.frozen.modules import base_class
+from petune.core.forward.routed import run_routed
+from petune.core.frozen.modules import HOOKED, base_class, set_hooked_forward
 from petune.core.graft.board import Board
-
-if TYPE_CHECKING:
-    from petune.core.frozen.site import Site
+from petune.core.host.torch_modules import children_of
 
 
 @dataclass(eq=False)
 class Graft:
-    """What petune keeps on one module."""
+    """What petune keeps on one module.
+
+    Args:
+        parameters: the names of the arguments of the module's forward.
+        links: the adapters around its forward, the first innermost.
+        attention: the adapters around the attention that it computes.
+        rewired: a forward that takes the place of the module's own while an attention adapter is there.
+        held: how many adapters elsewhere need this graft: a site that ends at another module begins here, or a
+            prompt has its rows here.
+        alone: held by the one thread that runs the module, where adapters change the base while they run.
+    """
 
     board: Board
     parameters: list[str]
-    """The names of `forward`'s arguments."""
     links: list[Link] = field(default_factory=list)
     attention: list[Link] = field(default_factory=list)
     rewired: Call | None = None
-    """A forward that takes the place of the module's own while an attention adapter is there."""
-    hooked: Call | None = None
-    """A `forward` that someone (accelerate) had put on the instance; it is the base then."""
     held: int = 0
-    """How many adapters elsewhere need this graft: sites that span modules begin here, prompts have rows here."""
-    seen: Tensor | None = None
-    """The last input, for those that begin here."""
+    alone: Alone | None = None
+
+
+class Alone:
+    """A lock that a copy of a model gets anew."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+
+    def __deepcopy__(self, memo: Any) -> Alone:
+        return Alone()
+
+    def __reduce__(self) -> Any:
+        return Alone, ()
 
 
 class Adapters(nn.ModuleDict):
@@ -50,45 +72,85 @@ class Adapters(nn.ModuleDict):
 class Grafted(nn.Module):
     """The mixin of every adapted module but the model itself."""
 
+    signed: ClassVar[dict[str, str]] = {"forward": "forward"}
+    """The methods of the base whose signatures transformers reads, and the mixin's that take their places."""
     petune_graft: Graft
+    petune_hooked: Call | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         graft = self.petune_graft
-        base = graft.hooked or graft.rewired or super().forward
+        base = self.petune_hooked or graft.rewired or super().forward
+        forward = graft.board.forward_pass()
         if graft.held:
-            graft.seen = args[0] if args else kwargs[graft.parameters[0]]
-        plan = graft.board.plan
-        links = graft.links if plan else [link for link in graft.links if link.tuning.enabled]
+            forward.inputs[self] = args[0] if args else kwargs[graft.parameters[0]]
+        links = forward.acting(graft.links)
         if not links:
             return base(*args, **kwargs)
-        call = Computation(base, args, kwargs, graft.parameters[0])
-        out = plan.run(links, call) if plan else chain(links, call, call)(call.x)
-        for link in links:
-            if link.site.entry is not None:
-                graft_of(link.site.entry).seen = None
+        call = ModuleForward(forward, base, args, kwargs, graft.parameters[0])
+        with _alone(graft):
+            out = _adapted(links, call)
+        if forward.part_alone:
+            _forget_inputs(links, forward)
         return call.finish(out)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled by the base's class, since the class with the mixin is made at run time."""
+        return _restored, (base_class(self), type(self).__mro__[1]), vars(self)
+
+
+def _adapted(links: list[Link], call: ModuleForward) -> torch.Tensor:
+    plan = call.forward.plan
+    if plan is None:
+        return chain(links, call)(*call.inputs)
+    if (
+        call.forward.part_alone
+    ):  # the model, which would have looked at the batch, does not run
+        plan.check(call.inputs[0].shape[0])
+    return run_routed(plan, links, call)
+
+
+def _forget_inputs(links: list[Link], forward: ForwardPass) -> None:
+    """No pass ends when a part of the model is called by itself, so that what it has kept goes here."""
+    for link in links:
+        forward.inputs.pop(link.site.entry, None)
+
+
+def _alone(graft: Graft) -> AbstractContextManager[Any]:
+    if graft.alone is None or torch.compiler.is_compiling():
+        return nullcontext()
+    return graft.alone.lock
+
+
+def _restored(base: type[nn.Module], mixin: type[nn.Module]) -> nn.Module:
+    made: nn.Module = object.__new__(grafted_class(base, mixin))
+    return made
 
 
 @cache
 def grafted_class(cls: Any, mixin: Any) -> type[nn.Module]:
     """`cls` with the mixin in front: one class for all modules of a kind, so that compiled code is shared."""
-
-    @wraps(cls.forward)  # Trainer and generate read the signature
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return mixin.forward(self, *args, **kwargs)
-
-    own = {
-        "forward": forward,
-        "petune_base": cls,
-        "__module__": cls.__module__,
-        "__doc__": cls.__doc__,
-    }
+    own = {"petune_base": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    for name, method in mixin.signed.items():
+        if hasattr(cls, name):
+            own[name] = _signed(getattr(cls, name), getattr(mixin, method))
     return type(cls.__name__, (mixin, cls), own)
+
+
+def _signed(shown: Call, method: Call) -> Call:
+    """A method that shows the signature of another one."""
+
+    @wraps(shown)
+    def same(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return method(self, *args, **kwargs)
+
+    return same
 
 
 @cache
 def _parameters(cls: Any) -> list[str]:
-    return [p for p in inspect.signature(cls.forward).parameters if p != "self"]
+    return [
+        name for name in inspect.signature(cls.forward).parameters if name != "self"
+    ]
 
 
 def graft(module: nn.Module, board: Board, mixin: type[nn.Module] = Grafted) -> Graft:
@@ -96,10 +158,10 @@ def graft(module: nn.Module, board: Board, mixin: type[nn.Module] = Grafted) -> 
     found: Graft | None = vars(module).get("petune_graft")
     if found is None:
         kind: Any = type(module)
-        around: Any = mixin
-        found = Graft(board, _parameters(kind), hooked=vars(module).pop("forward", None))
+        found = Graft(board, _parameters(kind))
+        set_hooked_forward(module, vars(module).pop("forward", None))
         vars(module)["petune_graft"] = found
-        module.__class__ = grafted_class(kind, around)
+        module.__class__ = grafted_class(kind, mixin)
     return found
 
 
@@ -109,61 +171,68 @@ def graft_of(module: nn.Module) -> Graft:
     return found
 
 
+def attention_links(module: nn.Module) -> tuple[ForwardPass, list[Link]] | None:
+    """The forward that runs, and the module's attention adapters that act in it; None if there are none."""
+    found: Graft | None = vars(module).get("petune_graft")
+    if found is None or not found.attention:
+        return None
+    forward = found.board.forward_pass()
+    links = forward.acting(found.attention)
+    return (forward, links) if links else None
+
+
 def add(link: Link, board: Board, mixin: type[nn.Module] = Grafted) -> None:
     """Put an adapter at its site."""
     site = link.site
     here = graft(site.module, board, mixin)
-    (here.attention if site.kind == "attention" else here.links).append(link)
     if site.kind == "attention":
-        _rewire(here, site)
+        here.attention.append(link)
+        _rewire(here, link)
+    else:
+        here.links.append(link)
     if site.entry is not None:
         hold(site.entry, board)
-    if "petune" not in site.module._modules:
+    if "petune" not in children_of(site.module):
         site.module.add_module("petune", Adapters())
-    adapters = site.module.petune
-    assert isinstance(adapters, nn.ModuleDict)
-    adapters[link.key] = link.adapter
+    _adapters(site.module)[link.key] = link.adapter
 
 
-def serving(module: nn.Module) -> list[Link]:
-    """The module's attention adapters that act in this call."""
-    graft: Graft | None = vars(module).get("petune_graft")
-    if graft is None:
-        return []
-    return (
-        graft.attention
-        if graft.board.plan
-        else [link for link in graft.attention if link.tuning.enabled]
-    )
+def _adapters(module: nn.Module) -> nn.ModuleDict:
+    found = module.petune
+    assert isinstance(found, nn.ModuleDict)
+    return found
 
 
-def _rewire(here: Graft, site: Site) -> None:
-    for name, method in site.methods.items():
-        either = partial(_either, site.module, name, method)
+def _rewire(here: Graft, link: Link) -> None:
+    """Let the link's methods take the places of the module's own."""
+    module = link.site.module
+    for name, method in link.methods.items():
+        either = partial(_either, module, name, method)
         if name == "forward":
             here.rewired = either
         else:
-            vars(site.module)[name] = either
+            vars(module)[name] = either
 
 
-def _either(module: nn.Module, name: str, method: Call, *args: Any, **kwargs: Any) -> Any:
-    """A method that its site replaces, and the module's own where no attention adapter acts."""
-    chosen = method if serving(module) else getattr(base_class(module), name)
+def _either(
+    module: nn.Module, name: str, method: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """A method that a link replaces, and the module's own where no attention adapter acts."""
+    chosen = method if attention_links(module) else getattr(base_class(module), name)
     return chosen(module, *args, **kwargs)
 
 
 def remove(link: Link) -> None:
     """Take an adapter away, and the graft with the last one."""
     module, entry = link.site.module, link.site.entry
-    here, adapters = graft_of(module), module.petune
-    assert isinstance(adapters, nn.ModuleDict)
+    here = graft_of(module)
     for links in (here.links, here.attention):
         if link in links:
             links.remove(link)
-    del adapters[link.key]
+    del _adapters(module)[link.key]
     if not here.attention:
         here.rewired = None
-        for name in link.site.methods:
+        for name in link.methods:
             vars(module).pop(name, None)
     if entry is not None:
         release(entry)
@@ -184,10 +253,13 @@ def release(module: nn.Module) -> None:
 def restore(module: nn.Module) -> None:
     """Give a module its own class back if nothing of petune is left on it."""
     here = graft_of(module)
-    if not here.links and not here.attention:
-        module._modules.pop("petune", None)
-        if not here.held:
-            del vars(module)["petune_graft"]
-            module.__class__ = base_class(module)
-            if here.hooked is not None:
-                module.forward = here.hooked
+    if here.links or here.attention:
+        return
+    children_of(module).pop("petune", None)
+    if here.held:
+        return
+    del vars(module)["petune_graft"]
+    module.__class__ = base_class(module)
+    hooked = vars(module).pop(HOOKED, None)
+    if hooked is not None:
+        module.forward = hooked

@@ -17,15 +17,11 @@ from torch.overrides import TorchFunctionMode
 
 from petune.core.frozen.modules import base_class
 from petune.core.graft.attend import attend
-from petune.core.graft.module import serving
+from petune.core.graft.module import attention_links
 from petune.errors import UnsupportedError
 
 PRODUCTS = {"matmul", "bmm", "baddbmm", "__matmul__"}
-
-
 TIMES = {"mul", "mul_", "__mul__", "__rmul__", "__imul__"}
-
-
 DIVIDED = {"div", "div_", "true_divide", "__truediv__", "__itruediv__", "__idiv__"}
 
 
@@ -45,14 +41,53 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a tensor of attention scores was made of: q (…, queries, head_dim), kᵀ (…, head_dim, keys) and scale."""
+    """What a tensor of attention scores was made of.
+
+    Args:
+        query: (…, queries, head_dim).
+        key: (…, head_dim, keys).
+        scale: what their product has been multiplied by.
+        logits: what went into the softmax, once it has run.
+        dropout: the rate of dropout that the weights have passed.
+    """
 
     query: Tensor
     key: Tensor
     scale: float
     logits: Tensor | None = None
-    """What went into the softmax, once it has run."""
     dropout: float = 0.0
+
+    def after(self, call: TorchCall) -> Scores:
+        """What the result of a call with these scores in it was made of."""
+        if call.name == "softmax":
+            return replace(self, logits=call.tensors[0])
+        if call.name == "dropout":
+            return replace(self, dropout=_rate(*call.args[1:], **call.kwargs))
+        return replace(self, scale=self.scale * _factor(call))
+
+
+@dataclass(frozen=True)
+class TorchCall:
+    """A call of one of torch's functions."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [
+            value
+            for value in (*self.args, *self.kwargs.values())
+            if isinstance(value, Tensor)
+        ]
+
+    def run(self) -> Any:
+        return self.function(*self.args, **self.kwargs)
 
 
 class Observed(TorchFunctionMode):
@@ -61,12 +96,14 @@ class Observed(TorchFunctionMode):
     def __init__(self, module: nn.Module, rows: int) -> None:
         super().__init__()
         self.module, self.rows, self.met = module, rows, False
-        self.head_dim = serving(module)[
+        acting = attention_links(module)
+        assert acting is not None, "an attention without adapters runs its own forward"
+        _, links = acting
+        self.head_dim = links[
             0
         ].site.head_dim  # LiLT has a second attention beside, over the layout
-        self.known: dict[
-            int, tuple[Tensor, Scores]
-        ] = {}  # with the tensor itself, so that its id stays its own
+        # with the tensor itself, so that its id stays its own
+        self.known: dict[int, tuple[Tensor, Scores]] = {}
 
     def __torch_function__(
         self,
@@ -75,44 +112,50 @@ class Observed(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        kwargs, name = kwargs or {}, func.__name__
-        if name == "scaled_dot_product_attention":
-            return self._fused(func, *args, **kwargs)
-        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-        scores = next((self.known[id(t)][1] for t in tensors if id(t) in self.known), None)
-        ready = (
-            scores is not None
-            and scores.logits is not None
-            and scores.query.shape[-1] == self.head_dim
-        )
-        if scores is not None and ready and name in PRODUCTS:
-            return self._weighted(scores, *tensors[-2:])
-        out = func(*args, **kwargs)
-        if scores is None and name in PRODUCTS:
-            scores = Scores(tensors[-2], tensors[-1], float(kwargs.get("alpha", 1)))
-        elif scores is not None and name == "softmax":
-            scores = replace(scores, logits=tensors[0])
-        elif scores is not None and name == "dropout":
-            scores = replace(scores, dropout=_rate(*args[1:], **kwargs))
-        elif scores is not None:
-            scores = replace(scores, scale=scores.scale * _factor(name, args))
-        if (
-            scores is not None
-            and isinstance(out, Tensor)
-            and out.shape[-1:] == scores.key.shape[-1:]
-        ):
-            self.known[id(out)] = out, scores
+        call = TorchCall(func, args, kwargs or {})
+        if call.name == "scaled_dot_product_attention":
+            return self._fused(func, *args, **call.kwargs)
+        scores = self._scores_in(call)
+        is_product = call.name in PRODUCTS
+        if scores is not None and is_product and self._are_weights(scores):
+            return self._weighted(scores, *call.tensors[-2:])
+        out = call.run()
+        if scores is not None:
+            self._note(out, scores.after(call))
+        elif is_product:
+            query, key = call.tensors[-2:]
+            self._note(out, Scores(query, key, float(call.kwargs.get("alpha", 1))))
         return out
 
+    def _scores_in(self, call: TorchCall) -> Scores | None:
+        """The scores that go into a call, if any do."""
+        for tensor in call.tensors:
+            if id(tensor) in self.known:
+                return self.known[id(tensor)][1]
+        return None
+
+    def _are_weights(self, scores: Scores) -> bool:
+        """Whether they have passed the softmax, of the attention that has the adapters."""
+        return scores.logits is not None and scores.query.shape[-1] == self.head_dim
+
+    def _note(self, out: Any, scores: Scores) -> None:
+        """Remember what a tensor was made of, if it still has a column for each key."""
+        if isinstance(out, Tensor) and out.shape[-1:] == scores.key.shape[-1:]:
+            self.known[id(out)] = out, scores
+
     def _weighted(self, scores: Scores, weights: Tensor, value: Tensor) -> Tensor:
-        """The product of the weights and the values."""
+        """The product of the weights and the values, with adapters around it."""
         query, key, logits = scores.query, scores.key.transpose(-1, -2), scores.logits
         assert logits is not None
         size = query.shape[-1]
         query = self._by_head(query) * (
             scores.scale * size**0.5
         )  # as if the scale were the usual one
-        options = {"scores": self._by_head(logits), "dropout": scores.dropout, "is_causal": False}
+        options = {
+            "scores": self._by_head(logits),
+            "dropout": scores.dropout,
+            "is_causal": False,
+        }
         self.met = True
         out, _ = attend(
             _attention,
@@ -125,12 +168,13 @@ class Observed(TorchFunctionMode):
         )
         return out.transpose(1, 2).reshape(*weights.shape[:-1], value.shape[-1])
 
-    def _by_head(self, t: Tensor) -> Tensor:
-        if t.shape[0] % self.rows:
+    def _by_head(self, tensor: Tensor) -> Tensor:
+        """(batch · heads, length, width) or (batch, heads, length, width) -> the latter."""
+        if tensor.shape[0] % self.rows:
             raise UnsupportedError(
                 f"{type(self.module).__name__}: the first dimension of its attention is no batch."
             )
-        return t.reshape(self.rows, -1, *t.shape[-2:])  # (batch, heads, length, width)
+        return tensor.reshape(self.rows, -1, *tensor.shape[-2:])
 
     def _fused(
         self,
@@ -141,15 +185,24 @@ class Observed(TorchFunctionMode):
         attn_mask: Any = None,
         **options: Any,
     ) -> Tensor:
+        """Torch's own function for the whole attention, with adapters around it."""
+
         def base(
-            module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any
+            module: nn.Module,
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            mask: Any,
+            **options: Any,
         ) -> tuple[Tensor, None]:
             options["is_causal"] = options.get("is_causal", False) and mask is None
             return func(q, k, v, attn_mask=mask, **options).transpose(1, 2), None
 
         self.met = True
         options.setdefault("is_causal", False)
-        return attend(base, self.module, query, key, value, attn_mask, **options)[0].transpose(1, 2)
+        return attend(base, self.module, query, key, value, attn_mask, **options)[
+            0
+        ].transpose(1, 2)
 
 
 def _attention(
@@ -170,21 +223,27 @@ def _attention(
             f"{type(module).__name__}: an adapter can add keys to its attention, not take them away."
         )
     added = query @ key[:, :, :more].transpose(-1, -2) / query.shape[-1] ** 0.5
-    weights = F.softmax(
-        torch.cat([added.to(scores.dtype), scores], -1), -1, dtype=torch.float32
-    ).to(value.dtype)
+    together = torch.cat([added.to(scores.dtype), scores], -1)
+    weights = F.softmax(together, -1, dtype=torch.float32).to(value.dtype)
     return (F.dropout(weights, dropout) @ value).transpose(1, 2), None
 
 
-def _factor(name: str, args: tuple[Any, ...]) -> float:
-    numbers = [
-        a
-        for a in args[:2]
-        if isinstance(a, int | float) or (isinstance(a, Tensor) and a.numel() == 1)
-    ]
-    if len(numbers) != 1 or name not in TIMES | DIVIDED:
+def _factor(call: TorchCall) -> float:
+    """What a call has multiplied the scores by; 1 for a call that does something else."""
+    numbers = [value for value in call.args[:2] if _is_number(value)]
+    if len(numbers) != 1:
         return 1.0
-    return float(numbers[0]) if name in TIMES else 1 / float(numbers[0])
+    if call.name in TIMES:
+        return float(numbers[0])
+    return 1 / float(numbers[0]) if call.name in DIVIDED else 1.0
+
+
+def _is_number(value: Any) -> bool:
+    return (
+        value.numel() == 1
+        if isinstance(value, Tensor)
+        else isinstance(value, int | float)
+    )
 
 
 def _rate(p: float = 0.5, training: bool = True, *_: Any, **__: Any) -> float:

@@ -42,17 +42,20 @@ class Seam:
         except Exception as error:  # whatever the moved name raises, it has moved
             found = f"has moved ({type(error).__name__}: {error})"
         remedy = f"install a newer petune, or a {self.library} that it was tested with"
-        return f"{self.library} {installed(self.library)}: {self.name} {found}. petune needs it to {self.why}: {remedy}."
+        here = f"{self.library} {installed(self.library)}"
+        return f"{here}: {self.name} {found}. petune needs it to {self.why}: {remedy}."
 
 
 class Seams:
-    """The seams of one part of petune, each declared beside the function that leans on it."""
+    """The seams of one file, each declared beside the function that leans on it; or those of several together."""
 
-    def __init__(self) -> None:
-        self.all: list[Seam] = []
+    def __init__(self, *parts: Seams) -> None:
+        self.all: list[Seam] = [seam for part in parts for seam in part.all]
         self.checked = False
 
-    def lean(self, library: str, name: str, *, since: str, why: str) -> Callable[[Check], Check]:
+    def lean(
+        self, library: str, name: str, *, since: str, why: str
+    ) -> Callable[[Check], Check]:
         """Declare a seam; decorates its check."""
 
         def declare(check: Check) -> Check:

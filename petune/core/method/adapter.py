@@ -36,8 +36,14 @@ class Adapter(nn.Module):
     * embedding: `forward(inner, ids)`, ids (batch, length)
     * prompt: `forward()`, the result (length, hidden); the class has an attribute `length`
 
-    `inner` is the frozen computation and whatever is stacked inside it. A `forward` with a keyword `batch` also gets
-    the `Batch` that the model was called with.
+    `inner` is the frozen computation and whatever is stacked inside it. Call it once with the input, as it is or
+    changed. It is a map like any other, so that something else may run through it too (DoRA learns W Aᵀ by the rows
+    of A), at the cost of another pass.
+
+    A `forward` may ask for more by keywords of these names:
+
+    * `batch`: the `Batch` that the model was called with.
+    * `notes`: a dict that all sites of the tuning share within one forward of the model, empty when it begins.
     """
 
     where: ClassVar[str] = ""

@@ -12,6 +12,8 @@ from torch import nn
 
 from petune.errors import PetuneError, unknown
 
+PATTERN = "_pattern"
+
 
 def arguments(method: type) -> dict[str, inspect.Parameter]:
     """The hyperparameters of a method by name, those of its parents included where it takes `**kwargs`."""
@@ -36,7 +38,9 @@ def type_name(annotation: Any) -> str:
         return type_name(typing.get_args(annotation)[0])
     parts = typing.get_args(annotation)
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return " | ".join("None" if part is type(None) else type_name(part) for part in parts)
+        return " | ".join(
+            "None" if part is type(None) else type_name(part) for part in parts
+        )
     if typing.get_origin(annotation) in (list, dict):
         return f"{typing.get_origin(annotation).__name__}[{', '.join(map(type_name, parts))}]"
     return (
@@ -46,7 +50,9 @@ def type_name(annotation: Any) -> str:
     )
 
 
-def check_arguments(name: str, method: type, given: Mapping[str, Any]) -> dict[str, Any]:
+def check_arguments(
+    name: str, method: type, given: Mapping[str, Any]
+) -> dict[str, Any]:
     """`given`, converted to the types of the signature.
 
     Raises:
@@ -57,6 +63,9 @@ def check_arguments(name: str, method: type, given: Mapping[str, Any]) -> dict[s
     known = arguments(method)
     checked: dict[str, Any] = {}
     for key, value in given.items():
+        if key.endswith(PATTERN) and key.removesuffix(PATTERN) in known:
+            checked[key] = value
+            continue
         if key not in known:
             raise PetuneError(unknown(f"argument of method {name!r}:", key, known))
         try:

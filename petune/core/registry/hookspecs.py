@@ -10,11 +10,9 @@ import pluggy
 if TYPE_CHECKING:
     from torch import nn
 
-    from petune.core.attached.folder import Format
     from petune.core.frozen.site import Site
     from petune.core.method.adapter import Adapter, Unfreeze
     from petune.core.registry.quantizer import Quantizer
-    from petune.loading.fetch import Source
 
 
 hookspec = pluggy.HookspecMarker("petune")
@@ -39,13 +37,13 @@ def petune_quantizers() -> Mapping[str, Quantizer]:
 
 
 @hookspec
-def petune_formats() -> Mapping[str, Format]:
-    """Folders of other programs, as `save(format=…)` writes and `petune.load` reads them."""
+def petune_formats() -> Mapping[str, Any]:
+    """A `petune.Format` each: Folders of other programs, as `save(format=…)` writes and `petune.load` reads them."""
 
 
 @hookspec
-def petune_models() -> Mapping[str, Source]:
-    """Model aliases: where each can be had."""
+def petune_models() -> Mapping[str, Any]:
+    """A `petune.Source` each: Model aliases: where each can be had."""
 
 
 @hookspec

@@ -46,7 +46,9 @@ class Registry:
         try:
             self._register(entry.load(), entry.name)
             error = None
-        except Exception as reason:  # whatever a stranger's import raises must not stop the others
+        except (
+            Exception
+        ) as reason:  # whatever a stranger's import raises must not stop the others
             error = f"{type(reason).__name__}: {reason}"
         self.plugins[entry.name] = Plugin(entry.name, package, version, error)
 
@@ -78,7 +80,9 @@ class Registry:
             module = _import_file(path)
             self._register(module, name)
         except Exception as reason:
-            raise PetuneError(f"--plugin {path}: {type(reason).__name__}: {reason}") from reason
+            raise PetuneError(
+                f"--plugin {path}: {type(reason).__name__}: {reason}"
+            ) from reason
         if not self.manager.get_hookcallers(module):
             self.manager.unregister(name=name)
             raise PetuneError(
@@ -126,18 +130,27 @@ class Registry:
             try:
                 brought = dict(impl.function())
                 for taken in brought.keys() & table.keys():
-                    first, second = self._package(table[taken][1]), self._package(impl.plugin_name)
+                    first, second = (
+                        self._package(table[taken][1]),
+                        self._package(impl.plugin_name),
+                    )
                     raise PetuneError(
                         f"{taken!r} is claimed by both {first} and {second}; uninstall one of them"
                     )
             except Exception as reason:
                 self._fail(impl.plugin_name, reason)
             else:
-                table.update({name: (thing, impl.plugin_name) for name, thing in brought.items()})
+                table.update(
+                    {name: (thing, impl.plugin_name) for name, thing in brought.items()}
+                )
         return table
 
     def _package(self, plugin: str) -> str:
-        return f"{plugin} ({self.plugins[plugin].package})" if plugin in self.plugins else plugin
+        return (
+            f"{plugin} ({self.plugins[plugin].package})"
+            if plugin in self.plugins
+            else plugin
+        )
 
     def _fail(self, name: str, reason: Exception) -> None:
         old = self.plugins.get(name, Plugin(name, name, "file"))
@@ -149,8 +162,16 @@ class Registry:
 def _entry_points() -> Iterator[tuple[Distribution, EntryPoint]]:
     """Our own first, then by name: who owns a name must not depend on the order of the file system."""
     seen = set()
-    found = [(d, e) for d in distributions() for e in d.entry_points if e.group == GROUP]
-    found.sort(key=lambda f: (f[0].metadata["Name"] != "petune", f[0].metadata["Name"], f[1].name))
+    found = [
+        (d, e) for d in distributions() for e in d.entry_points if e.group == GROUP
+    ]
+    found.sort(
+        key=lambda f: (
+            f[0].metadata["Name"] != "petune",
+            f[0].metadata["Name"],
+            f[1].name,
+        )
+    )
     for dist, entry in found:
         if entry.name not in seen:  # an editable install can be found twice
             seen.add(entry.name)

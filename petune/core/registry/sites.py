@@ -14,5 +14,7 @@ from petune.core.registry.plugins import registry
 def find_sites(model: nn.Module) -> list[Site]:
     """Every site of a transformers model, in the order of its modules."""
     kind = getattr(getattr(model, "config", None), "model_type", "")
-    plugin: Callable[[nn.Module], list[Site]] = registry().all("petune_sites").get(kind, discover)
+    plugin: Callable[[nn.Module], list[Site]] = (
+        registry().all("petune_sites").get(kind, discover)
+    )
     return list(plugin(model))

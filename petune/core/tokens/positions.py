@@ -1,147 +1,210 @@
-"""What a method may know of the batch that the model was called with, beyond the tensor at its site."""
+"""Which columns of a forward's batch are the prompts': what a method that acts by position is told."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from petune.core.graft.generation import Generation
+from petune.core.host.cache import seen_tokens
 from petune.core.method.batch import SKIP, Batch
 from petune.errors import UnsupportedError
 
-if TYPE_CHECKING:
-    from petune.core.graft.board import Board
+Arguments = Mapping[str, Any]
+"""What a model is called with, by name."""
 
 
-def given_of(kwargs: dict[str, Any], stack: str = "") -> Tensor | None:
-    """What a model is called with: ids, or the embeddings that stand for them."""
-    ids = kwargs.get(f"{stack}input_ids")
-    return kwargs.get(f"{stack}inputs_embeds") if ids is None else ids
+def given_of(arguments: Arguments, stack: str = "") -> Tensor | None:
+    """Ids, or the embeddings that stand for them; for a decoder with `stack="decoder_"`."""
+    ids: Tensor | None = arguments.get(f"{stack}input_ids")
+    return arguments.get(f"{stack}inputs_embeds") if ids is None else ids
 
 
-def batches(model: Any, board: Board, kwargs: dict[str, Any], prompts: bool) -> dict[str, Batch]:
+def batches(
+    model: Any,
+    arguments: Arguments,
+    *,
+    virtual: Tensor | None = None,
+    generation: Generation | None = None,
+) -> dict[str, Batch]:
     """The batch by stack, "encoder" or "decoder", for what the model is called with.
 
     Args:
-        prompts: there are virtual tokens in it.
+        virtual: (batch, columns) bool, which columns hold virtual tokens, those in the cache included.
 
     Raises:
-        UnsupportedError: what it is called with does not tell the rows' tokens.
+        UnsupportedError: what the model is called with does not tell the rows' tokens.
     """
-    past = kwargs.get("past_key_values")
-    seen = int(past.get_seq_length()) if past is not None else 0
-    given = given_of(kwargs)
-    if prompts and given is not None and (given.dim() > 2 or 0 < seen < (board.prompted or 0)):
-        raise UnsupportedError(
-            "beside virtual tokens, a method that acts by position needs input ids, not in chunks."
-        )
-    if not model.config.is_encoder_decoder:
-        return {} if given is None else {"decoder": _decoder(model, board, kwargs, given, seen)}
-    vocabulary, generates = model.get_input_embeddings().num_embeddings, model.can_generate()
-    mask, decoder_mask = kwargs.get("attention_mask"), kwargs.get("decoder_attention_mask")
-    found = {} if given is None else {"encoder": _prompt(_tokens(mask, given, vocabulary), 0)}
-    answer = given_of(kwargs, "decoder_")
-    if not generates:  # a classifier, whose decoder reads what its encoder does
-        answer, decoder_mask = (
-            given if answer is None else answer,
-            mask if decoder_mask is None else decoder_mask,
-        )
-    elif answer is None:
-        answer = kwargs.get("labels")
-    if board.prompted is not None and decoder_mask is not None and decoder_mask.dim() != 2:
-        decoder_mask = None  # that of a static cache
+    if model.config.is_encoder_decoder:
+        return _of_two_stacks(model, arguments, virtual, generation)
+    given = given_of(arguments)
+    if given is None:
+        return {}
+    seen = seen_tokens(arguments)
+    if generation is not None:
+        seen = generation.seen(seen, given)
+        return {
+            "decoder": _in_generation(
+                generation.mask, given, seen, virtual, generation.prompted
+            )
+        }
+    if seen:  # a decoding by hand: the prompt was in the first forward
+        return {"decoder": _decoding(given)}
+    tokens = _tokens(arguments.get("attention_mask"), given, virtual)
+    answers = _answers(arguments) if model.can_generate() else None
+    return {"decoder": _by_sequence(tokens, answers, _starts(arguments, tokens))}
+
+
+def _of_two_stacks(
+    model: Any,
+    arguments: Arguments,
+    virtual: Tensor | None,
+    generation: Generation | None,
+) -> dict[str, Batch]:
+    """The encoder's batch, and the decoder's."""
+    found: dict[str, Batch] = {}
+    given, mask = given_of(arguments), arguments.get("attention_mask")
+    if given is not None:
+        found["encoder"] = _numbered(_tokens(mask, given, virtual))
+    answer = given_of(arguments, "decoder_")
+    if model.can_generate():
+        answer = arguments.get("labels") if answer is None else answer
+        if answer is not None:
+            found["decoder"] = _of_decoder(arguments, answer, generation)
+        return found
+    # a classifier, whose decoder reads what its encoder does
+    answer = given if answer is None else answer
     if answer is not None:
-        tokens = _tokens(decoder_mask, answer, vocabulary, seen)
-        found["decoder"] = _prompt(tokens, seen, board.prompted or 1 if generates else None)
+        answer_mask = arguments.get("decoder_attention_mask")
+        found["decoder"] = _numbered(
+            _tokens(mask if answer_mask is None else answer_mask, answer)
+        )
     return found
 
 
-def _decoder(model: Any, board: Board, kwargs: dict[str, Any], given: Tensor, seen: int) -> Batch:
-    """The batch of a model of one stack."""
-    generating = board.prompted is not None
-    mask = board.mask if generating else kwargs.get("attention_mask")
-    if (
-        generating and mask is not None
-    ):  # as many rows as there are beams, and all that was added is tokens
-        mask = mask.repeat_interleave(given.shape[0] // mask.shape[0], 0)
-        mask = F.pad(mask, (0, max(0, seen + given.shape[1] - mask.shape[1])), value=1)
-    tokens = _tokens(mask, given, model.get_input_embeddings().num_embeddings, seen)
-    if generating or seen:
-        return _prompt(tokens, seen, board.prompted or 0)
-    positions = kwargs.get("position_ids")
-    starts = (
-        (positions == 0).expand_as(tokens)
-        if positions is not None and positions.dim() == 2
-        else None
+def _of_decoder(
+    arguments: Arguments, answer: Tensor, generation: Generation | None
+) -> Batch:
+    """The batch of a decoder, whose prompt is what the decoding starts with."""
+    mask, seen = arguments.get("decoder_attention_mask"), seen_tokens(arguments)
+    if generation is None:
+        return _in_generation(mask, answer, seen, None, 1)
+    is_of_a_static_cache = mask is not None and mask.dim() != 2
+    told = None if is_of_a_static_cache else mask
+    return _in_generation(
+        told, answer, generation.seen(seen, answer), None, generation.prompted
     )
-    return _prompt(tokens, 0, None, _answers(kwargs) if model.can_generate() else None, starts)
 
 
-def _answers(kwargs: dict[str, Any]) -> Tensor | None:
+def _starts(arguments: Arguments, tokens: Tensor) -> Tensor | None:
+    """(batch, length) bool, where the sequences begin that are packed into a row; None if nothing tells."""
+    positions = arguments.get("position_ids")
+    told = positions is not None and positions.dim() == 2
+    return (positions == 0).expand_as(tokens) if told else None
+
+
+def _answers(arguments: Arguments) -> Tensor | None:
     """(batch, length) bool: the tokens that a language model is to predict, where it is told."""
-    labels, kept = kwargs.get("labels"), kwargs.get("logits_to_keep")
+    labels, kept = arguments.get("labels"), arguments.get("logits_to_keep")
     if labels is not None and labels.dim() == 2:
         return labels != SKIP
-    return F.pad(kept, (1, 0))[:, :-1] if isinstance(kept, Tensor) and kept.dim() == 2 else None
+    by_token = isinstance(kept, Tensor) and kept.dim() == 2
+    return F.pad(kept, (1, 0))[:, :-1] if by_token else None
 
 
-def _tokens(mask: Tensor | None, given: Tensor, vocabulary: int, seen: int = 0) -> Tensor:
-    """(batch, seen + length) bool: the columns that hold tokens, `seen` of them cached and not in `given`. Ids past the
-    vocabulary are virtual tokens.
+def _tokens(
+    mask: Tensor | None,
+    given: Tensor,
+    virtual: Tensor | None = None,
+    width: int | None = None,
+) -> Tensor:
+    """(batch, width) bool: the columns that hold the user's tokens.
+
+    Args:
+        mask: (batch, columns so far), None if all hold tokens. What comes later does.
+        virtual: the columns that hold virtual tokens, of the rows without their beams.
+        width: how many columns, those of `given` if it is not said.
     """
-    if mask is not None and mask.dim() != 2:
+    rows = given.shape[0]
+    width = given.shape[1] if width is None else width
+    if mask is None:
+        tokens = given.new_ones((rows, width), dtype=torch.bool)
+    elif mask.dim() == 2:
+        tokens = mask[:, :width].bool()
+        tokens = F.pad(tokens, (0, width - tokens.shape[1]), value=True)
+    else:
         raise UnsupportedError(
             "a method that acts by position needs an attention mask of (batch, length), or none."
         )
-    rows, length = given.shape[:2]
-    width = seen + length
-    tokens = (
-        given.new_ones((rows, width), dtype=torch.bool) if mask is None else mask[:, :width].bool()
-    )
-    return tokens & F.pad(given < vocabulary, (seen, 0), value=True) if given.dim() == 2 else tokens
+    if virtual is None:
+        return tokens
+    inserted = virtual.repeat_interleave(rows // virtual.shape[0], 0)[:, :width]
+    return tokens & ~F.pad(inserted, (0, width - inserted.shape[1]))
 
 
-def _prompt(
-    tokens: Tensor,
-    seen: int,
-    prompted: int | None = None,
-    answers: Tensor | None = None,
-    starts: Tensor | None = None,
+def _decoding(given: Tensor) -> Batch:
+    """A batch of which no column belongs to a prompt."""
+    column = torch.zeros(given.shape[:2], dtype=torch.long, device=given.device)
+    return Batch(column - 1, column, True)
+
+
+def _in_generation(
+    mask: Tensor | None, given: Tensor, seen: int, virtual: Tensor | None, prompted: int
 ) -> Batch:
-    """The batch without its first `seen` columns.
-
-    Args:
-        prompted: how many columns are the prompt's, None if all up to the first of the answers are.
-        starts: (batch, length) bool, where the sequences begin that are packed into a row.
+    """The batch of the columns `given` behind `seen` others, where the prompts take the first `prompted`: some of them
+    may still be to come, where a long prompt is read in chunks.
     """
-    column = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    if prompted is not None and seen >= prompted:
-        return Batch(
-            torch.full_like(column, -1)[:, seen:], torch.zeros_like(column)[:, seen:], True
-        )
-    if prompted is not None:
-        tokens = tokens & (column < prompted)
-    starts = column == 0 if starts is None else starts | (column == 0)
+    if seen >= prompted:
+        return _decoding(given)
+    end = seen + given.shape[1]
+    tokens = _tokens(mask, given, virtual, max(end, prompted))
+    column = torch.arange(tokens.shape[1], device=tokens.device)
+    batch = _numbered(tokens & (column < prompted))
+    return Batch(batch.place[:, seen:end], batch.size[:, seen:end])
+
+
+def _numbered(tokens: Tensor) -> Batch:
+    """The batch of rows that are prompts as a whole."""
+    place = torch.where(tokens, tokens.cumsum(1) - 1, -1)
+    return Batch(place, tokens.sum(1, keepdim=True).expand_as(place))
+
+
+def _by_sequence(
+    tokens: Tensor, answers: Tensor | None, starts: Tensor | None
+) -> Batch:
+    """The batch of rows in which several sequences may stand. In each the prompt goes up to the first answer, or it
+    is all of it where the answers begin with the second token: the first has none before it that could tell it.
+    """
+    first_column = (
+        torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens) == 0
+    )
+    starts = first_column if starts is None else starts | first_column
     sequence = starts.cumsum(1) - 1
     if answers is not None:
-        first = tokens & (
-            _so_far(tokens, starts) == 1
-        )  # nothing comes before it, so that its own label says nothing
-        answers = torch.where(first, F.pad(answers, (0, 1))[:, 1:], answers)
+        is_first = tokens & (_so_far(tokens, starts) == 1)
+        next_answer = F.pad(answers, (0, 1))[:, 1:]
+        answers = torch.where(is_first, next_answer, answers)
         before = tokens & (_so_far(answers, starts) == 0)
         tokens = torch.where(_total(before, sequence) > 0, before, tokens)
     place = torch.where(tokens, _so_far(tokens, starts) - 1, -1)
-    return Batch(place[:, seen:], _total(tokens, sequence)[:, seen:])
+    return Batch(place, _total(tokens, sequence))
 
 
 def _so_far(hits: Tensor, starts: Tensor) -> Tensor:
     """How many hits there are in a sequence up to each column."""
     count = hits.cumsum(1)
-    return count - torch.where(starts, count - hits.long(), 0).cummax(1).values
+    before = torch.where(starts, count - hits.long(), 0)
+    return count - before.cummax(1).values
 
 
 def _total(hits: Tensor, sequence: Tensor) -> Tensor:
     """How many hits there are in the sequence of each column."""
-    return torch.zeros_like(sequence).scatter_add(1, sequence, hits.long()).gather(1, sequence)
+    return (
+        torch.zeros_like(sequence)
+        .scatter_add(1, sequence, hits.long())
+        .gather(1, sequence)
+    )

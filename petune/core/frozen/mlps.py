@@ -1,0 +1,69 @@
+"""The MLPs of a block: the linear layers in none of its attentions, by the module around them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import chain
+
+from torch import nn
+
+from petune.core.frozen.block import Block
+from petune.core.frozen.mlp import mlp_roles
+from petune.core.frozen.modules import linears
+from petune.core.frozen.site import Site, with_role
+
+
+def mlp_sites(
+    block: Block, layers: Sequence[str], attentions: set[str]
+) -> Iterator[Site]:
+    """The sites of a block's MLPs. A mixture of experts is one MLP, whatever it is made of.
+
+    Args:
+        layers: the linear layers in none of the block's attentions.
+        attentions: the modules that hold an attention and its output.
+    """
+    experts = [name for name, module in block.modules.items() if _are_experts(module)]
+    around_experts = {name.rpartition(".")[0] for name in experts}
+    mixtures = around_experts & (block.modules.keys() - {block.name})
+    mixtures -= set(filter(partial(_is_within, block, attentions), mixtures))
+    yield from map(partial(_mixture, block), mixtures)
+    for around, group in _groups(block, layers).items():
+        roles = mlp_roles(group, list(map(block.size, group)), block.hidden)
+        found = list(map(block.linear, group, roles))
+        yield from found
+        down = with_role(found, "down")
+        if down is not None and not _is_within(block, mixtures, around):
+            yield block.sublayer("mlp", around, down, block.modules[group[0]])
+
+
+def _mixture(block: Block, name: str) -> Site:
+    return block.site(f"{name}#mlp", "mlp", block.hidden)
+
+
+def _is_within(block: Block, others: set[str], name: str) -> bool:
+    """Whether a module is one of the others or stands in one."""
+    return not others.isdisjoint((name, *block.around(name)))
+
+
+def _are_experts(module: nn.Module) -> bool:
+    """A list of MLPs, or weights with an expert for their first dimension."""
+    if isinstance(module, nn.ModuleList):
+        sizes = [len(linears(each, "")) for each in module]
+        return min(sizes, default=0) > 1 and len(sizes) > 1
+    if isinstance(module, nn.Conv1d):
+        return False
+    dimensions = (parameter.dim() for parameter in module.parameters(recurse=False))
+    return max(dimensions, default=0) > 2
+
+
+def _groups(block: Block, layers: Sequence[str]) -> dict[str, list[str]]:
+    """Linear layers by the smallest module around two or more of them."""
+    around_each = [list(block.around(layer)) for layer in layers]
+    shared = Counter(chain.from_iterable(around_each))
+    groups: dict[str, list[str]] = {}
+    for layer, around in zip(layers, around_each, strict=True):
+        several = filter(lambda name: shared[name] > 1, around)
+        groups.setdefault(next(several, block.name), []).append(layer)
+    return groups
