@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import petune
 from petune.core.method.twin import PeftTwin
 from petune.files import write_text
-from petune.formats.peft import PREFIX
+from petune.formats.names import PREFIX
 from petune.testing.models import tiny_batch, tiny_model
 from petune_bench.peers import configure
 

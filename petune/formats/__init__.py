@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 def petune_formats() -> Mapping[str, Format]:
     """Both under PEFT's names, so that a folder for serving loads as PEFT's."""
     from petune.core.attached.folder import Format
-    from petune.formats import peft, serving
+    from petune.formats import export, load, serving
+    from petune.formats.names import CONFIG, WEIGHTS
 
     return {
-        "peft": Format(peft.export, peft.WEIGHTS, peft.CONFIG, peft.load),
-        "serving": Format(serving.export, peft.WEIGHTS, peft.CONFIG),
+        "peft": Format(export.export, WEIGHTS, CONFIG, load.load),
+        "serving": Format(serving.export, WEIGHTS, CONFIG),
     }

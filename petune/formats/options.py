@@ -1,0 +1,151 @@
+"""A method's arguments as the options of PEFT's configuration, and back."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from petune.core.method.arguments import arguments
+from petune.core.registry.methods import resolve
+from petune.errors import UnsupportedError
+from petune.formats.names import exceptions_by_module, is_listed
+
+if TYPE_CHECKING:
+    from petune.core.attached.tuning import Tuning
+    from petune.core.forward.link import Link
+    from petune.core.frozen.site import Site
+    from petune.core.method.twin import PeftTwin
+    from petune.formats.layouts import TensorsBySite
+
+RANK, ALPHA = "r", "lora_alpha"
+PATTERNS = {RANK: "rank_pattern", ALPHA: "alpha_pattern"}
+"""PEFT's option -> the option that lists the exceptions from it, by module."""
+
+
+def options_of(tuning: Tuning, twin: PeftTwin) -> dict[str, Any]:
+    """The tuning's arguments under PEFT's names.
+
+    Raises:
+        UnsupportedError: PEFT has no such argument, or not with this value.
+    """
+    defaults = {key: p.default for key, p in _arguments_of(tuning).items()}
+    said = _names_with_a_place(twin)
+    for key, value in tuning.arguments.items():
+        if key not in said and value != defaults[key]:
+            raise UnsupportedError(
+                f"{tuning.method!r} with {key}={value!r} has no place in PEFT's format; merge it."
+            )
+    found = {}
+    for theirs, ours in twin.arguments.items():
+        value = found[theirs] = tuning.arguments.get(ours, defaults[ours])
+        if value not in twin.neutral.get(theirs, (value,)):
+            raise UnsupportedError(
+                f"{tuning.method!r} with {ours}={value!r} is another method in PEFT; "
+                "save in petune's own, or merge it."
+            )
+    return found
+
+
+def _names_with_a_place(twin: PeftTwin) -> set[str]:
+    """The arguments of ours that PEFT's format keeps, or that need not be kept."""
+    found = {*twin.arguments.values(), *twin.roles.values(), *twin.unsaid}
+    if twin.ranked:
+        found |= {f"{twin.arguments[option]}_pattern" for option in PATTERNS}
+    return found
+
+
+def check_same(
+    links: Iterable[Link], twin: PeftTwin, config: Mapping[str, Any]
+) -> None:
+    """A site may have changed an argument (a rank above its width) that PEFT has one value of for all sites.
+
+    Raises:
+        UnsupportedError: a site has another value than the configuration says.
+    """
+    for theirs, ours in twin.arguments.items():
+        if ours not in twin.same:
+            continue
+        for link in links:
+            value = getattr(link.adapter, ours)
+            if value != config[theirs]:
+                raise UnsupportedError(
+                    f"{link.site.name} has {ours}={value!r}, not {config[theirs]!r}, "
+                    f"and PEFT has one for all; attach with a {ours} that fits all."
+                )
+
+
+def ranks_of(
+    links: Iterable[Link],
+    plain: TensorsBySite,
+    twin: PeftTwin,
+    config: Mapping[str, Any],
+) -> dict[str, Any]:
+    """PEFT's rank and alpha, and the exceptions by module, of a method whose sites may differ in them.
+
+    PEFT keeps alpha where petune keeps the scale: scale = alpha / rank, or alpha / √rank with `use_rslora`.
+    """
+    if not twin.ranked:
+        return {}
+    root = math.sqrt if config.get("use_rslora") else float
+    ranks: dict[str, float] = {
+        name: len(own[twin.ranked]) for name, own in plain.items()
+    }
+    scales: dict[str, Any] = {link.site.name: link.adapter.scale for link in links}
+    alphas = {
+        name: _as_written(scales[name] * root(rank)) for name, rank in ranks.items()
+    }
+    return _with_exceptions(RANK, ranks) | _with_exceptions(ALPHA, alphas)
+
+
+def _as_written(alpha: float) -> float:
+    rounded = round(alpha, 6)
+    return int(rounded) if rounded.is_integer() else rounded
+
+
+def _with_exceptions(option: str, values: Mapping[str, float]) -> dict[str, Any]:
+    """The most frequent value as the option itself, all others by module."""
+    most = Counter(values.values()).most_common(1)[0][0]
+    others = {name: value for name, value in values.items() if value != most}
+    return {option: most, PATTERNS[option]: others}
+
+
+def listed_roles(tuning: Tuning, twin: PeftTwin) -> set[str]:
+    """The roles that the arguments in `twin.roles` list (IA³'s feed-forward layers)."""
+    known = _arguments_of(tuning)
+    found: set[str] = set()
+    for ours in twin.roles.values():
+        found.update(tuning.arguments.get(ours, known[ours].default).split())
+    return found
+
+
+def _arguments_of(tuning: Tuning) -> Mapping[str, Any]:
+    return arguments(resolve(tuning.method)[1])
+
+
+def arguments_from(
+    config: Mapping[str, Any],
+    twin: PeftTwin,
+    sites: Mapping[str, Site],
+    adapted: Iterable[str],
+) -> dict[str, Any]:
+    """Our method's arguments from PEFT's configuration.
+
+    Args:
+        sites: the model's, by name.
+        adapted: the names of the sites that the folder has tensors for.
+    """
+    given = {}
+    for theirs, ours in twin.arguments.items():
+        if config.get(theirs) is not None:
+            given[ours] = config[theirs]
+    for theirs, ours in twin.roles.items():
+        listing = config.get(theirs) or ()
+        roles = {sites[name].role for name in adapted if is_listed(name, listing)}
+        given[ours] = " ".join(sorted(roles))
+    if twin.ranked:
+        for option, pattern in PATTERNS.items():
+            ours = f"{twin.arguments[option]}_pattern"
+            given[ours] = exceptions_by_module(config.get(pattern), adapted)
+    return given
