@@ -91,10 +91,9 @@ def _begin(model: Any, board: Board) -> None:
         name: p.requires_grad for name, p in model.named_parameters()
     }
     board.causal = is_causal(model)
-    table = input_table(model)
-    board.vocabulary = len(table.weight) if table is not None else 0
+    board.vocabulary = getattr(input_table(model), "num_embeddings", 0)
     model.requires_grad_(False)
-    if any(is_quantized(module) for _, module in walk(model)):
+    if any(map(is_quantized, dict(walk(model)).values())):
         say_adapted(model)
 
 
@@ -118,9 +117,9 @@ def place_stacks(model: Any, tuning: Acting) -> None:
 
 def _put(model: Any, link: Link, board: Board) -> None:
     module = link.site.module
-    anchor = next(module.parameters(), None)
-    least = torch.float64 if model.dtype == torch.float64 else torch.float32
-    link.adapter.to(device=anchor.device if anchor is not None else None, dtype=least)
+    anchor: Any = next(module.parameters(), None)
+    least = torch.promote_types(torch.float32, model.dtype)
+    link.adapter.to(device=getattr(anchor, "device", None), dtype=least)
     link.adapter.train(model.training)
     if link.site.kind == "attention":
         install_attention()
@@ -129,14 +128,19 @@ def _put(model: Any, link: Link, board: Board) -> None:
     if isinstance(link.adapter, TrainedParameters):
         here = graft_of(module)
         here.alone = here.alone or Alone()
-    for table in tables(model) if link.site.kind == "prompt" else ():
+    for table in _tables_of(model, link):
         hold(table, board, PromptTable)
 
 
 def _take(model: Any, link: Link) -> None:
     remove(link)
-    for table in tables(model) if link.site.kind == "prompt" else ():
+    for table in _tables_of(model, link):
         release(table)
+
+
+def _tables_of(model: Any, link: Link) -> list[nn.Module]:
+    """The tables that answer for the rows of a prompt."""
+    return tables(model) if link.site.kind == "prompt" else []
 
 
 def _methods(link: Link) -> Any:

@@ -46,7 +46,8 @@ def _declare_biases(model: Any, lost: list[str]) -> None:
 def _needed(model: Any) -> dict[str, bool]:
     """Of the configuration's switches for biases those without which something is lost."""
     switches = model.config.to_dict()
-    off = [key for key in switches if key.endswith("bias") and switches[key] is False]
+    biases = filter(lambda key: key.endswith("bias"), switches)
+    off = [key for key in biases if switches[key] is False]
     flags = dict.fromkeys(off, True)
     for key in off:
         others = {**flags}

@@ -44,7 +44,7 @@ def geometry(core: Any, width: Mapping[str, int]) -> Geometry | None:
     if not dim:
         return None
     heads = _by_width(width, heads, dim)
-    kv_heads = width["k"] // dim if "k" in width else kv_heads
+    kv_heads = width.get("k", kv_heads * dim) // dim
     if not kv_heads or heads % kv_heads:
         return None
     value = _first(_told([core], ("v_head_dim",)), width.get("v", 0) // kv_heads, dim)

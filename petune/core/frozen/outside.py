@@ -51,10 +51,11 @@ class Outside:
         if module in self.heads:
             into, out = size or (self.hidden, self.hidden)
             return Site(name, "module", "classifier", None, into, out, module)
-        if is_norm(module):
-            width = width_of(module)
-            return Site(name, "block", norm, None, width, width, module)
-        return None
+        return self._norm(name, module, norm) if is_norm(module) else None
+
+    def _norm(self, name: str, module: Any, role: str) -> Site:
+        width = width_of(module)
+        return Site(name, "block", role, None, width, width, module)
 
     def _embedding(self, name: str, module: Any) -> Site:
         rows, tied = module.weight.shape[0], self._is_shared(module)
@@ -76,23 +77,23 @@ class Outside:
         """The modules of the input embedding: T5's stacks each have one of their own for
         the same table.
         """
-        if self.table is None:
-            return []
-        weight = self.table.weight
         modules = dict(walk(self.model)).values()
-        embeddings = (module for module in modules if isinstance(module, nn.Embedding))
-        same: list[nn.Module] = [each for each in embeddings if each.weight is weight]
+        same = [module for module in modules if self._is_input_table(module)]
         others = [module for module in same if module is not self.table]
         return others or same
+
+    def _is_input_table(self, module: nn.Module) -> bool:
+        if self.table is None or not isinstance(module, nn.Embedding):
+            return False
+        return module.weight is self.table.weight
 
     def _new_heads(self) -> Iterator[nn.Module]:
         """The modules around the base model that hold no output embedding: the heads of
         other tasks.
         """
         base = getattr(self.model, "base_model", self.model)
-        if base is self.model:
-            return
-        for _, module in children(self.model):
-            inner = {base, self.head}.intersection(module.modules())
-            if not inner and list(module.parameters()):
+        around = dict(children(self.model)) if base is not self.model else {}
+        for module in around.values():
+            kept = {base, self.head}.isdisjoint(module.modules())
+            if kept and list(module.parameters()):
                 yield module

@@ -40,6 +40,6 @@ def tables(model: Any) -> list[nn.Module]:
 
 def is_causal(model: nn.Module) -> bool:
     """A decoder reads left to right; an encoder's first token is the one that its classes are read from."""
-    told = [getattr(module, "is_causal", None) for module in model.modules()]
-    flags = [flag for flag in told if isinstance(flag, bool)]
-    return any(flags) if flags else bool(model.can_generate())  # type: ignore[operator]
+    told = {getattr(module, "is_causal", None) for module in model.modules()}
+    flags = told & {True, False}
+    return True in flags if flags else bool(model.can_generate())  # type: ignore[operator]

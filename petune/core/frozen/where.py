@@ -10,7 +10,7 @@ from itertools import chain
 
 from torch import Tensor
 
-from petune.core.frozen.layers import in_layers
+from petune.core.frozen.layers import Layers
 from petune.core.frozen.site import FUSED, KIND_OF, Site
 from petune.errors import PetuneError, UnsupportedError, unknown
 
@@ -48,8 +48,8 @@ def select(sites: list[Site], where: str, *, strict: bool = True) -> list[Site]:
         picked.update((site.name, site) for site in hits)
     if not picked:
         raise _nothing(where, words)
-    order = {site.name: i for i, site in enumerate(sites)}
-    return sorted(picked.values(), key=lambda site: order[site.whole_name])
+    order = [site.whole_name for site in sites]
+    return sorted(picked.values(), key=lambda site: order.index(site.whole_name))
 
 
 @dataclass(frozen=True)
@@ -73,30 +73,37 @@ class Word:
         return cls(text, what, layers)
 
     def hits(self, sites: Sequence[Site], asked: set[str]) -> list[Site]:
-        """The sites, or parts of them, that the word picks where `asked` is all that is asked for."""
-        within = in_layers(sites, self.layers, self.text)
-        found = map(partial(self._hit, asked=asked), within)
-        return [site for site in found if site is not None]
+        """The sites, or parts of them, that the word picks where `asked` is all that is
+        asked for.
+        """
+        if self.layers:
+            sites = Layers.of(self.layers, self.text).among(sites)
+        found = map(partial(self._hit, asked=asked), sites)
+        return list(filter(None, found))
 
     def _hit(self, site: Site, asked: set[str]) -> Site | None:
+        """The site, or the part of it, that the word picks."""
         if self.what == site.role:
             return site
         if self.what in FUSED.get(site.role, ()):
             return _fused(site, self.what, asked)
-        by_name = site.kind in NAMED and self.what not in KIND_OF
-        return site if by_name and self._names(site) else None
+        if self.what in KIND_OF or site.kind not in NAMED:
+            return None
+        return site if self._names(site) else None
 
     def _names(self, site: Site) -> bool:
-        return site.name.endswith(f".{self.what}") or fnmatchcase(site.name, self.what)
+        ends_so = f".{site.name}".endswith(f".{self.what}")
+        return ends_so or fnmatchcase(site.name, self.what)
 
 
 def _fused(site: Site, role: str, asked: set[str]) -> Site:
-    """The part of a fused projection that plays a role; all of it where its other roles are asked for too, or where
-    nothing tells the parts.
+    """The part of a fused projection that plays a role; all of it where its other roles are
+    asked for too, or where nothing tells the parts.
     """
-    together = set(FUSED[site.role]) <= asked
-    whole = together or site.role in asked or role not in site.parts
-    return site if whole else _part(site, role)
+    whole = site.role in asked or set(FUSED[site.role]) <= asked
+    if whole or role not in site.parts:
+        return site
+    return _part(site, role)
 
 
 def _part(site: Site, role: str) -> Site:
@@ -111,8 +118,7 @@ def _part(site: Site, role: str) -> Site:
 
 
 def _no_hit(sites: Sequence[Site], where: str, word: Word) -> PetuneError:
-    parts = chain.from_iterable(site.parts for site in sites)
-    known = {*parts, *(site.role for site in sites)}
+    known = set(chain.from_iterable((site.role, *site.parts) for site in sites))
     return PetuneError(
         f"where={where!r} matches no site: " + unknown("role or name", word.text, known)
     )

@@ -38,8 +38,8 @@ class Board:
         settings = settings_of(self)
         plan = settings.plan
         on = filter(self.is_on, self.tunings.values())
-        names = [tuning.name for tuning in on] if plan is None else plan.served
-        weights = {name: self.tunings[name].weight for name in names}
+        acting = on if plan is None else map(self.tunings.__getitem__, plan.served)
+        weights = {tuning.name: tuning.weight for tuning in acting}
         for name in settings.weights.keys() & weights.keys():
             weights[name] = settings.weights[name]
         return ForwardPass(self, weights, plan)
@@ -54,9 +54,7 @@ class Board:
 
     def prompts(self, forward: ForwardPass) -> list[Link]:
         """The prompts that act in a forward."""
-        acting = (
-            tuning for name, tuning in self.tunings.items() if name in forward.weights
-        )
+        acting = map(self.tunings.__getitem__, forward.weights)
         return [link for tuning in acting for link in tuning.prompts]
 
     def reads_batch(self, forward: ForwardPass) -> bool:

@@ -56,14 +56,13 @@ def under_its_name(
     Args:
         parameters: the names of the forward's arguments.
     """
-    for name in NAMES:
-        if name in arguments and name not in parameters:
-            own = next((other for other in NAMES if other in parameters), name)
-            renamed = {
-                own if key == name else key: value for key, value in arguments.items()
-            }
-            return renamed
-    return arguments
+    given = [name for name in NAMES if name in arguments]
+    taken = [name for name in NAMES if name in parameters]
+    if not given or not taken or given[0] in taken:
+        return arguments
+    renamed = dict(arguments)
+    renamed[taken[0]] = renamed.pop(given[0])
+    return renamed
 
 
 def seen_tokens(arguments: Mapping[str, Any]) -> int:

@@ -75,8 +75,6 @@ def answer_of(generation: Generation, arguments: Arguments, out: Any) -> Any:
 
 def _columns(stack: str, arguments: Arguments) -> int:
     """How many columns the prompts take that `generate` is given: an encoder-decoder's are those it decodes from."""
-    names = (stack + name for name in ("input_ids", "inputs_embeds", "attention_mask"))
-    found = [
-        arguments[name].shape[1] for name in names if arguments.get(name) is not None
-    ]
+    ids, mask = given_of(arguments, stack), arguments.get(f"{stack}attention_mask")
+    found = [tensor.shape[1] for tensor in (ids, mask) if tensor is not None]
     return max(found, default=1)
