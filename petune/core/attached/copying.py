@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from itertools import filterfalse
 from typing import Any
 
 import torch
@@ -62,17 +63,15 @@ def _reads_inside(module: nn.Module) -> bool:
     """Whether a module with parameters of its own holds modules, whose parameters it may
     read too.
     """
-    inner = {} if features(module) else dict(children(module))
-    return bool(inner)
+    return features(module) is None and any(children(module))
 
 
 def _copied(path: str, module: nn.Module, shared: dict[int, Any]) -> Copied:
     into, out = features(module) or (0, 0)
     site = Site(path, "module", "parameters", None, into, out, module)
     if _reads_inside(module):
-        inner = dict(walk(module))
-        owners = {n: m for n, m in inner.items() if not is_quantized(m)}
-        return TrainedParameters(owners), site
+        dense_ones = filterfalse(lambda named: is_quantized(named[1]), walk(module))
+        return TrainedParameters(dict(dense_ones)), site
     own = dense(module) if is_quantized(module) else _plain_copy(module, shared)
     dtype = next(own.parameters()).dtype
     own = own.to(torch.promote_types(torch.float32, dtype))

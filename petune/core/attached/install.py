@@ -15,15 +15,8 @@ from petune.core.frozen.weights import is_quantized
 from petune.core.graft import observed
 from petune.core.graft.attend import install as install_attention
 from petune.core.graft.board import Board, board_of
-from petune.core.graft.module import (
-    Alone,
-    Grafted,
-    add,
-    graft_of,
-    hold,
-    release,
-    remove,
-)
+from petune.core.graft.module import Alone, Grafted, graft_of
+from petune.core.graft.placing import add, hold, release, remove
 from petune.core.graft.remembering import check_checkpointing, forget, remember
 from petune.core.host.seams import SEAMS
 from petune.core.host.trainer import say_adapted, say_plain
@@ -79,8 +72,8 @@ def attached_board(model: Any, tuning: Acting) -> Board:
     Raises:
         PetuneError: it is not attached any more.
     """
-    board = board_of(model)
-    if board is None or board.tunings.get(tuning.name) is not tuning:
+    board = board_of(model) or Board()
+    if board.tunings.get(tuning.name) is not tuning:
         raise PetuneError(f"tuning {tuning.name!r} is not attached any more.")
     return board
 

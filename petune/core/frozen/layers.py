@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from petune.core.frozen.site import Site
 from petune.errors import PetuneError
 
-WRITTEN = re.compile(r"(?P<first>-?\d+)?(?P<colon>:)?(?P<last>-?\d+)?")
+WRITTEN = re.compile(r"(?P<first>-?\d+)?(?P<colon>:)(?P<last>-?\d+)?|(?P<only>-?\d+)")
 
 
 @dataclass(frozen=True)
@@ -36,28 +37,32 @@ class Layers:
         if match is None:
             how = "layers are written 3, 2:5, 4: or -2:"
             raise PetuneError(f"where: {word!r}: {how}, not {written!r}.")
-        first, last = _number(match["first"]), _number(match["last"])
-        if match["colon"] is None and first is not None:
-            last = first + 1 or None  # -1 is the last alone
-        return cls(slice(first, last))
+        if match["colon"] is not None:
+            return cls(slice(_bound(match["first"]), _bound(match["last"])))
+        first = int(match["only"])
+        return cls(slice(first, first + 1 or None))  # -1 is the last alone
 
     def among(self, sites: Sequence[Site]) -> list[Site]:
         """Those of the sites that are in them."""
-        within = [site for site in sites if site.layer is not None]
-        numbers: dict[str, set[int | None]] = {}
-        for site in within:
-            numbers.setdefault(_stack_of(site), set()).add(site.layer)
-        picked = {stack: self._of_stack(has) for stack, has in numbers.items()}
-        return [site for site in within if site.layer in picked[_stack_of(site)]]
+        depth: Counter[str] = Counter()
+        for site in sites:
+            stack, number = _stack_of(site), _number(site.layer, -1)
+            depth[stack] = max(depth[stack], number + 1)
+        return [site for site in sites if self._hold(site, depth[_stack_of(site)])]
 
-    def _of_stack(self, numbers: set[int | None]) -> range:
-        """Those of a stack whose layers have these numbers."""
-        last = max(filter(None, numbers), default=0)
-        return range(last + 1)[self.meant]
+    def _hold(self, site: Site, depth: int) -> bool:
+        """Whether a site is in them, of a stack of so many layers."""
+        return site.layer in range(depth)[self.meant]
 
 
-def _number(text: str | None) -> int | None:
+def _bound(text: str | None) -> int | None:
+    """An end of a slice, None where it is left open."""
     return None if text is None else int(text)
+
+
+def _number(layer: int | None, outside: int) -> int:
+    """A site's number in its stack, `outside` for one in no block."""
+    return outside if layer is None else layer
 
 
 def _stack_of(site: Site) -> str:

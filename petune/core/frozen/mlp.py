@@ -81,6 +81,7 @@ def _match(up: Layer, down: Layer, hidden: int) -> bool:
     """
     if up.width != down.out:
         return False
-    if down.out == hidden and up.out >= down.width:
-        return True
-    return up.out in (down.width, 2 * down.width)
+    widths = [down.width, 2 * down.width]
+    if down.out == hidden:  # into the stream, whatever is between
+        widths.append(max(up.out, down.width))
+    return up.out in widths

@@ -93,15 +93,15 @@ class Word:
 
     def _names(self, site: Site) -> bool:
         ends_so = f".{site.name}".endswith(f".{self.what}")
-        return ends_so or fnmatchcase(site.name, self.what)
+        return any((ends_so, fnmatchcase(site.name, self.what)))
 
 
 def _fused(site: Site, role: str, asked: set[str]) -> Site:
     """The part of a fused projection that plays a role; all of it where its other roles are
     asked for too, or where nothing tells the parts.
     """
-    whole = site.role in asked or set(FUSED[site.role]) <= asked
-    if whole or role not in site.parts:
+    whole = {site.role}, set(FUSED[site.role])
+    if role not in site.parts or any(map(asked.issuperset, whole)):
         return site
     return _part(site, role)
 

@@ -22,10 +22,10 @@ def check_checkpointing(model: Any, tunings: Iterable[Acting]) -> None:
     """
     functions = dict(checkpointed(model)).values()
     reentrant = any(map(is_reentrant, functions))
-    sharing = [tuning.method for tuning in tunings if tuning.shares_notes]
-    if reentrant and sharing:
-        what = f"{sharing[0]!r} with reentrant gradient checkpointing"
-        raise UnsupportedError(f"{what}: use use_reentrant=False.")
+    for tuning in tunings:
+        if reentrant and tuning.shares_notes:
+            what = f"{tuning.method!r} with reentrant gradient checkpointing"
+            raise UnsupportedError(f"{what}: use use_reentrant=False.")
 
 
 def remember(model: Any) -> None:

@@ -7,6 +7,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from functools import partial
+from itertools import filterfalse
 from typing import Annotated, Any
 
 from torch import nn
@@ -27,8 +28,7 @@ def arguments(method: type) -> dict[str, inspect.Parameter]:
         hints = typing.get_type_hints(cls.__init__, include_extras=True)
         parameters = inspect.signature(cls.__init__).parameters.values()
         kinds = {parameter.kind for parameter in parameters}
-        own = filter(lambda p: p.kind is p.KEYWORD_ONLY, parameters)
-        for parameter in own:
+        for parameter in filter(_is_hyperparameter, parameters):
             hint = hints.get(parameter.name, Any)
             found.setdefault(parameter.name, parameter.replace(annotation=hint))
         if inspect.Parameter.VAR_KEYWORD not in kinds:
@@ -36,10 +36,14 @@ def arguments(method: type) -> dict[str, inspect.Parameter]:
     return found
 
 
+def _is_hyperparameter(parameter: inspect.Parameter) -> bool:
+    return parameter.kind is inspect.Parameter.KEYWORD_ONLY
+
+
 def _with_own_init(method: type) -> Iterator[Any]:
     """The method's class and its parents that have an `__init__` of their own."""
-    for cls in method.__mro__:
-        if "__init__" in vars(cls) and cls not in (nn.Module, object):
+    for cls in filterfalse((nn.Module, object).__contains__, method.__mro__):
+        if "__init__" in vars(cls):
             yield cls
 
 
@@ -55,7 +59,7 @@ def type_name(annotation: Any) -> str:
     if annotation is type(None):
         return "None"
     written = str(annotation).replace("typing.", "")
-    return getattr(annotation, "__name__", written) if not inner else written
+    return written if inner else getattr(annotation, "__name__", written)
 
 
 def check_arguments(
@@ -67,13 +71,14 @@ def check_arguments(
         PetuneError: an argument is unknown, missing or of the wrong type.
     """
     known = arguments(method)
-    missing = filter(lambda p: p.default is p.empty, known.values())
-    for parameter in missing:
-        if parameter.name not in given:
-            what = f"{parameter.name!r} ({type_name(parameter.annotation)})"
-            raise PetuneError(f"method {name!r} needs the argument {what}.")
     wanted = partial(_type_of, name, known)
-    return {key: _checked(name, key, given[key], wanted(key)) for key in given}
+    checked = {key: _checked(name, key, given[key], wanted(key)) for key in given}
+    for key in known.keys() - given.keys():
+        parameter = known[key]
+        if parameter.default is parameter.empty:
+            what = f"{key!r} ({type_name(parameter.annotation)})"
+            raise PetuneError(f"method {name!r} needs the argument {what}.")
+    return checked
 
 
 def _type_of(method: str, known: Mapping[str, inspect.Parameter], key: str) -> Any:
@@ -83,7 +88,7 @@ def _type_of(method: str, known: Mapping[str, inspect.Parameter], key: str) -> A
     if key in known:
         return known[key].annotation
     plain = key.removesuffix(PATTERN)
-    if plain == key or plain not in known:
+    if plain not in known:
         raise PetuneError(unknown(f"argument of method {method!r}:", key, known))
     return dict[str, known[plain].annotation] | None  # type: ignore[index]
 
