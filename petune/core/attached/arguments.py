@@ -48,9 +48,9 @@ class Pattern:
         """For each site that a word means, by its name, the argument and its value."""
         argument = self.name.removesuffix(PATTERN)
         found: dict[str, dict[str, Any]] = {}
-        for word, value in reversed(self.values.items()):
+        for word in reversed(list(self.values)):
             meant = self._meant(word, sites)
-            found.update(dict.fromkeys(meant, {argument: value}))
+            found.update(dict.fromkeys(meant, {argument: self.values[word]}))
         return found
 
     def _meant(self, word: str, sites: Sequence[Site]) -> list[str]:

@@ -59,8 +59,6 @@ def uninstall(model: Any, tuning: Acting) -> None:
         del board.tunings[tuning.name]
         for link in tuning.links:
             _take(model, link)
-        if not board.tunings:
-            forget(model)
         release(model)
         if not board.tunings:
             _end(model, board)
@@ -97,6 +95,7 @@ def _end(model: Any, board: Board) -> None:
             board.asked_gradients.get(name, parameter.requires_grad)
         )
     say_plain(model)
+    forget(model)
 
 
 def place_stacks(model: Any, tuning: Acting) -> None:

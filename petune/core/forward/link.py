@@ -105,7 +105,8 @@ class Link:
 
     def __post_init__(self) -> None:
         self.label = self.label or self.site.name
-        asked = _keywords(type(self.adapter))
+        kind: Any = type(self.adapter)
+        asked = _keywords(kind)
         self.reads_batch, self.takes_notes = "batch" in asked, "notes" in asked
 
     @property

@@ -119,7 +119,7 @@ def _alone(graft: Graft) -> AbstractContextManager[Any]:
     return graft.alone.lock
 
 
-def _restored(base: type[nn.Module], mixin: type[nn.Module]) -> nn.Module:
+def _restored(base: Any, mixin: Any) -> nn.Module:
     made: nn.Module = object.__new__(grafted_class(base, mixin))
     return made
 
@@ -156,10 +156,11 @@ def graft(module: nn.Module, board: Board, mixin: type[nn.Module] = Grafted) -> 
     found: Graft | None = vars(module).get("petune_graft")
     if found is None:
         kind: Any = type(module)
+        around: Any = mixin
         found = Graft(board, _parameters(kind))
         set_hooked_forward(module, vars(module).pop("forward", None))
         vars(module)["petune_graft"] = found
-        module.__class__ = grafted_class(kind, mixin)
+        module.__class__ = grafted_class(kind, around)
     return found
 
 

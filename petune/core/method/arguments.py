@@ -90,7 +90,7 @@ def _type_of(method: str, known: Mapping[str, inspect.Parameter], key: str) -> A
     plain = key.removesuffix(PATTERN)
     if plain not in known:
         raise PetuneError(unknown(f"argument of method {method!r}:", key, known))
-    return dict[str, known[plain].annotation] | None  # type: ignore[index]
+    return dict[str, known[plain].annotation] | None  # type: ignore[misc]
 
 
 def _checked(method: str, key: str, value: Any, kind: Any) -> Any:
