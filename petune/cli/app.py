@@ -13,6 +13,7 @@ import typer
 import typer.main
 
 from petune.cli import environment, inspect, runs
+from petune.cli.doctor import doctor
 from petune.cli.output import Stopped, complain
 from petune.core.registry.plugins import registry
 from petune.errors import PetuneError, unknown
@@ -22,6 +23,7 @@ COMMANDS = {
     "plugins": inspect.plugins,
     "sites": inspect.sites,
     "check": inspect.check,
+    "doctor": doctor,
     "install": environment.install,
     "uninstall": environment.uninstall,
     "train": runs.train,
