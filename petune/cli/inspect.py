@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from petune.cli.output import as_json, table, warn_of_failures
-from petune.core.registry.plugins import registry
+from petune.core.registry.plugins import Plugin, registry
 
 if TYPE_CHECKING:
+    from petune.core.frozen.site import Site
     from petune.testing import Row
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 ARGUMENT = (
     "An argument of the method, such as rank=4; of one of several: 'lora={rank: 4}'."
 )
+SITE_FIELDS = (
+    "name",
+    "kind",
+    "role",
+    "layer",
+    "in_features",
+    "out_features",
+    "heads",
+    "kv_heads",
+    "head_dim",
+)
+"""What `petune sites --json` says of a site, besides its parts."""
 
 
 def methods(
@@ -28,31 +42,20 @@ def methods(
 ) -> None:
     """List the installed tuning methods with their arguments."""
     known = registry().all("petune_methods")
-    more = (
-        [] if json or everything else sorted(name for name in known if ":" in name)
-    )  # some take seconds to import
-    found = [
-        _method(name, cls) for name, cls in sorted(known.items()) if name not in more
-    ]
+    left_out = [] if json or everything else _prefixed(known)
+    shown = sorted(known.keys() - set(left_out))
+    found = [_method(name, known[name]) for name in shown]
     warn_of_failures()
     if json:
         as_json(found)
         return
-    rows = [
-        (
-            m["name"],
-            m["plugin"],
-            m["where"],
-            "yes" if m["mergeable"] else "no",
-            _call(m["arguments"]),
-        )
-        for m in found
-    ]
-    table(("method", "plugin", "hook points", "mergeable", "arguments"), rows)
-    if more:
-        prefixes = ", ".join(sorted({name.partition(":")[0] + ":…" for name in more}))
+    columns = ("method", "plugin", "hook points", "mergeable", "arguments")
+    table(columns, [_method_row(method) for method in found])
+    if left_out:
+        prefixes = {name.partition(":")[0] + ":…" for name in left_out}
         print(
-            f"And {len(more)} more as {prefixes}, such as {more[0]}; --all lists them."
+            f"And {len(left_out)} more as {', '.join(sorted(prefixes))}, "
+            f"such as {left_out[0]}; --all lists them."
         )
 
 
@@ -63,38 +66,14 @@ def plugins(
     ] = False,
 ) -> None:
     """List the installed plugins, and why one could not be loaded."""
-    from petune.core.registry import hookspecs
-
-    hooks = [name for name in vars(hookspecs) if name.startswith("petune_")]
-    brought: dict[str, list[str]] = {}
-    for hook in hooks:  # a plugin may fail only when it is asked
-        for name in registry().all(hook):
-            brought.setdefault(registry().owner(hook, name), []).append(name)
+    brought = names_by_plugin()
     found = sorted(registry().plugins.values(), key=lambda plugin: plugin.name)
     if requirements:
-        for line in sorted(
-            {f"{p.package}=={p.version}" for p in found if p.version != "file"}
-        ):
-            print(line)
+        _print_requirements(found)
     elif json:
-        as_json(
-            [
-                {**vars(plugin), "brings": sorted(brought.get(plugin.name, []))}
-                for plugin in found
-            ]
-        )
+        as_json([{**vars(p), "brings": sorted(brought.get(p.name, []))} for p in found])
     else:
-        rows = [
-            (
-                p.name,
-                p.package,
-                p.version,
-                f"not loaded: {p.error}"
-                if p.error
-                else ", ".join(brought.get(p.name, [])),
-            )
-            for p in found
-        ]
+        rows = [_plugin_row(plugin, brought.get(plugin.name, [])) for plugin in found]
         table(("plugin", "package", "version", "brings"), rows)
 
 
@@ -114,26 +93,9 @@ def sites(
 
     found = petune.sites(skeleton(model, head=head))
     if json:
-        keys = (
-            "name",
-            "kind",
-            "role",
-            "layer",
-            "in_features",
-            "out_features",
-            "heads",
-            "kv_heads",
-            "head_dim",
-        )
-        as_json(
-            [
-                {key: getattr(site, key) for key in keys}
-                | {"parts": sorted(site.parts)}
-                for site in found
-            ]
-        )
-        return
-    print_tree(model, found)
+        as_json([_site(site) for site in found])
+    else:
+        print_tree(model, found)
 
 
 def check(
@@ -153,30 +115,13 @@ def check(
     json: AsJson = False,
 ) -> None:
     """Run the conformance kit on a method: one row a behaviour, one column a family and precision."""
-    import yaml
-    from rich.console import Console
-
-    from petune.testing import run_checks
-    from petune.training.setup import quietly
-
-    several = method.split("+")
-    pairs = [pair.partition("=") for pair in argument or []]
-    arguments = {key: yaml.safe_load(value) for key, _, value in pairs}
-    where: dict[str, Any] = {
-        "families": families.split(),
-        "precisions": precisions.split(),
-        "device": device,
-    }
-    rows = []
-    with (
-        quietly(),
-        Console(stderr=True).status("") as status,
-    ):  # nothing where there is no terminal
-        for row in run_checks(
-            several if len(several) > 1 else method, **where, **arguments
-        ):
-            rows.append(row)
-            status.update(f"{row.family} {row.precision}: {row.behaviour} {row.mark}")
+    rows = _run_checks(
+        method.split("+"),
+        _values(argument or []),
+        families=families.split(),
+        precisions=precisions.split(),
+        device=device,
+    )
     if json:
         as_json([vars(row) for row in rows])
     else:
@@ -185,25 +130,88 @@ def check(
         raise typer.Exit(1)
 
 
+def names_by_plugin() -> dict[str, list[str]]:
+    """What each plugin brings. Every hook is called, and the registry notes the plugins that fail only then."""
+    from petune.core.registry import hookspecs
+
+    hooks = [name for name in vars(hookspecs) if name.startswith("petune_")]
+    brought: dict[str, list[str]] = {}
+    for hook in hooks:
+        for name in registry().all(hook):
+            owner = registry().owner(hook, name)
+            brought.setdefault(owner, []).append(name)
+    return brought
+
+
+def _plugin_row(plugin: Plugin, names: list[str]) -> tuple[str, ...]:
+    brings = f"not loaded: {plugin.error}" if plugin.error else ", ".join(names)
+    return (plugin.name, plugin.package, plugin.version, brings)
+
+
+def _print_requirements(found: list[Plugin]) -> None:
+    """One line a package; single files have none."""
+    packaged = [plugin for plugin in found if plugin.version != "file"]
+    lines = {f"{plugin.package}=={plugin.version}" for plugin in packaged}
+    for line in sorted(lines):
+        print(line)
+
+
+def _site(site: Site) -> dict[str, Any]:
+    fields = {key: getattr(site, key) for key in SITE_FIELDS}
+    return {**fields, "parts": sorted(site.parts)}
+
+
+def _values(pairs: list[str]) -> dict[str, Any]:
+    """The values of KEY=VALUE options, read as YAML."""
+    import yaml
+
+    split = [pair.partition("=") for pair in pairs]
+    return {key: yaml.safe_load(value) for key, _, value in split}
+
+
+def _run_checks(
+    methods: list[str], arguments: dict[str, Any], **where: Any
+) -> list[Row]:
+    """Run the conformance kit; a terminal shows the check that was last done."""
+    from rich.console import Console
+
+    from petune.testing import run_checks
+    from petune.training.setup import quietly
+
+    method = methods if len(methods) > 1 else methods[0]
+    rows = []
+    with quietly(), Console(stderr=True).status("") as status:
+        for row in run_checks(method, **where, **arguments):
+            rows.append(row)
+            status.update(f"{row.family} {row.precision}: {row.behaviour} {row.mark}")
+    return rows
+
+
 def _print_checks(rows: list[Row]) -> None:
     """The table, and under it each reason once with what it stands for."""
     from petune.testing import BEHAVIOURS, reasons
 
     columns = list(dict.fromkeys((row.family, row.precision) for row in rows))
     marks = {(row.behaviour, row.family, row.precision): row.mark for row in rows}
-    names = [name for name in BEHAVIOURS if name in {row.behaviour for row in rows}]
-    cells = [
-        (name, *(marks.get((name, *column)) for column in columns)) for name in names
-    ]
+    checked = {row.behaviour for row in rows}
+    cells = []
+    for name in BEHAVIOURS:
+        if name in checked:
+            found = [marks.get((name, *column)) for column in columns]
+            cells.append((name, *found))
     table(("behaviour", *map(" ".join, columns)), cells)
-    for what, found in reasons(rows).items():
-        print(
-            f"{found[0].mark} {what}", file=sys.stderr if found[0].error else sys.stdout
-        )
+    for what, told in reasons(rows).items():
+        stream = sys.stderr if told[0].error else sys.stdout
+        print(f"{told[0].mark} {what}", file=stream)
+
+
+def _prefixed(known: Iterable[str]) -> list[str]:
+    """The names with a prefix, such as `peft:hra`. Some take seconds to import."""
+    return sorted(name for name in known if ":" in name)
 
 
 def _method(name: str, cls: type) -> dict[str, Any]:
-    from petune.core.method.arguments import arguments, type_name
+    from petune.core.method.arguments import arguments
 
     known: Any = cls
     return {
@@ -211,18 +219,34 @@ def _method(name: str, cls: type) -> dict[str, Any]:
         "plugin": registry().owner("petune_methods", name),
         "where": known.where,
         "mergeable": known.mergeable,
-        "arguments": {
-            key: {"type": type_name(p.annotation)}
-            | ({} if p.default is p.empty else {"default": p.default})
-            for key, p in arguments(cls).items()
-        },
+        "arguments": {key: _argument(p) for key, p in arguments(cls).items()},
         "about": (inspect.getdoc(cls) or "").partition("\n")[0],
     }
 
 
-def _call(arguments: dict[str, dict[str, Any]]) -> str:
-    """`rank: int = 8, ids: list[int]`"""
-    return ", ".join(
-        f"{key}: {a['type']}" + (f" = {a['default']!r}" if "default" in a else "")
-        for key, a in arguments.items()
+def _argument(parameter: inspect.Parameter) -> dict[str, Any]:
+    """The type of an argument, and its default where it has one."""
+    from petune.core.method.arguments import type_name
+
+    found: dict[str, Any] = {"type": type_name(parameter.annotation)}
+    if parameter.default is not parameter.empty:
+        found["default"] = parameter.default
+    return found
+
+
+def _method_row(method: dict[str, Any]) -> tuple[str, ...]:
+    mergeable = "yes" if method["mergeable"] else "no"
+    shown = [_shown(key, a) for key, a in method["arguments"].items()]
+    return (
+        method["name"],
+        method["plugin"],
+        method["where"],
+        mergeable,
+        ", ".join(shown),
     )
+
+
+def _shown(name: str, argument: dict[str, Any]) -> str:
+    """An argument as Python writes it: `rank: int = 8`."""
+    default = f" = {argument['default']!r}" if "default" in argument else ""
+    return f"{name}: {argument['type']}{default}"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json as jsonlib
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -46,20 +47,12 @@ def train(
     except Interrupted as stop:
         raise Stopped(str(stop)) from None
     values = asdict(result)
-    metrics = values.pop("metrics")
+    figures = {**values.pop("metrics"), **values}
     if json:
-        as_json({**metrics, **values, "run": str(loaded.output)})
-        return
-    shown = {
-        **metrics,
-        **{
-            key: value
-            for key, value in values.items()
-            if key not in ("score", "metric")
-        },
-    }
-    table(("figure", "value"), [(key, number(value)) for key, value in shown.items()])
-    print(f"The run is in {loaded.output}.")
+        as_json({**figures, "run": str(loaded.output)})
+    else:
+        _print_figures(figures)
+        print(f"The run is in {loaded.output}.")
 
 
 def evaluate(
@@ -77,14 +70,17 @@ def evaluate(
     if json:
         as_json(metrics)
     else:
-        table(
-            ("figure", "value"),
-            [
-                (k, number(v))
-                for k, v in metrics.items()
-                if k not in ("score", "metric")
-            ],
-        )
+        _print_figures(metrics)
+
+
+def _print_figures(figures: Mapping[str, Any]) -> None:
+    """A table of them. The score is left out: it is the main metric once more."""
+    rows = [
+        (name, number(value))
+        for name, value in figures.items()
+        if name not in ("score", "metric")
+    ]
+    table(("figure", "value"), rows)
 
 
 def predict(
