@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 import typer.main
 
-from petune.cli import environment, inspect, runs
+from petune.cli import doctor, environment, inspect, runs
 from petune.cli.output import Stopped, complain
 from petune.core.registry.plugins import registry
 from petune.errors import PetuneError, unknown
@@ -20,6 +20,7 @@ from petune.errors import PetuneError, unknown
 COMMANDS = {
     "methods": inspect.methods,
     "plugins": inspect.plugins,
+    "doctor": doctor.doctor,
     "sites": inspect.sites,
     "check": inspect.check,
     "install": environment.install,
@@ -36,35 +37,33 @@ _PASS_ON = {"ignore_unknown_options": True}  # options that are pip's
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `petune` with these arguments (the process's own by default) and return its exit code."""
     debug = False
-    cause: BaseException
     try:
         rest, files, debug = _common(list(sys.argv[1:] if argv is None else argv))
         with warnings.catch_warnings():
             if not debug and not sys.warnoptions:
-                warnings.simplefilter(
-                    "ignore"
-                )  # a library's word to programmers, not to users
+                # a library's word to programmers, not to users
+                warnings.simplefilter("ignore")
             for file in files:
                 registry().add_file(file)
             return _run(rest)
-    except PetuneError as error:
-        message, code, cause = str(error), 2, error
-    except (KeyboardInterrupt, Stopped) as error:
-        message, code, cause = str(error) or "interrupted.", 130, error
-    except Exception as error:
-        # typer's usage errors have no public class of their own in every version, but all can say what is wrong
-        if hasattr(error, "format_message"):
-            message, code, cause = _usage(error), 2, error
-        else:
-            message, code, cause = (
-                f"{type(error).__name__}: {error} (--debug shows where.)",
-                1,
-                error,
-            )
-    if debug:
-        traceback.print_exception(cause)
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exception(error)
+        message, code = _ending(error)
     complain(message)
     return code
+
+
+def _ending(error: BaseException) -> tuple[str, int]:
+    """(what the user reads, the exit code) of a command that an error has ended."""
+    if isinstance(error, PetuneError):
+        return str(error), 2
+    if isinstance(error, KeyboardInterrupt | Stopped):
+        return str(error) or "interrupted.", 130
+    # typer's usage errors have no public class of their own in every version, but all can say what is wrong
+    if hasattr(error, "format_message"):
+        return _usage(error), 2
+    return f"{type(error).__name__}: {error} (--debug shows where.)", 1
 
 
 def build() -> Any:
@@ -147,16 +146,14 @@ def _common(argv: list[str]) -> tuple[list[str], list[str], bool]:
 
 
 def _usage(error: Any) -> str:
+    """A usage error of typer's in one line, with the command that it is about and the options that it has."""
     message = " ".join(error.format_message().split())
     context = getattr(error, "ctx", None)
+    if context is None:
+        return message
     option = getattr(error, "option_name", None)
-    if option and context is not None and message.startswith("No such option"):
-        known = [
-            name
-            for parameter in context.command.params
-            for name in parameter.opts
-            if name.startswith("-")
-        ]
+    if option and message.startswith("No such option"):
+        own = [name for parameter in context.command.params for name in parameter.opts]
+        known = [name for name in own if name.startswith("-")]
         message = unknown("option", option, [*known, "--plugin", "--debug", "--help"])
-    where = f"{context.command_path}: " if context is not None else ""
-    return f"{where}{message}"
+    return f"{context.command_path}: {message}"

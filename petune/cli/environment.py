@@ -32,9 +32,8 @@ def _pip(action: str, *words: str) -> None:
         raise PetuneError(
             f"this environment has no pip: run `uv pip {action} --python {sys.executable} {wanted}`."
         )
-    code = subprocess.run(
-        [sys.executable, "-m", "pip", action, *words]
-    ).returncode  # its own words reach the user
+    command = [sys.executable, "-m", "pip", action, *words]
+    code = subprocess.run(command).returncode  # its own words reach the user
     if code:
         raise PetuneError(
             f"pip {action} failed (exit code {code}); its reason stands above."

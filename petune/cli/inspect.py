@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from petune.cli.output import as_json, table, warn_of_failures
-from petune.core.registry.plugins import registry
+from petune.core.registry.plugins import Plugin, registry
 
 if TYPE_CHECKING:
+    from petune.core.frozen.site import Site
     from petune.testing import Row
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 ARGUMENT = (
     "An argument of the method, such as rank=4; of one of several: 'lora={rank: 4}'."
+)
+
+
+SITE_KEYS = (
+    "name",
+    "kind",
+    "role",
+    "layer",
+    "in_features",
+    "out_features",
+    "heads",
+    "kv_heads",
+    "head_dim",
 )
 
 
@@ -28,32 +43,32 @@ def methods(
 ) -> None:
     """List the installed tuning methods with their arguments."""
     known = registry().all("petune_methods")
-    more = (
-        [] if json or everything else sorted(name for name in known if ":" in name)
-    )  # some take seconds to import
-    found = [
-        _method(name, cls) for name, cls in sorted(known.items()) if name not in more
-    ]
+    more = [] if json or everything else _with_a_prefix(known)
+    found = [_method(name, known[name]) for name in sorted(known) if name not in more]
     warn_of_failures()
     if json:
         as_json(found)
         return
-    rows = [
-        (
-            m["name"],
-            m["plugin"],
-            m["where"],
-            "yes" if m["mergeable"] else "no",
-            _call(m["arguments"]),
-        )
-        for m in found
-    ]
-    table(("method", "plugin", "hook points", "mergeable", "arguments"), rows)
+    table(
+        ("method", "plugin", "hook points", "mergeable", "arguments"),
+        [_method_row(method) for method in found],
+    )
     if more:
-        prefixes = ", ".join(sorted({name.partition(":")[0] + ":…" for name in more}))
+        prefixes = sorted({f"{name.partition(':')[0]}:…" for name in more})
         print(
-            f"And {len(more)} more as {prefixes}, such as {more[0]}; --all lists them."
+            f"And {len(more)} more as {', '.join(prefixes)}, such as {more[0]}; --all lists them."
         )
+
+
+def _with_a_prefix(names: Iterable[str]) -> list[str]:
+    """Names such as `peft:hra`: other packages' methods, of which some take seconds to import."""
+    return sorted(name for name in names if ":" in name)
+
+
+def _method_row(method: dict[str, Any]) -> tuple[str, ...]:
+    mergeable = "yes" if method["mergeable"] else "no"
+    arguments = _call(method["arguments"])
+    return method["name"], method["plugin"], method["where"], mergeable, arguments
 
 
 def plugins(
@@ -63,39 +78,37 @@ def plugins(
     ] = False,
 ) -> None:
     """List the installed plugins, and why one could not be loaded."""
-    from petune.core.registry import hookspecs
-
-    hooks = [name for name in vars(hookspecs) if name.startswith("petune_")]
-    brought: dict[str, list[str]] = {}
-    for hook in hooks:  # a plugin may fail only when it is asked
-        for name in registry().all(hook):
-            brought.setdefault(registry().owner(hook, name), []).append(name)
-    found = sorted(registry().plugins.values(), key=lambda plugin: plugin.name)
+    found = plugins_with_names()
     if requirements:
-        for line in sorted(
-            {f"{p.package}=={p.version}" for p in found if p.version != "file"}
-        ):
+        installed = [plugin for plugin, _ in found if plugin.version != "file"]
+        for line in sorted({f"{p.package}=={p.version}" for p in installed}):
             print(line)
     elif json:
-        as_json(
-            [
-                {**vars(plugin), "brings": sorted(brought.get(plugin.name, []))}
-                for plugin in found
-            ]
-        )
+        as_json([{**vars(plugin), "brings": sorted(names)} for plugin, names in found])
     else:
-        rows = [
-            (
-                p.name,
-                p.package,
-                p.version,
-                f"not loaded: {p.error}"
-                if p.error
-                else ", ".join(brought.get(p.name, [])),
-            )
-            for p in found
-        ]
+        rows = [_plugin_row(plugin, names) for plugin, names in found]
         table(("plugin", "package", "version", "brings"), rows)
+
+
+def plugins_with_names() -> list[tuple[Plugin, list[str]]]:
+    """The installed plugins, in the order of their names, each with the names of what it brings.
+
+    All are asked for all that they bring, since a plugin may fail only then.
+    """
+    from petune.core.registry import hookspecs
+
+    brought: dict[str, list[str]] = {}
+    for hook in vars(hookspecs):
+        if hook.startswith("petune_"):
+            for name in registry().all(hook):
+                brought.setdefault(registry().owner(hook, name), []).append(name)
+    found = sorted(registry().plugins.values(), key=lambda plugin: plugin.name)
+    return [(plugin, brought.get(plugin.name, [])) for plugin in found]
+
+
+def _plugin_row(plugin: Plugin, brings: Sequence[str]) -> tuple[str, ...]:
+    said = f"not loaded: {plugin.error}" if plugin.error else ", ".join(brings)
+    return plugin.name, plugin.package, plugin.version, said
 
 
 def sites(
@@ -114,26 +127,14 @@ def sites(
 
     found = petune.sites(skeleton(model, head=head))
     if json:
-        keys = (
-            "name",
-            "kind",
-            "role",
-            "layer",
-            "in_features",
-            "out_features",
-            "heads",
-            "kv_heads",
-            "head_dim",
-        )
-        as_json(
-            [
-                {key: getattr(site, key) for key in keys}
-                | {"parts": sorted(site.parts)}
-                for site in found
-            ]
-        )
-        return
-    print_tree(model, found)
+        as_json([_site(site) for site in found])
+    else:
+        print_tree(model, found)
+
+
+def _site(site: Site) -> dict[str, Any]:
+    values = {key: getattr(site, key) for key in SITE_KEYS}
+    return {**values, "parts": sorted(site.parts)}
 
 
 def check(
@@ -191,38 +192,43 @@ def _print_checks(rows: list[Row]) -> None:
 
     columns = list(dict.fromkeys((row.family, row.precision) for row in rows))
     marks = {(row.behaviour, row.family, row.precision): row.mark for row in rows}
-    names = [name for name in BEHAVIOURS if name in {row.behaviour for row in rows}]
-    cells = [
-        (name, *(marks.get((name, *column)) for column in columns)) for name in names
-    ]
+    cells = []
+    for name in BEHAVIOURS:
+        own = [marks.get((name, *column)) for column in columns]
+        if any(own):
+            cells.append((name, *own))
     table(("behaviour", *map(" ".join, columns)), cells)
     for what, found in reasons(rows).items():
-        print(
-            f"{found[0].mark} {what}", file=sys.stderr if found[0].error else sys.stdout
-        )
+        stream = sys.stderr if found[0].error else sys.stdout
+        print(f"{found[0].mark} {what}", file=stream)
 
 
-def _method(name: str, cls: type) -> dict[str, Any]:
-    from petune.core.method.arguments import arguments, type_name
+def _method(name: str, cls: Any) -> dict[str, Any]:
+    from petune.core.method.arguments import arguments
 
-    known: Any = cls
     return {
         "name": name,
         "plugin": registry().owner("petune_methods", name),
-        "where": known.where,
-        "mergeable": known.mergeable,
-        "arguments": {
-            key: {"type": type_name(p.annotation)}
-            | ({} if p.default is p.empty else {"default": p.default})
-            for key, p in arguments(cls).items()
-        },
+        "where": cls.where,
+        "mergeable": cls.mergeable,
+        "arguments": {key: _argument(p) for key, p in arguments(cls).items()},
         "about": (inspect.getdoc(cls) or "").partition("\n")[0],
     }
 
 
+def _argument(parameter: inspect.Parameter) -> dict[str, Any]:
+    from petune.core.method.arguments import type_name
+
+    found: dict[str, Any] = {"type": type_name(parameter.annotation)}
+    if parameter.default is not parameter.empty:
+        found["default"] = parameter.default
+    return found
+
+
 def _call(arguments: dict[str, dict[str, Any]]) -> str:
     """`rank: int = 8, ids: list[int]`"""
-    return ", ".join(
-        f"{key}: {a['type']}" + (f" = {a['default']!r}" if "default" in a else "")
-        for key, a in arguments.items()
-    )
+    words = []
+    for name, argument in arguments.items():
+        default = f" = {argument['default']!r}" if "default" in argument else ""
+        words.append(f"{name}: {argument['type']}{default}")
+    return ", ".join(words)

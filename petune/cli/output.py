@@ -16,25 +16,30 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """A table: drawn on a terminal, elsewhere plain text in columns, never cut."""
     cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
     if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
+        _draw(columns, cells)
+    else:
+        _print([[column.upper() for column in columns], *cells])
 
-        drawn = Table(box=None, header_style="bold", pad_edge=False)
-        for column in columns:
-            drawn.add_column(column, overflow="fold")
-        for row in cells:
-            drawn.add_row(*map(Text, row))  # Text: brackets in a cell are no markup
-        Console().print(drawn)
-        return
-    everything = [[column.upper() for column in columns], *cells]
-    widths = [max(len(row[i]) for row in everything) for i in range(len(columns))]
-    for row in everything:
-        print(
-            "  ".join(
-                cell.ljust(width) for cell, width in zip(row, widths, strict=True)
-            ).rstrip()
-        )
+
+def _draw(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(box=None, header_style="bold", pad_edge=False)
+    for column in columns:
+        drawn.add_column(column, overflow="fold")
+    for row in rows:
+        drawn.add_row(*map(Text, row))  # Text: brackets in a cell are no markup
+    Console().print(drawn)
+
+
+def _print(lines: Sequence[Sequence[str]]) -> None:
+    """Lines of cells, each column as wide as its longest cell."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        padded = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        print("  ".join(padded).rstrip())
 
 
 def as_json(value: Any) -> None:
@@ -62,10 +67,8 @@ def warn_of_failures() -> None:
 
 def number(value: Any) -> str:
     """A figure as people read it."""
-    return (
-        f"{value:.4g}"
-        if isinstance(value, float)
-        else f"{value:,}"
-        if isinstance(value, int)
-        else str(value)
-    )
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return str(value)
