@@ -88,7 +88,10 @@ def _print(report: dict[str, Any]) -> None:
     """Four tables, and below the seams what is wrong with those that don't hold."""
     table(("package", "version"), list(report["versions"].items()))
     print()
-    table(("device", "name", "memory", ""), [_device_row(d) for d in report["devices"]])
+    table(
+        ("device", "name", "memory", "details"),
+        [_device_row(d) for d in report["devices"]],
+    )
     print()
     table(
         ("library", "seam", "since", "holds"), [_seam_row(s) for s in report["seams"]]
