@@ -10,14 +10,3 @@ import transformers
 
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
-
-from samples import (
-    decoder,
-    defaults,
-    encoder,
-    file,
-    generation,
-    recipe,
-    single_files,
-    suite,
-)  # noqa: E402, F401

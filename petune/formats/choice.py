@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from petune.core.method.twin import PeftTwin
-from petune.core.registry.methods import methods, resolve
+from petune.core.registry.methods import method_of, methods
 from petune.errors import UnsupportedError
 from petune.formats.names import CONFIG
 
@@ -25,7 +25,7 @@ def twin_of(tuning: Tuning) -> PeftTwin:
         raise UnsupportedError(
             "PEFT's format has no place for a tuning of several methods; save without format=."
         )
-    _, method = resolve(tuning.method)
+    _, method = method_of(tuning.method)
     twin = _own_twin(method)
     if twin is None:
         raise UnsupportedError(

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from petune.core.method.arguments import arguments
-from petune.core.registry.methods import resolve
+from petune.core.registry.methods import method_of
 from petune.errors import UnsupportedError
 from petune.formats.names import exceptions_by_module, is_listed
 
@@ -121,7 +121,7 @@ def listed_roles(tuning: Tuning, twin: PeftTwin) -> set[str]:
 
 
 def _arguments_of(tuning: Tuning) -> Mapping[str, Any]:
-    return arguments(resolve(tuning.method)[1])
+    return arguments(method_of(tuning.method)[1])
 
 
 def arguments_from(

@@ -22,13 +22,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
-    GgufConfig,
 )
 from transformers.utils import logging as chatter
 
 from petune.core.registry.plugins import registry
 from petune.errors import PetuneError, unknown
 from petune.loading.fetch import cache_folder, fetch, once
+from petune.loading.host import dense_gguf, hidden_bars
 
 
 def resolve(name: str | Path, options: dict[str, Any], *, weights: bool = True) -> str:
@@ -38,33 +38,55 @@ def resolve(name: str | Path, options: dict[str, Any], *, weights: bool = True) 
     Raises:
         PetuneError: there is no such model.
     """
-    path, aliases = Path(name).expanduser(), registry().all("petune_models")
+    path = Path(name).expanduser()
     config = str(Path(options.get("subfolder", "")) / "config.json")
     if (path / config).is_file():
         return str(path)
-    gguf = path if path.is_file() and path.suffix == ".gguf" else None
-    if gguf or str(name) in aliases:
-        found = gguf or fetch(aliases[str(name)])
-        if found.suffix == ".gguf" and not weights:
-            options["gguf_file"] = found.name
-            return str(found.parent)
-        return str(_unpacked(found) if found.suffix == ".gguf" else found)
-    if path.exists() or path.suffix == ".gguf" or str(name).startswith(("/", ".", "~")):
-        raise PetuneError(
-            f"{name}: {'no .gguf file, and no config.json in it' if path.exists() else 'no such file'}."
-        )
-    if not options.get("local_files_only") and (
-        trouble := _hub_trouble(str(name), options)
-    ):
-        options["local_files_only"] = True
-        where = {key: options.get(key) for key in ("revision", "cache_dir")}
-        if not isinstance(
-            huggingface_hub.try_to_load_from_cache(str(name), config, **where), str
-        ):
-            raise PetuneError(
-                f"{unknown('model', str(name), aliases)} It is no local folder, and the Hub says: {trouble}"
-            )
+    found = _file_or_alias(path, str(name))
+    if found is not None and found.suffix == ".gguf":
+        if weights:
+            return str(_unpacked(found))
+        options["gguf_file"] = found.name
+        return str(found.parent)
+    if found is not None:
+        return str(found)
+    _check_not_local(path, str(name))
+    if not options.get("local_files_only"):
+        _choose_line(str(name), config, options)
     return str(name)
+
+
+def _file_or_alias(path: Path, name: str) -> Path | None:
+    """A GGUF file, or what an alias stands for, fetched; None for anything else."""
+    if path.is_file() and path.suffix == ".gguf":
+        return path
+    aliases = registry().all("petune_models")
+    return fetch(aliases[name]) if name in aliases else None
+
+
+def _check_not_local(path: Path, name: str) -> None:
+    """Refuse what can only be meant as a path here, since no model lies there."""
+    if path.exists():
+        raise PetuneError(f"{name}: no .gguf file, and no config.json in it.")
+    if path.suffix == ".gguf" or name.startswith(("/", ".", "~")):
+        raise PetuneError(f"{name}: no such file.")
+
+
+def _choose_line(name: str, config: str, options: dict[str, Any]) -> None:
+    """Let transformers ask the Hub if it can be reached, else read what was downloaded before.
+
+    Raises:
+        PetuneError: neither has the model.
+    """
+    trouble = _hub_trouble(name, options)
+    if not trouble:
+        return
+    options["local_files_only"] = True
+    where = {key: options.get(key) for key in ("revision", "cache_dir")}
+    cached = huggingface_hub.try_to_load_from_cache(name, config, **where)
+    if not isinstance(cached, str):
+        known = unknown("model", name, registry().all("petune_models"))
+        raise PetuneError(f"{known} It is no local folder, and the Hub says: {trouble}")
 
 
 def _hub_trouble(name: str, options: Mapping[str, Any]) -> str | None:
@@ -101,10 +123,7 @@ def _unpacked(file: Path) -> Path:
                 if config.is_encoder_decoder
                 else AutoModelForCausalLM
             )
-            dense = {
-                "dtype": torch.float32,
-                "quantization_config": GgufConfig(dequantize=True),
-            }
+            dense = {"dtype": torch.float32, **dense_gguf()}
             loader.from_pretrained(file.parent, **where, **dense).save_pretrained(
                 folder
             )
@@ -117,25 +136,35 @@ def _unpacked(file: Path) -> Path:
 
 @contextmanager
 def plainly(name: str | Path) -> Iterator[None]:
-    """Without transformers' table of missing weights and bar of a second; what a user can cause, in one line."""
-    hook = chatter.set_tqdm_hook(
-        lambda bar, args, options: bar(*args, **{**options, "disable": True})
-    )
+    """Within the context transformers shows no table of missing weights and no bar, and what a user can cause ends in
+    one line.
+
+    Raises:
+        PetuneError: the files of the model `name` are not what they should be.
+    """
     level = chatter.get_verbosity()
     chatter.set_verbosity(logging.ERROR)
     try:
-        yield
+        with hidden_bars():
+            yield
+    except PetuneError:
+        raise
     except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as error:
-        said = " ".join(str(error).split())
-        if isinstance(error, PetuneError) or (
-            isinstance(error, RuntimeError) and "ignore_mismatched" not in said
-        ):
+        said = _in_words(error)
+        if said is None:
             raise
-        if isinstance(error, RuntimeError):
-            said = "its head has another size; give its num_labels, or ignore_mismatched_sizes=True for a new one."
-        elif "safetensors" in said and "file named" in said:
-            said = "no .safetensors file, and nothing is ever unpickled; save the weights as safetensors."
         raise PetuneError(f"{name}: {said}") from error
     finally:
         chatter.set_verbosity(level)
-        chatter.set_tqdm_hook(hook)
+
+
+def _in_words(error: Exception) -> str | None:
+    """What is wrong with a checkpoint and what to do, None where it is no mistake of a user's."""
+    said = " ".join(str(error).split())
+    if isinstance(error, RuntimeError):
+        if "ignore_mismatched" not in said:
+            return None
+        return "its head has another size; give its num_labels, or ignore_mismatched_sizes=True for a new one."
+    if "safetensors" in said and "file named" in said:
+        return "no .safetensors file, and nothing is ever unpickled; save the weights as safetensors."
+    return said

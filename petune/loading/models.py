@@ -20,6 +20,7 @@ from petune.core.registry.plugins import registry
 from petune.core.registry.quantizer import Quantizer
 from petune.errors import PetuneError, unknown
 from petune.loading.checkpoint import plainly, resolve
+from petune.loading.host import SEAMS, built
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HEADS: dict[
@@ -32,6 +33,17 @@ HEADS: dict[
     "token-classification": transformers.AutoModelForTokenClassification,
     "question-answering": transformers.AutoModelForQuestionAnswering,
     "base": transformers.AutoModel,
+}
+_MODELS: dict[
+    str, Any
+] = {  # by the head: which classes of configurations have a model with it
+    "causal-lm": transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+    "seq2seq-lm": transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    "masked-lm": transformers.MODEL_FOR_MASKED_LM_MAPPING,
+    "sequence-classification": transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    "token-classification": transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    "question-answering": transformers.MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    "base": transformers.MODEL_MAPPING,
 }
 
 
@@ -56,50 +68,87 @@ def from_pretrained(
 
     Raises:
         PetuneError: no such model, head or precision, no weights of this architecture, or none but pickled ones.
+        MovedError: the installed transformers has changed something that loading leans on.
     """
-    quantizers: dict[str, Quantizer] = registry().all("petune_quantizers")
-    if precision not in DTYPES and precision not in quantizers:
-        raise PetuneError(unknown("precision", precision, {**DTYPES, **quantizers}))
-    quantizer = quantizers.get(precision)
-    options = {
-        "trust_remote_code": False,
-        "use_safetensors": True,
-        **kwargs,
-        "output_loading_info": True,
-    }
-    options.setdefault(
-        "dtype", DTYPES.get(precision) or _compute_dtype(kwargs.get("device_map"))
-    )
+    SEAMS.require()
+    quantizer = _quantizer(precision)
+    options = _options(precision, kwargs)
     with plainly(name):
         place = resolve(name, options)
         config = AutoConfig.from_pretrained(place, **options)
         loader = _loader(config, head)
         if quantizer and getattr(config, "quantization_config", None) is None:
-            # what to leave out must be known beforehand, and a load without data tells it in a moment
-            dry, info = loader.from_pretrained(
-                place, **{**options, "device_map": "meta"}
-            )
-            skip = sorted({*_outside(dry), *_fresh(dry, info)})
-            options = {**quantizer.arguments(skip, options["dtype"]), **options}
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            torch.manual_seed(torch.seed() if seed is None else seed)
-            model, info = loader.from_pretrained(place, **options)
-    fresh = _fresh(model, info)
+            kept = _kept_dense(loader, place, options)
+            options = {**quantizer.arguments(kept, options["dtype"]), **options}
+        model, info = _seeded(loader, place, options, seed)
+    model.petune_fresh = _fresh(model, info)
+    _check_has_weights(model, name)
+    _prepare(model, name, precision)
+    return model
+
+
+def _options(precision: str, told: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers is told for a load, `told` by the user included."""
+    options = {"trust_remote_code": False, "use_safetensors": True, **told}
+    options["output_loading_info"] = True
+    dtype = DTYPES.get(precision) or _compute_dtype(told.get("device_map"))
+    options.setdefault("dtype", dtype)
+    return options
+
+
+def _quantizer(precision: str) -> Quantizer | None:
+    """The plugin that brings a precision, None for a plain one.
+
+    Raises:
+        PetuneError: no such precision.
+    """
+    quantizers: dict[str, Quantizer] = registry().all("petune_quantizers")
+    if precision not in DTYPES and precision not in quantizers:
+        raise PetuneError(unknown("precision", precision, {**DTYPES, **quantizers}))
+    return quantizers.get(precision)
+
+
+def _kept_dense(loader: Any, place: str, options: Mapping[str, Any]) -> list[str]:
+    """The modules that a quantizer must leave as they are: it has to know them beforehand, and a load without data
+    tells them in a moment.
+    """
+    dry, info = loader.from_pretrained(place, **{**options, "device_map": "meta"})
+    return sorted({*_outside(dry), *_fresh(dry, info)})
+
+
+def _seeded(
+    loader: Any, place: str, options: Mapping[str, Any], seed: int | None
+) -> tuple[Any, Mapping[str, Any]]:
+    """The model, and what transformers tells of its weights; those that it lacks are drawn by `seed`."""
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(torch.seed() if seed is None else seed)
+        model, info = loader.from_pretrained(place, **options)
+    return model, info
+
+
+def _check_has_weights(model: Any, name: str | Path) -> None:
+    """Refuse a checkpoint of another architecture, which leaves the base model as it was drawn."""
+    fresh = model.petune_fresh
     if "" in fresh or model.base_model_prefix in fresh:
-        raise PetuneError(
-            f"{name}: the checkpoint has no weights of a {type(model.base_model).__name__}."
-        )
+        kind = type(model.base_model).__name__
+        raise PetuneError(f"{name}: the checkpoint has no weights of a {kind}.")
+
+
+def _prepare(model: PreTrainedModel, name: str | Path, precision: str) -> None:
+    """Let the quantizers' plugins see to a quantized model: its checkpoint may have been quantized by any.
+
+    Raises:
+        PetuneError: the model is meant to be quantized, and no layer of it could be.
+    """
+    quantizers: dict[str, Quantizer] = registry().all("petune_quantizers")
     told = getattr(model.config, "quantization_config", None) is not None
-    for each in (
-        quantizers.values() if quantizer or told else ()
-    ):  # a checkpoint may have been quantized by any
-        each.prepare(model)
+    if told or precision in quantizers:
+        for quantizer in quantizers.values():
+            quantizer.prepare(model)
     if told and not any(is_quantized(module) for module in model.modules()):
         raise PetuneError(
             f"{name}: it has no linear layer that could be stored at {precision}; load it at bf16."
         )
-    model.petune_fresh = fresh
-    return model
 
 
 def skeleton(
@@ -110,6 +159,7 @@ def skeleton(
     Raises:
         PetuneError: no such model or head.
     """
+    SEAMS.require()
     options = {"trust_remote_code": False, **kwargs}
     with plainly(name):
         config = AutoConfig.from_pretrained(
@@ -117,13 +167,7 @@ def skeleton(
         )
         loader = _loader(config, head)
         with torch.device("meta"):
-            build = (
-                loader.from_config
-                if hasattr(loader, "from_config")
-                else loader._from_config
-            )
-            made: PreTrainedModel = build(config)
-    return made
+            return built(loader, config)
 
 
 def load_tokenizer(name: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
@@ -137,9 +181,8 @@ def load_tokenizer(name: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             resolve(name, options), **options
         )
-    if (
-        len(tokenizer) <= len(tokenizer.all_special_ids) + 2
-    ):  # what transformers makes up where there are no files
+    # where there are no files, transformers makes up one with hardly a token
+    if len(tokenizer) <= len(tokenizer.all_special_ids) + 2:
         raise PetuneError(f"{name}: the checkpoint has no tokenizer.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -147,35 +190,35 @@ def load_tokenizer(name: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
 
 
 def _loader(config: Any, head: str | None) -> Any:
+    """What loads a model: the auto class of the head, else the class that the checkpoint was saved with.
+
+    Raises:
+        PetuneError: the architecture has no such head.
+    """
+    has = [key for key in HEADS if _has_head(config, key)]
+    if head is not None:
+        if head not in has:
+            raise PetuneError(unknown(f"{config.model_type} head", head, has))
+        return HEADS[head]
+    for name in config.architectures or ():
+        saved = getattr(transformers, name, None)
+        if isinstance(saved, type) and issubclass(saved, PreTrainedModel):
+            return saved
+    return HEADS[(*has, "base")[0]]
+
+
+def _has_head(config: Any, head: str) -> bool:
+    """Whether transformers, or the code that comes with the checkpoint, has a model with that head."""
     remote = getattr(config, "auto_map", None) or ()
-    has = [
-        key
-        for key, auto in HEADS.items()
-        if type(config) in auto._model_mapping or auto.__name__ in remote
-    ]
-    if head is not None and head not in has:
-        raise PetuneError(unknown(f"{config.model_type} head", head, has))
-    saved = [
-        getattr(transformers, name, None)
-        for name in config.architectures or ()
-        if head is None
-    ]
-    known = (
-        found
-        for found in saved
-        if isinstance(found, type) and issubclass(found, PreTrainedModel)
-    )
-    return next(known, HEADS[head or (*has, "base")[0]])
+    return type(config) in _MODELS[head] or HEADS[head].__name__ in remote
 
 
 def _compute_dtype(device_map: Any) -> torch.dtype:
+    """What a quantized model computes in unless told: what is fast on the device."""
     if not torch.cuda.is_available() or "cpu" in str(device_map):
         return torch.float32
-    return (
-        torch.bfloat16
-        if torch.cuda.is_bf16_supported(including_emulation=False)
-        else torch.float16
-    )
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bf16 else torch.float16
 
 
 def _outside(model: Any) -> list[str]:
@@ -186,27 +229,32 @@ def _outside(model: Any) -> list[str]:
         if base is model
         else [child for child in model.children() if child is not base]
     )
-    kept = {
-        id(module)
-        for module in (*around, out)
-        if module is not None and list(module.parameters())
-    }
+    if out is not None:
+        around.append(out)
+    kept = {id(module) for module in around if list(module.parameters())}
     return [name for name, module in model.named_modules() if id(module) in kept]
 
 
 def _fresh(model: PreTrainedModel, info: Mapping[str, Any]) -> tuple[str, ...]:
     """The largest modules of which the checkpoint had nothing."""
     missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    if not missing:
+        return ()
     fresh: list[str] = []
-    for name, module in model.named_modules() if missing else ():
-        keys = {
-            f"{name}.{key}".lstrip(".")
-            for key, _ in module.named_parameters(remove_duplicate=False)
-        }
-        if (
-            keys
-            and keys <= missing
-            and not any(not whole or name.startswith(f"{whole}.") for whole in fresh)
-        ):
+    for name, module in model.named_modules():
+        inside = any(_is_inside(name, whole) for whole in fresh)
+        keys = _parameter_names(module, name)
+        if keys and keys <= missing and not inside:
             fresh.append(name)
     return tuple(fresh)
+
+
+def _is_inside(name: str, whole: str) -> bool:
+    """Whether a module's name is that of a part of the module `whole`; "" is the model."""
+    return not whole or name.startswith(f"{whole}.")
+
+
+def _parameter_names(module: torch.nn.Module, name: str) -> set[str]:
+    """The names that a module's parameters have in the model, those of tied ones too."""
+    own = module.named_parameters(remove_duplicate=False)
+    return {f"{name}.{key}".lstrip(".") for key, _ in own}

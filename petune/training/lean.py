@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -11,22 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from petune.core.frozen.blocks import blocks
-from petune.core.frozen.modules import (
-    base_forward,
-    children,
-    features,
-    hooked_forward,
-    is_norm,
-    set_hooked_forward,
-    walk,
-)
+from petune.core.frozen.modules import base_forward, children, features, is_norm, walk
 from petune.core.frozen.weights import compute_dtype
 from petune.core.ops import recompute
 from petune.core.registry.sites import find_sites
-from petune.training.swap import evaluating
+from petune.training.host_model import is_activation
+from petune.training.host_torch import storage_key
+from petune.training.swap import base_forward_as, evaluating
 
-ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
-"""Where the modules without parameters come from that map element by element."""
+NEXT_TO_NOTHING = 1.25
+"""A module that keeps at most so many times its input keeps that, and a number or two for each row beside it."""
 
 
 @contextmanager
@@ -37,109 +32,98 @@ def recomputed(model: Any) -> Iterator[None]:
     and on its dtype (a norm that computes in float32 keeps a float32 copy of a 16-bit input).
     """
     lean: dict[nn.Module, Callable[..., Any]] = {}
-    for mlp, (gate, up, down) in _gated(model):
-        others = [
-            m for _, m in children(mlp) if m not in (gate, up, down)
-        ]  # a dropout between them is not made again
-        if (
-            len(others) == 1
-            and _is_activation(others[0])
-            and _is_product(mlp, gate, up, down, others[0])
-        ):
-            lean[mlp] = partial(_gated_forward, gate, up, down, others[0])
-    inside = {m for mlp in lean for m in mlp.modules()}
-    for _, _, block in blocks(model):
-        for _, module in walk(block):
-            if (
-                module not in inside
-                and _is_cheap(module)
-                and _keeps_more_than_its_input(module, model.dtype)
-            ):
-                lean[module] = partial(recompute, base_forward(module))
-    before = {module: _put(module, forward) for module, forward in lean.items()}
-    try:
+    inside: set[nn.Module] = set()
+    for gated in _gated(model):
+        if gated.is_as_expected():
+            lean[gated.mlp] = gated.forward
+            inside |= set(gated.mlp.modules())
+    for module in _cheap(model):
+        if module not in inside and _keeps_more_than_its_input(module, model.dtype):
+            lean[module] = partial(recompute, base_forward(module))
+    with ExitStack() as stack:
+        for module, forward in lean.items():
+            stack.enter_context(base_forward_as(module, forward))
         yield
-    finally:
-        for module, forward in before.items():
-            _put(module, forward)
 
 
-@contextmanager
-def plain_input(model: Any) -> Iterator[None]:
-    """Within the context transformers does not make the embedding's output ask for a gradient when it turns gradient
-    checkpointing on. The reentrant kind alone needs that, and with it blocks below all adapters would have a graph.
+@dataclass(eq=False)
+class Projections:
+    """The projections of a gated MLP."""
+
+    gate: nn.Module
+    up: nn.Module
+    down: nn.Module
+
+
+@dataclass(eq=False)
+class Gated:
+    """An MLP that computes down(act(gate(x)) · up(x)), if it is what it looks like."""
+
+    mlp: nn.Module
+    projections: Projections
+    act: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, hidden) -> (…, hidden); act(gate(x)) · up(x), which is wider, is computed again in backward."""
+        p, act = self.projections, self.act
+        out: Tensor = p.down(recompute(lambda g, u: act(g) * u, p.gate(x), p.up(x)))
+        return out
+
+    @torch.no_grad()
+    def is_as_expected(self) -> bool:
+        """The module computes what `forward` does, as a trial shows."""
+        gate = self.projections.gate
+        width, _ = features(gate) or (0, 0)
+        device = next(self.mlp.parameters()).device
+        x = torch.randn(2, 3, width, device=device).to(compute_dtype(gate))
+        with evaluating(self.mlp):
+            try:
+                return torch.equal(base_forward(self.mlp)(x), self.forward(x))
+            except (RuntimeError, TypeError, AttributeError):
+                return False  # it takes something else, or more
+
+
+def _gated(model: Any) -> Iterator[Gated]:
+    """The modules that hold a gate, an up and a down projection, and beside them an activation alone: a dropout
+    between them could not be computed again.
     """
-    model.enable_input_require_grads = lambda: None
-    try:
-        yield
-    finally:
-        del model.enable_input_require_grads
-
-
-def _gated_forward(
-    gate: nn.Module, up: nn.Module, down: nn.Module, act: nn.Module, x: Tensor
-) -> Tensor:
-    """down(act(gate(x)) · up(x))."""
-    out: Tensor = down(recompute(lambda g, u: act(g) * u, gate(x), up(x)))
-    return out
-
-
-def _gated(model: Any) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
-    """The modules that hold a gate, an up and a down projection, and those."""
+    roles = {field.name for field in fields(Projections)}
     found: dict[str, dict[str, nn.Module]] = {}
     for site in find_sites(model):
-        if site.role in ("gate", "up", "down"):
-            found.setdefault(site.name.rpartition(".")[0], {})[site.role] = site.module
-    for name, parts in found.items():
-        if len(parts) == 3:
-            yield model.get_submodule(name), [parts["gate"], parts["up"], parts["down"]]
+        if site.role in roles:
+            parent = site.name.rpartition(".")[0]
+            found.setdefault(parent, {})[site.role] = site.module
+    for name, held in found.items():
+        if held.keys() != roles:
+            continue
+        mlp = model.get_submodule(name)
+        others = [child for _, child in children(mlp) if child not in held.values()]
+        if len(others) == 1 and is_activation(others[0]):
+            yield Gated(mlp, Projections(**held), others[0])
 
 
-@torch.no_grad()
-def _is_product(
-    mlp: nn.Module, gate: nn.Module, up: nn.Module, down: nn.Module, act: nn.Module
-) -> bool:
-    """The module computes what `_gated_forward` does, as a trial shows."""
-    width = (features(gate) or (0, 0))[0]
-    x = torch.randn(2, 3, width, device=next(mlp.parameters()).device).to(
-        compute_dtype(gate)
-    )
-    with evaluating(mlp):
-        try:
-            return torch.equal(
-                base_forward(mlp)(x), _gated_forward(gate, up, down, act, x)
-            )
-        except (
-            RuntimeError,
-            TypeError,
-            AttributeError,
-        ):  # it takes something else, or more
-            return False
-
-
-def _is_activation(module: nn.Module) -> bool:
-    plain = not list(children(module)) and not list(module.parameters())
-    return plain and type(module).__module__ in ACTIVATIONS
-
-
-def _is_cheap(module: nn.Module) -> bool:
-    frozen = not any(p.requires_grad for p in module.parameters(recurse=False))
-    return frozen and (is_norm(module) or _is_activation(module))
+def _cheap(model: Any) -> Iterator[nn.Module]:
+    """The frozen norms and the activations in a model's blocks."""
+    for _, _, block in blocks(model):
+        for _, module in walk(block):
+            trains = any(p.requires_grad for p in module.parameters(recurse=False))
+            if not trains and (is_norm(module) or is_activation(module)):
+                yield module
 
 
 def _keeps_more_than_its_input(module: Any, dtype: torch.dtype) -> bool:
+    """Whether a norm or an activation keeps more for backward than what goes into it, as a trial shows."""
     own = list(module.parameters())
     weight = getattr(module, "weight", None)
-    x = torch.randn(
-        2, 3, len(weight) if weight is not None else 64, dtype=dtype, requires_grad=True
-    )
-    x = x.to(own[0].device) if own else x
-    kept = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in own}
-    known = sum(kept.values())
+    width = len(weight) if weight is not None else 64
+    x = torch.randn(2, 3, width, dtype=dtype, requires_grad=True)
+    if own:
+        x = x.to(own[0].device)
+    kept = {storage_key(p): 0 for p in own}  # its parameters are there anyway
 
-    def pack(t: Tensor) -> Tensor:
-        kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
-        return t
+    def pack(tensor: Tensor) -> Tensor:
+        kept.setdefault(storage_key(tensor), tensor.untyped_storage().nbytes())
+        return tensor
 
     with (
         torch.enable_grad(),
@@ -147,20 +131,4 @@ def _keeps_more_than_its_input(module: Any, dtype: torch.dtype) -> bool:
     ):
         out = base_forward(module)(x)
     del out
-    return (
-        sum(kept.values()) - known > 1.25 * x.nbytes
-    )  # more than a statistic for each row
-
-
-def _put(
-    module: nn.Module, forward: Callable[..., Any] | None
-) -> Callable[..., Any] | None:
-    """Set what a module computes without its adapters, None for what its class says; returns what was set before."""
-    if "petune_graft" in vars(module):
-        before = hooked_forward(module)
-        set_hooked_forward(module, forward)
-        return before
-    before = vars(module).pop("forward", None)
-    if forward is not None:
-        module.forward = forward
-    return before
+    return sum(kept.values()) > NEXT_TO_NOTHING * x.nbytes

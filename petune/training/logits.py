@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,17 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
-from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
-from petune.core.frozen.modules import base_class, base_forward
+from petune.core.frozen.modules import base_forward
 from petune.core.graft.board import board_of
+from petune.core.method.batch import SKIP
 from petune.errors import PetuneError, UnsupportedError
+from petune.training.host_model import (
+    LOSSES,
+    has_token_loss,
+    loss_as,
+    predicts_next_token,
+)
 from petune.training.swap import forward_as
 
 ROWS = 128
 """How many rows of logits exist at a time."""
-SKIP = -100
-"""The label that a loss leaves out."""
 
 Head = Callable[[Tensor], Tensor]
 
@@ -35,52 +38,42 @@ def labelled_logits(model: nn.Module, rows: int = ROWS) -> Iterator[None]:
     head and whatever the model does behind it (soft-capping, a scale, an adapter) are applied to the labelled rows
     in chunks, each of which gives its gradients at once. Models that compute their loss without transformers' loss
     functions for causal and masked language models are left alone.
+
+    Args:
+        rows: how many rows of logits, each as long as the vocabulary, exist at a time.
+
+    Raises:
+        MovedError: transformers computes losses in another way than petune knows.
     """
+    LOSSES.require()
     if not applies(model):
         yield
         return
     labelled = _Labelled(model, rows)
-    before = vars(model).get("_loss_function")
-    with forward_as(labelled.decoder, labelled.run):
-        replaced: Any = model
-        replaced.loss_function = labelled.loss
-        try:
-            yield
-        finally:
-            del replaced._loss_function
-            if before is not None:
-                replaced.loss_function = before
+    with forward_as(labelled.decoder, labelled.run), loss_as(model, labelled.loss):
+        yield
 
 
 def applies(model: Any) -> bool:
     """The model has a decoder, a head behind it, and a loss that transformers computes from labels at every token."""
-    if (
-        not isinstance(model, PreTrainedModel)
-        or model.config.is_encoder_decoder
-        or model.base_model is model
-    ):
+    if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
+        return False
+    if model.base_model is model:
         return False
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    known = (
-        "loss_function" in inspect.unwrap(base_class(model).forward).__code__.co_names
-    )
-    return (
-        head is not None
-        and known
-        and model.loss_function in (ForCausalLMLoss, ForMaskedLMLoss)
-    )
+    return head is not None and has_token_loss(model)
 
 
 class _Labelled:
+    """One model's decoder and loss, as they are within `labelled_logits`."""
+
     def __init__(self, model: Any, rows: int) -> None:
         decoder = model.get_decoder()
-        self.model, self.rows = model, rows
-        self.decoder = (
-            decoder if decoder in set(model.base_model.modules()) else model.base_model
-        )
-        self.next = (
-            model.loss_function is ForCausalLMLoss
-        )  # a token is the label of the one before it
+        is_inside = decoder in set(model.base_model.modules())
+        self.model = model
+        self.rows = rows
+        self.decoder = decoder if is_inside else model.base_model
+        self.shifted = predicts_next_token(model)
         self.inner = self.decoder.forward
         self.out: Any = None
 
@@ -98,34 +91,52 @@ class _Labelled:
         **__: Any,
     ) -> Tensor:
         """Takes the place of the model's loss function; the logits are those of the one row."""
+        hidden = self._hidden(labels)  # (batch, length, hidden)
+        targets = F.pad(labels, (0, 1), value=SKIP)[:, 1:] if self.shifted else labels
+        rows = (targets.flatten() != SKIP).nonzero().squeeze(1)
+        picked = hidden.flatten(0, 1).index_select(0, rows)  # (labelled, hidden)
+        total = self._summed(picked, targets.flatten().index_select(0, rows))
+        self.out = None
+        return total / (len(rows) if num_items_in_batch is None else num_items_in_batch)
+
+    def _hidden(self, labels: Tensor) -> Tensor:
+        """What the decoder has found.
+
+        Raises:
+            UnsupportedError: the batch is routed.
+            PetuneError: it does not belong to the labels.
+        """
         board = board_of(self.model)
         if board is not None and board.begin().plan is not None:
             raise UnsupportedError(
                 "labelled_logits(): not within route(), which counts on whole rows."
             )
-        hidden: Tensor | None = self.out and self.out[0]  # (batch, length, hidden)
+        hidden: Tensor | None = self.out and self.out[0]
         if hidden is None or labels.shape != hidden.shape[:2]:
             raise PetuneError(
                 "training.labelled_logits: this model reads its labels otherwise; set it to false."
             )
-        wanted = F.pad(labels, (0, 1), value=SKIP)[:, 1:] if self.next else labels
-        rows = (wanted.flatten() != SKIP).nonzero().squeeze(1)
-        picked = hidden.flatten(0, 1).index_select(0, rows)  # (labelled, hidden)
-        targets = wanted.flatten().index_select(0, rows)
-        outside = [c for c in self.model.children() if c is not self.model.base_model]
-        params = {id(p): p for c in outside for p in c.parameters() if p.requires_grad}
-        total: Tensor
+        return hidden
+
+    def _summed(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """The sum of the losses of hidden states (labelled, hidden) with targets (labelled,)."""
         if torch.is_grad_enabled():
-            total = _Chunked.apply(
-                self.head, self.rows, targets, picked, *params.values()
-            )  # type: ignore[no-untyped-call]
-        else:
-            total = picked.new_zeros((), dtype=torch.float32)
-            for start in range(0, len(rows), self.rows):
-                here = slice(start, start + self.rows)
-                total += _loss(self.head(picked[here]), targets[here])
-        self.out = None
-        return total / (len(rows) if num_items_in_batch is None else num_items_in_batch)
+            total: Tensor = _Chunked.apply(  # type: ignore[no-untyped-call]
+                self.head, self.rows, targets, hidden, *self._trained()
+            )
+            return total
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for here in _chunks(len(targets), self.rows):
+            total += _loss(self.head(hidden[here]), targets[here])
+        return total
+
+    def _trained(self) -> Iterable[nn.Parameter]:
+        """The parameters outside the base model that train, each once."""
+        found: dict[int, nn.Parameter] = {}
+        for child in self.model.children():
+            if child is not self.model.base_model:
+                found |= {id(p): p for p in child.parameters() if p.requires_grad}
+        return found.values()
 
     def head(self, hidden: Tensor) -> Tensor:
         """(n, hidden) -> (n, vocabulary): what the model does behind its decoder."""
@@ -135,6 +146,7 @@ class _Labelled:
         return logits[0]
 
     def _answer(self, hidden: Tensor) -> Any:
+        """The decoder's last output with other hidden states in it."""
         if isinstance(self.out, tuple):
             return hidden, *self.out[1:]
         return type(self.out)(**{**self.out, "last_hidden_state": hidden})
@@ -142,6 +154,11 @@ class _Labelled:
 
 def _loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def _chunks(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, start + size)
 
 
 class _Chunked(torch.autograd.Function):
@@ -159,31 +176,35 @@ class _Chunked(torch.autograd.Function):
         *params: Tensor,
     ) -> Tensor:
         ctx.wanted = [t.requires_grad for t in (hidden, *params)]
-        sums = [torch.zeros_like(t) for t in (hidden, *params) if t.requires_grad]
+        sums = {
+            id(t): torch.zeros_like(t) for t in (hidden, *params) if t.requires_grad
+        }
         total = hidden.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(targets), rows):
-            here = slice(start, start + rows)
+        for here in _chunks(len(targets), rows):
             chunk = hidden[here].detach().requires_grad_(hidden.requires_grad)
             with torch.enable_grad():
                 loss = _loss(head(chunk), targets[here])
             total += loss.detach()
-            inputs = [t for t in (chunk, *params) if t.requires_grad]
-            grads = (
-                torch.autograd.grad(loss, inputs, allow_unused=True) if inputs else ()
-            )
-            for t, kept, grad in zip(inputs, sums, grads, strict=True):
-                if grad is not None:
-                    (kept[here] if t is chunk else kept).add_(grad)
-        ctx.save_for_backward(*sums)
+            grads = _gradients(loss, [t for t in (chunk, *params) if t.requires_grad])
+            if chunk in grads:
+                sums[id(hidden)][here].add_(grads.pop(chunk))
+            for param, grad in grads.items():
+                sums[id(param)].add_(grad)
+        ctx.save_for_backward(*sums.values())
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         sums = iter(ctx.saved_tensors)
-        return (
-            None,
-            None,
-            None,
-            *(next(sums) * grad if wanted else None for wanted in ctx.wanted),
-        )
+        scaled = (next(sums) * grad if wanted else None for wanted in ctx.wanted)
+        return None, None, None, *scaled
+
+
+def _gradients(loss: Tensor, inputs: list[Tensor]) -> dict[Tensor, Tensor]:
+    """The gradients of those inputs that the loss depends on."""
+    if not inputs:
+        return {}
+    found = torch.autograd.grad(loss, inputs, allow_unused=True)
+    pairs = zip(inputs, found, strict=True)
+    return {tensor: gradient for tensor, gradient in pairs if gradient is not None}

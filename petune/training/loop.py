@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from petune.errors import PetuneError
-from petune.files import read_json, write_text
+from petune.files import write_text
 from petune.training import run_folder
 from petune.training.recipe import Recipe, load_recipe
 from petune.training.result import Result, write_json
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from petune.training.trainer import Adapted, AdapterTrainer
 
 Adapt = Callable[["nn.Module", Recipe], "Adapted"]
+EPOCHS = 3
+"""Passes over the training data, unless the recipe says how long to train."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -51,11 +53,17 @@ def train(
 
     Raises:
         PetuneError: a mistake in the recipe or its data, or a run that is in the way.
+        MovedError: an installed library has changed something that the training leans on.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
     """
+    from petune.training.host import SEAMS
+    from petune.training.host_model import check_every
+
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     recipe.check(method=adapt is None)
+    SEAMS.require()
+    check_every(int(recipe.training.gradient_checkpointing))
     run = Path(recipe.output)
     run_folder.make_room(run, recipe, resume=resume, overwrite=overwrite)
     if resume and (run / run_folder.RESULT).exists():
@@ -73,7 +81,7 @@ class _Session:
         import datasets
         import transformers
 
-        from petune.training.trainer import last_checkpoint
+        from petune.training.checkpoints import last_checkpoint
 
         began = time.perf_counter()
         self.recipe, self.path, self.quiet = recipe, run, quiet
@@ -86,14 +94,14 @@ class _Session:
         self.task.fit(self.splits["train"])
         transformers.set_seed(recipe.training.seed)
         self.model = make_model(recipe, self.task)
-        self.examples = datasets.Dataset.from_list(
-            [self.task.encode(row) for row in self.splits["train"]]
-        )
-        self.tuning = self._adapt(adapt)
+        encoded = [self.task.encode(row) for row in self.splits["train"]]
+        self.examples = datasets.Dataset.from_list(encoded)
+        self.tuning = self._brought(adapt) if adapt is not None else self._attached()
         self.acting: nn.Module = getattr(self.tuning, "model", self.model)
         self.load_seconds = time.perf_counter() - began
 
     def run(self, final_eval: bool) -> Result:
+        """Train, score, measure, and write the run's folder."""
         caching = getattr(self.model.config, "use_cache", True)
         loop = self._loop()
         run_folder.write_recipe(self.path, self.recipe)
@@ -106,15 +114,9 @@ class _Session:
         )
         eval_seconds = time.perf_counter() - began
         peak, saved = self._measure(loop)
-        self.model.config.use_cache = (
-            caching  # Trainer turns it off, and who brought `adapt` has the model still
-        )
+        # Trainer turns it off, and who brought `adapt` has the model still
+        self.model.config.use_cache = caching
         recorder = loop.recorder
-        files = [
-            file
-            for file in (self.path / run_folder.ADAPTER).rglob("*")
-            if file.is_file()
-        ]
         result = Result(
             score=metrics.get(self.task.metric),
             metric=self.task.metric,
@@ -128,7 +130,7 @@ class _Session:
             peak_memory_bytes=peak,
             saved_activation_bytes=saved,
             trainable_params=sum(p.numel() for p in self.tuning.parameters()),
-            adapter_bytes=sum(file.stat().st_size for file in files),
+            adapter_bytes=_size(self.path / run_folder.ADAPTER),
             load_seconds=self.load_seconds,
             eval_seconds=eval_seconds,
             device=_device_name(self.acting),
@@ -136,90 +138,87 @@ class _Session:
         result.write(self.path)
         return result
 
-    def _adapt(self, adapt: Adapt | None) -> Adapted:
+    def _attached(self) -> Adapted:
+        """The recipe's tuning on the model, as the checkpoint has it if there is one."""
         import torch
 
-        import petune
-        from petune.training.trainer import resume_schedule
+        from petune.core.attached.attach import attach
+        from petune.core.attached.load import load
+        from petune.training.checkpoints import resume_schedule
 
         r = self.recipe
-        saved = self.checkpoint and self.checkpoint[0] / run_folder.ADAPTER
-        if adapt is None:
-            if self.checkpoint and saved:
-                tuning = petune.load(self.model, saved)
-                resume_schedule(tuning, self.checkpoint[0])
-                return tuning
-            try:
-                return petune.attach(
-                    self.model, r.method, where=r.where, **r.method_args
-                )
-            except (
-                ArithmeticError,
-                LookupError,
-                RuntimeError,
-                TypeError,
-                ValueError,
-            ) as error:
-                if isinstance(error, PetuneError | torch.OutOfMemoryError):
-                    raise
-                # a value of the right type that the method can't work with, such as a rank of 0
-                raise PetuneError(
-                    f"method {r.method!r} with method_args {r.method_args}: {error}"
-                ) from error
-        brought = adapt(self.model, r)
-        if saved:
+        if self.checkpoint:
+            folder, _ = self.checkpoint
+            tuning = load(self.model, folder / run_folder.ADAPTER)
+            resume_schedule(tuning, folder)
+            return tuning
+        try:
+            return attach(self.model, r.method, where=r.where, **r.method_args)
+        except (PetuneError, torch.OutOfMemoryError):
+            raise
+        except (
+            ArithmeticError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            # a value of the right type that the method can't work with, such as a rank of 0
+            raise PetuneError(
+                f"method {r.method!r} with method_args {r.method_args}: {error}"
+            ) from error
+
+    def _brought(self, adapt: Adapt) -> Adapted:
+        """What the caller makes trainable, as the checkpoint has it if there is one."""
+        brought: Any = adapt(self.model, self.recipe)
+        if self.checkpoint:
             if not hasattr(brought, "load"):
                 raise PetuneError(
                     f"{self.path}: what `adapt` made can't load a checkpoint; start anew with overwrite."
                 )
-            brought.load(saved)
-        return brought
+            folder, _ = self.checkpoint
+            brought.load(folder / run_folder.ADAPTER)
+        adapted: Adapted = brought
+        return adapted
 
     def _loop(self) -> AdapterTrainer:
         from petune.training.order import EpochSampler
-        from petune.training.trainer import AdapterTrainer, Recorder, arguments
+        from petune.training.recorder import Recorder
+        from petune.training.trainer import AdapterTrainer, arguments
 
         t = self.recipe.training
-        updates = math.ceil(
-            math.ceil(len(self.examples) / t.batch_size) / t.gradient_accumulation
-        )
-        self.steps = t.steps or math.ceil((t.epochs or 3) * updates)
+        batches = math.ceil(len(self.examples) / t.batch_size)
+        updates = math.ceil(batches / t.gradient_accumulation)
+        self.steps = t.steps or math.ceil((t.epochs or EPOCHS) * updates)
         lengths = [len(ids) for ids in self.examples["input_ids"]]
         sampler = EpochSampler(lengths, t.batch_size, t.seed, t.group_by_length)
+        checkpoints = self.path / run_folder.CHECKPOINTS
         return AdapterTrainer(
             self.acting,
             self.tuning,
             self.task,
             Recorder(self.path / run_folder.METRICS, sampler, updates),
-            args=arguments(
-                self.recipe,
-                self.path / run_folder.CHECKPOINTS,
-                self.steps,
-                quiet=self.quiet,
-            ),
+            args=arguments(self.recipe, checkpoints, self.steps, quiet=self.quiet),
             train_dataset=self.examples,
             eval_dataset=self._scored("validation"),
         )
 
     def _train(self, loop: AdapterTrainer) -> tuple[int, int]:
         """(steps, tokens) of the run so far."""
-        from petune.training.trainer import stop_on_signal
+        from petune.training.checkpoints import tokens_seen
+        from petune.training.signals import stop_on_signal
 
+        begin_at = None
         if self.checkpoint:
-            folder_, done = self.checkpoint
-            loop.recorder.resume(folder_, done)
+            folder, done = self.checkpoint
+            loop.recorder.resume(folder, done)
             if done >= self.steps:  # only what comes after training is missing
-                return done, int(
-                    read_json(folder_ / "trainer_state.json")["num_input_tokens_seen"]
-                )
+                return done, tokens_seen(folder)
+            begin_at = str(folder)
         else:
             write_text(self.path / run_folder.METRICS, "")
         with stop_on_signal(loop.recorder), loop.lean():
-            loop.train(
-                resume_from_checkpoint=str(self.checkpoint[0])
-                if self.checkpoint
-                else None
-            )
+            loop.train(resume_from_checkpoint=begin_at)
         done = loop.state.global_step
         if done < self.steps:
             raise Interrupted(
@@ -228,21 +227,23 @@ class _Session:
         return done, int(loop.state.num_input_tokens_seen)
 
     def _scored(self, split: str) -> Dataset:
-        return sample(
-            self.splits[split], self.recipe.training.eval_rows or self.task.eval_rows
-        )
+        """The rows of a split that are scored."""
+        most = self.recipe.training.eval_rows or self.task.eval_rows
+        return sample(self.splits[split], most)
 
     def _measure(self, loop: AdapterTrainer) -> tuple[int, int]:
         """(peak_memory_bytes, saved_activation_bytes) of a step on the longest rows."""
         from petune.training.memory import measure_step
 
-        lengths = loop.recorder.sampler.lengths
+        training, lengths = self.recipe.training, loop.recorder.sampler.lengths
         longest = sorted(range(len(lengths)), key=lambda i: -lengths[i])[
-            : self.recipe.training.batch_size
+            : training.batch_size
         ]
         rows = self.task.collate([self.examples[i] for i in longest])
         model = self.acting.train()
         optimizer: Any = loop.optimizer or loop.create_optimizer()
+        # accelerate's optimizer holds torch's
+        plain_optimizer = getattr(optimizer, "optimizer", optimizer)
 
         def loss() -> Tensor:
             with loop.accelerator.autocast():
@@ -250,11 +251,15 @@ class _Session:
             return found
 
         with loop.lean(), loop.laid_out(rows) as batch:
-            if self.recipe.training.compile:
+            if training.compile:
                 loss().backward()  # type: ignore[no-untyped-call]  # compiles for these shapes
-            return measure_step(
-                model, getattr(optimizer, "optimizer", optimizer), loss, batch.values()
-            )
+            return measure_step(model, plain_optimizer, loss, batch.values())
+
+
+def _size(folder: Path) -> int:
+    """The bytes of all files in a folder."""
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return sum(file.stat().st_size for file in files)
 
 
 def _device_name(model: nn.Module) -> str:
@@ -263,8 +268,6 @@ def _device_name(model: nn.Module) -> str:
     import torch
 
     device = next(model.parameters()).device
-    return (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{platform.machine()} cpu"
-    )
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} cpu"

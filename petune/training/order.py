@@ -8,6 +8,9 @@ import torch
 from torch.utils.data import Sampler
 
 _POOL = 50  # batches among which rows are exchanged for the sake of like lengths
+_EPOCH = (
+    1_000_003  # what an epoch adds to the seed: more than the seeds of runs differ by
+)
 
 
 class EpochSampler(Sampler[int]):
@@ -19,33 +22,29 @@ class EpochSampler(Sampler[int]):
     def __init__(
         self, lengths: Sequence[int], batch_size: int, seed: int, grouped: bool
     ) -> None:
-        self.lengths, self.batch_size, self.seed, self.grouped = (
-            lengths,
-            batch_size,
-            seed,
-            grouped,
-        )
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.seed = seed
+        self.grouped = grouped
         self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
+        generator = torch.Generator().manual_seed(self.seed + _EPOCH * self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        if not self.grouped:
-            return iter(order)
-        size, pool = self.batch_size, self.batch_size * _POOL
-        order = [
-            row
-            for start in range(0, len(order), pool)
-            for row in sorted(order[start : start + pool], key=self.lengths.__getitem__)
-        ]
+        return iter(self._by_length(order, generator) if self.grouped else order)
+
+    def _by_length(self, order: list[int], generator: torch.Generator) -> list[int]:
+        """Rows of a random order in batches of like length, which come in a random order too."""
+        pool, size = self.batch_size * _POOL, self.batch_size
+        alike: list[int] = []
+        for start in range(0, len(order), pool):
+            alike += sorted(order[start : start + pool], key=self.lengths.__getitem__)
         whole = len(order) // size
-        batches = [
-            order[i * size : (i + 1) * size]
-            for i in torch.randperm(whole, generator=generator).tolist()
-        ]
-        return iter(
-            [row for batch in batches for row in batch] + order[whole * size :]
-        )  # the rest can't be inside
+        mixed: list[int] = []
+        for batch in torch.randperm(whole, generator=generator).tolist():
+            mixed += alike[batch * size : (batch + 1) * size]
+        rest = alike[whole * size :]  # fills no batch, so it can only come last
+        return mixed + rest

@@ -12,21 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import AttentionInterface
-from transformers.loss.loss_utils import ForCausalLMLoss
 
 from petune.core.frozen.blocks import blocks
 from petune.core.frozen.computes import calls_attention_interface
 from petune.core.frozen.modules import base_class, walk
-from petune.core.host.attention import Attention
-from petune.training.logits import SKIP, applies
+from petune.core.host.attention import Attention, wrap_interface
+from petune.core.method.batch import SKIP
+from petune.training.host_model import predicts_next_token
+from petune.training.logits import applies
 from petune.training.swap import evaluating
 
 
 @dataclass
 class Rows:
-    """Which token stands where. `column` (batch, length) is a token's place in the flat sequence, anything where there
-    is none; `real` (batch, length) says where there is one; `place` (tokens,) is where it stands in the batch.
+    """Which token of a flat sequence stands where in the padded batch that it was made from.
+
+    For the rows `a b` and `c`, padded to length 3: column = [[0, 1, 1], [2, 2, 2]], place = [0, 1, 3].
+
+    Args:
+        column: (batch, length), each token's place in the flat sequence; in padding that of the last token before it.
+        real: (batch, length), where there is a token and no padding.
+        place: (tokens,), each token's place in the padded batch, its rows counted one after the other.
     """
 
     column: Tensor
@@ -50,11 +56,9 @@ class _Current:
 def is_padded(batch: Mapping[str, Tensor]) -> bool:
     """The batch has padding, labels, and nothing but tensors with an entry for each token."""
     mask = batch.get("attention_mask")
-    if (
-        mask is None
-        or "labels" not in batch
-        or any(t.shape != mask.shape for t in batch.values())
-    ):
+    if mask is None or "labels" not in batch:
+        return False
+    if any(tensor.shape != mask.shape for tensor in batch.values()):
         return False
     return not bool(mask.all())
 
@@ -63,32 +67,24 @@ def flatten(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Rows]:
     """A padded batch of a causal language model as one row, (1, tokens), whose positions say where rows begin."""
     mask = batch["attention_mask"].bool()
     position = mask.cumsum(1) - 1
-    labels = batch["labels"].masked_fill(
-        position <= 0, SKIP
-    )  # nothing comes before a row's first token
+    is_first = position <= 0
+    # nothing stands before a row's first token that could tell it
+    labels = batch["labels"].masked_fill(is_first, SKIP)
     told = {**batch, "labels": labels, "position_ids": position}
-    flat = {
-        key: value[mask][None] for key, value in told.items() if key != "attention_mask"
-    }
+    del told["attention_mask"]
+    flat = {key: value[mask][None] for key, value in told.items()}
     return flat, Rows.of(mask)
 
 
 @contextmanager
 def packed(rows: Rows) -> Iterator[None]:
     """Within the context a flat batch's attention takes place among the tokens of a row."""
-    ask = AttentionInterface.get_interface
-
-    def get_interface(
-        self: AttentionInterface, name: str, default: Attention
-    ) -> Attention:
-        return partial(_attend, ask(self, name, default))
-
-    AttentionInterface.get_interface = get_interface  # type: ignore[method-assign, assignment]
+    take_back = wrap_interface("packing", lambda base: partial(_attend, base))
     _Current.rows = rows
     try:
         yield
     finally:
-        AttentionInterface.get_interface = ask  # type: ignore[method-assign]
+        take_back()
         _Current.rows = None
 
 
@@ -98,30 +94,36 @@ def refusal(model: Any, tuning: Any) -> str:
     """
     if getattr(tuning, "prompts", ()):
         return "virtual tokens need rows of their own"
-    takes = applies(model) and model.loss_function is ForCausalLMLoss
-    takes = takes and "position_ids" in inspect.signature(model.forward).parameters
-    mixes = [
-        any(calls_attention_interface(base_class(m)) for _, m in walk(block))
-        for _, _, block in blocks(model)
-    ]
-    return (
-        ""
-        if takes and mixes and all(mixes) and _is_same(model)
-        else "this model does not take rows end to end"
-    )
+    if _takes_positions(model) and _asks_for_attention(model) and _is_same(model):
+        return ""
+    return "this model does not take rows end to end"
+
+
+def _takes_positions(model: Any) -> bool:
+    """The model predicts the next token, and can be told where each token stands in its row."""
+    if not applies(model) or not predicts_next_token(model):
+        return False
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def _asks_for_attention(model: Any) -> bool:
+    """Every block has an attention that is asked for at transformers' interface."""
+    found = False
+    for _, _, block in blocks(model):
+        classes = (base_class(module) for _, module in walk(block))
+        if not any(calls_attention_interface(cls) for cls in classes):
+            return False
+        found = True
+    return found
 
 
 @torch.no_grad()
 def _is_same(model: Any) -> bool:
     """Two rows of unlike length have the same logits padded and end to end."""
-    ids = (
-        torch.arange(1, 13, device=model.device).view(2, 6)
-        % model.get_input_embeddings().num_embeddings
-    )
-    mask = (
-        torch.arange(6, device=model.device)
-        < torch.tensor([[6], [4]], device=model.device)
-    ).long()
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = torch.arange(1, 13, device=model.device).view(2, 6) % vocabulary
+    lengths = torch.tensor([[6], [4]], device=model.device)
+    mask = (torch.arange(6, device=model.device) < lengths).long()  # (2, 6)
     flat, rows = flatten({"input_ids": ids, "attention_mask": mask, "labels": ids})
     del flat["labels"]
     with evaluating(model):
@@ -146,22 +148,30 @@ def _attend(
     mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, Any]:
-    """`base` for q (1, heads, tokens, head_dim) and the model's own mask of them, (1, 1, tokens, tokens)."""
+    """`base` among the tokens of each row.
+
+    Args:
+        query: (1, heads, tokens, head_dim); key and value the same with kv_heads.
+        mask: the model's own of a flat sequence, (1, 1, tokens, tokens).
+
+    Returns:
+        (1, tokens, heads, head_dim), and no attention weights.
+    """
     rows = _Current.rows
-    if (
-        rows is None or mask is None
-    ):  # one row alone, or flash attention, which reads the positions
+    if rows is None or mask is None:
+        # one row alone, or flash attention, which reads the positions
         return base(module, query, key, value, mask, **options)
-    batch, length = rows.real.shape
-    column = rows.column.flatten()
-    padded = [
-        _Place.apply(t[0].transpose(0, 1), column, rows.place)
-        .unflatten(0, (batch, length))
-        .transpose(1, 2)  # type: ignore[no-untyped-call]
-        for t in (query, key, value)
-    ]  # (batch, heads, length, head_dim)
+    padded = (_padded(tensor, rows) for tensor in (query, key, value))
     out, _ = base(module, *padded, _mask_of(mask[0, 0], rows), **options)
-    return _Pick.apply(out.flatten(0, 1), rows.place)[None], None  # type: ignore[no-untyped-call]
+    flat: Tensor = _Pick.apply(out.flatten(0, 1), rows.place)  # type: ignore[no-untyped-call]
+    return flat[None], None
+
+
+def _padded(x: Tensor, rows: Rows) -> Tensor:
+    """(1, heads, tokens, head_dim) -> (batch, heads, length, head_dim)."""
+    by_token = x[0].transpose(0, 1)  # (tokens, heads, head_dim)
+    placed: Tensor = _Place.apply(by_token, rows.column.flatten(), rows.place)  # type: ignore[no-untyped-call]
+    return placed.view(*rows.real.shape, *placed.shape[1:]).transpose(1, 2)
 
 
 def _mask_of(mask: Tensor, rows: Rows) -> Tensor:
@@ -169,18 +179,15 @@ def _mask_of(mask: Tensor, rows: Rows) -> Tensor:
     thrown away, but must be a number.
     """
     of_rows = mask[rows.column[:, :, None], rows.column[:, None, :]]
-    seen, hidden = (
-        (True, False)
-        if mask.dtype == torch.bool
-        else (0.0, torch.finfo(mask.dtype).min)
-    )
+    is_boolean = mask.dtype == torch.bool
+    seen, hidden = (True, False) if is_boolean else (0.0, torch.finfo(mask.dtype).min)
     of_rows = of_rows.masked_fill(~rows.real[:, None, :], hidden)
     return of_rows.masked_fill(~rows.real[:, :, None], seen)[:, None]
 
 
 class _Place(torch.autograd.Function):
-    """The tokens x in their places in the batch, flat; where there is none stands another, which nothing reads, so
-    that no gradient comes from there.
+    """Tokens (tokens, …) in their places in the batch, (batch · length, …). Padding gets the values of another token,
+    which nothing reads, so that no gradient comes from there.
     """
 
     @staticmethod
@@ -195,7 +202,7 @@ class _Place(torch.autograd.Function):
 
 
 class _Pick(torch.autograd.Function):
-    """The rows of x at `place`, each of which is another."""
+    """The rows of x at `place`, in which no row stands twice."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, place: Tensor) -> Tensor:

@@ -151,68 +151,73 @@ class Recipe(_Strict):
         Raises:
             PetuneError: a name that nothing installed goes by, or an argument that the method doesn't take.
         """
+        from petune.core.attached.parts import parts
+        from petune.core.registry.plugins import registry
+        from petune.training.data import check_source
+
+        try:
+            self._check_names()
+            if method:
+                parts(self.method, self.method_args, self.where)
+            check_source(self.data)
+            self._check_training()
+            roles = registry().get("petune_tasks", self.task).roles()
+            for role in self.columns:
+                _choice("columns", role, roles)
+        except PetuneError as error:
+            raise type(error)(f"{source}: {error}") from error
+
+    def _check_names(self) -> None:
+        """Look up the task, the precision and the head."""
+        from petune.core.registry.plugins import registry
+        from petune.loading.models import DTYPES, HEADS
+
+        registry().get("petune_tasks", self.task)
+        if self.precision not in DTYPES:
+            _quantizer(self.precision, list(DTYPES))
+        if self.head is not None:
+            _choice("head", self.head, list(HEADS))
+
+    def _check_training(self) -> None:
+        """Look up the schedule and the optimizer, and see that the device has what the settings need."""
         import torch
         from transformers import SchedulerType
         from transformers.training_args import OptimizerNames
         from transformers.utils.import_utils import is_liger_kernel_available
 
-        from petune.core.registry.plugins import registry
-        from petune.loading.models import DTYPES, HEADS
-        from petune.training.data import check_source
-
-        try:
-            task = registry().get("petune_tasks", self.task)
-            if self.precision not in DTYPES:
-                _quantizer(self.precision, list(DTYPES))
-            if self.head is not None:
-                _choice("head", self.head, list(HEADS))
-            if method:
-                from petune.core.attached.parts import parts
-
-                parts(self.method, self.method_args, self.where)
-            check_source(self.data)
-            _choice(
-                "training.schedule",
-                self.training.schedule,
-                [s.value for s in SchedulerType],
+        training = self.training
+        _choice(
+            "training.schedule", training.schedule, [s.value for s in SchedulerType]
+        )
+        _choice(
+            "training.optimizer", training.optimizer, [o.value for o in OptimizerNames]
+        )
+        for key in ("mixed_precision", "offload", "liger"):
+            if getattr(training, key) and not torch.cuda.is_available():
+                raise PetuneError(f"training.{key}: needs a CUDA device; leave it out.")
+        if training.liger and not is_liger_kernel_available():
+            raise PetuneError(
+                "training.liger: the package liger-kernel is not installed; `pip install` it."
             )
-            _choice(
-                "training.optimizer",
-                self.training.optimizer,
-                [o.value for o in OptimizerNames],
-            )
-            for key in ("mixed_precision", "offload", "liger"):
-                if getattr(self.training, key) and not torch.cuda.is_available():
-                    raise PetuneError(
-                        f"training.{key}: needs a CUDA device; leave it out."
-                    )
-            if self.training.liger and not is_liger_kernel_available():
-                raise PetuneError(
-                    "training.liger: the package liger-kernel is not installed; `pip install` it."
-                )
-            for role in self.columns:
-                _choice("columns", role, task.roles())
-        except PetuneError as error:
-            raise type(error)(f"{source}: {error}") from error
 
     def resolved(self) -> Recipe:
         """This recipe with local paths made absolute, so that the run it is kept in can be used from anywhere."""
         from petune.training.data import is_local
 
         def settle(path: str) -> str:
-            return str(Path(path).expanduser().resolve()) if is_local(path) else path
+            return _absolute(path) if is_local(path) else path
 
-        data = (
-            settle(self.data)
-            if isinstance(self.data, str)
-            else {k: settle(v) for k, v in self.data.items()}
-        )
-        model = (
-            str(Path(self.model).expanduser().resolve())
-            if Path(self.model).expanduser().exists()
-            else self.model
-        )
+        if isinstance(self.data, str):
+            data: Any = settle(self.data)
+        else:
+            data = {key: settle(value) for key, value in self.data.items()}
+        is_here = Path(self.model).expanduser().exists()
+        model = _absolute(self.model) if is_here else self.model
         return self.model_copy(update={"data": data, "model": model})
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().resolve())
 
 
 def load_recipe(
@@ -325,27 +330,21 @@ def _choice(key: str, value: str, known: Sequence[str]) -> None:
 def _first(error: ValidationError) -> str:
     """The first of pydantic's errors, in one line."""
     problems = error.errors()
-    problem = problems[0]
-    nested = problem["loc"][:1] in (("training",), ("columns",), ("method_args",))
-    loc = [
-        str(part) for part in problem["loc"][: 2 if nested else 1]
-    ]  # the rest names branches of a union
-    key = ".".join(loc)
-    if problem["type"] == "extra_forbidden":
-        known = (
-            [f"training.{name}" for name in Training.model_fields]
-            if nested
-            else list(Recipe.model_fields)
-        )
-        text = unknown("key", key, known)
-    elif problem["type"] == "missing":
-        text = f"key {key!r} is missing."
-    elif problem["type"] == "value_error":
-        text = f"{problem['ctx']['error']}."
-    else:
-        reason = (
-            problem["msg"].replace("Input should be", "should be").partition(", ")[0]
-        )
-        text = f"{key}: {problem['input']!r} {reason}."
     more = len(problems) - 1
-    return text + (f" (And {more} more.)" if more else "")
+    return _in_words(problems[0]) + (f" (And {more} more.)" if more else "")
+
+
+def _in_words(problem: Any) -> str:
+    """One of pydantic's errors: what is wrong with which key."""
+    nested = problem["loc"][:1] in (("training",), ("columns",), ("method_args",))
+    depth = 2 if nested else 1  # the rest names branches of a union
+    key = ".".join(str(part) for part in problem["loc"][:depth])
+    if problem["type"] == "extra_forbidden":
+        inner = [f"training.{name}" for name in Training.model_fields]
+        return unknown("key", key, inner if nested else list(Recipe.model_fields))
+    if problem["type"] == "missing":
+        return f"key {key!r} is missing."
+    if problem["type"] == "value_error":
+        return f"{problem['ctx']['error']}."
+    reason = problem["msg"].replace("Input should be", "should be").partition(", ")[0]
+    return f"{key}: {problem['input']!r} {reason}."

@@ -12,16 +12,17 @@ from petune.core.registry.plugins import registry
 from petune.errors import PetuneError
 from petune.files import read_json
 from petune.training import run_folder
-from petune.training.data import assign, read_rows
+from petune.training.data import assign
 from petune.training.recipe import Recipe, load_recipe
+from petune.training.rows import read_rows
 from petune.training.setup import make_model, make_splits, make_task, quietly, sample
 from petune.training.tasks import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from petune import Tuning
     from petune.core.attached.cost import Merged
+    from petune.core.attached.tuning import Tuning
 
 
 @dataclass
@@ -47,12 +48,11 @@ class Run:
         if data is None:
             rows = make_splits(self.recipe)["test"]
         else:
-            rows = assign(read_rows(data), self._columns(), (*self.task.inputs, *self.task.targets),
-                          self.task.optional, source=str(data))  # fmt: skip
-        metrics = self.task.score(
-            self.model,
-            sample(rows, self.recipe.training.eval_rows or self.task.eval_rows),
-        )
+            needed = (*self.task.inputs, *self.task.targets)
+            given, columns = read_rows(data), self._columns()
+            rows = assign(given, columns, needed, self.task.optional, source=str(data))
+        most = self.recipe.training.eval_rows or self.task.eval_rows
+        metrics = self.task.score(self.model, sample(rows, most))
         return {
             "score": metrics[self.task.metric],
             "metric": self.task.metric,
@@ -100,21 +100,11 @@ class Run:
         """
         from petune.core.attached.quantized import dequantize
         from petune.core.frozen.config import unplaced
-        from petune.core.frozen.weights import is_quantized
 
         out, model = _free(out), self.model
-        quantizer: Any = getattr(model, "hf_quantizer", None)
-        if quantized and not any(is_quantized(module) for module in model.modules()):
-            raise PetuneError(
-                f"the base of {self.path} is not quantized (precision: {self.recipe.precision})."
-            )
-        if quantized and not (quantizer and quantizer.is_serializable()):
-            raise PetuneError(
-                f"transformers can't save {self.recipe.precision} weights; merge into dense ones."
-            )
-        with catch_warnings(
-            action="ignore"
-        ):  # of what would be lost: that is an error here
+        if quantized:
+            self._check_quantized()
+        with catch_warnings(action="ignore"):  # what can't be saved raises below
             merged = self.tuning.merge(quantize=quantized)
         if not quantized:
             dequantize(model)
@@ -125,6 +115,22 @@ class Run:
         model.save_pretrained(out)
         self.tokenizer.save_pretrained(out)
         return merged
+
+    def _check_quantized(self) -> None:
+        """See that the run's base is quantized and that its weights can be saved as they are stored."""
+        from petune.core.frozen.weights import is_quantized
+        from petune.training.host_model import SEAMS, can_save_quantized
+
+        SEAMS.require()
+        precision = self.recipe.precision
+        if not any(is_quantized(module) for module in self.model.modules()):
+            raise PetuneError(
+                f"the base of {self.path} is not quantized (precision: {precision})."
+            )
+        if not can_save_quantized(self.model):
+            raise PetuneError(
+                f"transformers can't save {precision} weights; merge into dense ones."
+            )
 
     def export(self, out: str | Path, format: str) -> None:
         """Write the tuning for others: `peft`, `serving` (what vLLM and llama.cpp's converter take) or `dense`.
@@ -140,16 +146,13 @@ class Run:
 
     def _columns(self) -> dict[str, str]:
         """The names of the training data's columns; a set's own where the recipe says nothing."""
-        known = registry().all("petune_datasets")
-        own = (
-            known[self.recipe.data].columns
-            if isinstance(self.recipe.data, str) and self.recipe.data in known
-            else {}
-        )
+        sets, data = registry().all("petune_datasets"), self.recipe.data
+        own = sets[data].columns if isinstance(data, str) and data in sets else {}
         return {**own, **self.recipe.columns}
 
 
 def _free(out: str | Path) -> Path:
+    """The path, at which nothing lies yet but perhaps an empty folder."""
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PetuneError(f"{out}: exists already; name a new folder.")
@@ -162,7 +165,7 @@ def load_run(path: str | Path) -> Run:
     Raises:
         PetuneError: no finished run lies there.
     """
-    import petune
+    from petune.core.attached.load import load
 
     path = Path(path)
     if not (path / run_folder.ADAPTER).is_dir():
@@ -174,7 +177,7 @@ def load_run(path: str | Path) -> Run:
     with quietly():
         task = make_task(recipe, read_json(path / run_folder.TASK))
         model = make_model(recipe, task)
-        tuning = petune.load(model, path / run_folder.ADAPTER)
+        tuning = load(model, path / run_folder.ADAPTER)
     return Run(path, recipe, task, model, tuning)
 
 
@@ -216,9 +219,8 @@ def export_run(run: str | Path, out: str | Path, format: str) -> None:
             f"--format gguf: petune has no converter of its own; {remedy}."
         )
     if format != "dense":
-        registry().get(
-            "petune_formats", format, "dense"
-        )  # before a model is loaded for it
+        # an unknown name is said before a model is loaded for it
+        registry().get("petune_formats", format, "dense")
     loaded = load_run(run)
     with quietly():
         loaded.export(out, format)

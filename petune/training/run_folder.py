@@ -40,30 +40,34 @@ def make_room(run: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> No
             )
         return
     if overwrite:
-        for name in (
-            RESULT,
-            RECIPE,
-            TASK,
-            METRICS,
-            ADAPTER,
-            CHECKPOINTS,
-        ):  # nothing else that someone put there
-            path = run / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        _clear(run)
     elif resume:
         _check_same(recipe, load_recipe(run / RECIPE), run / RECIPE)
-    elif (run / RESULT).exists():
-        raise PetuneError(
-            f"output {run}: holds a finished run; --overwrite trains it anew, or name another folder."
-        )
+    else:
+        _check_not_begun(run)
+
+
+def _clear(run: Path) -> None:
+    """Remove what petune has written, and nothing else that someone put there."""
+    for name in (RESULT, RECIPE, TASK, METRICS, ADAPTER, CHECKPOINTS):
+        path = run / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _check_not_begun(run: Path) -> None:
+    """Refuse a folder in which a run was finished or begun, and say what the user can do about it."""
+    if (run / RESULT).exists():
+        trouble = "a finished run; --overwrite trains it anew, or name another folder."
     elif any((run / CHECKPOINTS).glob("checkpoint-*")):
-        raise PetuneError(
-            f"output {run}: holds an unfinished run; --resume goes on, --overwrite starts anew."
-        )
+        trouble = "an unfinished run; --resume goes on, --overwrite starts anew."
     elif (run / ADAPTER).exists():
-        raise PetuneError(
-            f"output {run}: holds an adapter; `petune eval` scores it, --overwrite trains it anew."
-        )
+        trouble = "an adapter; `petune eval` scores it, --overwrite trains it anew."
+    else:
+        return
+    raise PetuneError(f"output {run}: holds {trouble}")
 
 
 def write_recipe(run: Path, recipe: Recipe) -> None:
@@ -75,14 +79,13 @@ def write_recipe(run: Path, recipe: Recipe) -> None:
 
 
 def _check_same(recipe: Recipe, old: Recipe, path: Path) -> None:
+    """Refuse to go on with a run by another recipe; the message names the keys that differ."""
     new, was = recipe.resolved().model_dump(), old.model_dump()
-    trained, before = new.pop("training"), was.pop("training")
-    changed = [key for key in new if new[key] != was[key] and key != "output"]
-    changed += [
-        f"training.{key}"
-        for key in trained
-        if key not in _FREE and trained[key] != before[key]
-    ]
+    training, trained = new.pop("training"), was.pop("training")
+    changed = [key for key in new if key != "output" and new[key] != was[key]]
+    for key, value in training.items():
+        if key not in _FREE and value != trained[key]:
+            changed.append(f"training.{key}")
     if changed:
         raise PetuneError(
             f"{path}: the run was begun with another {', '.join(changed)}; put it back, or --overwrite."

@@ -23,7 +23,7 @@ def make_task(recipe: Recipe, state: Mapping[str, Any] | None = None) -> Task:
     Raises:
         PetuneError: no such task or model.
     """
-    from petune import load_tokenizer
+    from petune.loading.models import load_tokenizer
 
     kind: type[Task] = registry().get("petune_tasks", recipe.task)
     task = kind(load_tokenizer(recipe.model), recipe)
@@ -52,7 +52,7 @@ def make_model(recipe: Recipe, task: Task) -> PreTrainedModel:
     """
     import torch
 
-    from petune import from_pretrained
+    from petune.loading.models import from_pretrained
 
     head = recipe.head or task.head
     seed = recipe.training.seed
@@ -63,9 +63,8 @@ def make_model(recipe: Recipe, task: Task) -> PreTrainedModel:
         seed=seed,
         **task.model_args(),
     )
-    if torch.cuda.is_available() and not getattr(
-        model, "is_quantized", False
-    ):  # a quantizer places its own weights
+    places_itself = getattr(model, "is_quantized", False)
+    if torch.cuda.is_available() and not places_itself:
         model.to("cuda")
     task.bind(model)
     return model
@@ -80,7 +79,7 @@ def sample(rows: datasets.Dataset, most: int | None) -> datasets.Dataset:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Transformers and datasets keep their bars and their advice to themselves."""
+    """Within the context transformers and datasets show no progress bars and no warnings."""
     import datasets
     from transformers.utils import logging as untyped
 

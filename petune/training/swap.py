@@ -8,10 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from petune.core.frozen.modules import hooked_forward, set_hooked_forward
+from petune.core.graft.board import board_of
+
 
 @contextmanager
 def forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Within the context the module's forward, what its adapters do included, is another."""
+    """Within the context `forward` runs in place of the module's forward and of the adapters around it."""
     before = vars(module).get("forward")
     module.forward = forward
     try:
@@ -20,6 +23,21 @@ def forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]
         del module.forward
         if before is not None:
             module.forward = before
+
+
+@contextmanager
+def base_forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within the context `forward` runs in place of the module's frozen forward; its adapters act around it."""
+    if board_of(module) is None:  # no adapter stands on the module
+        with forward_as(module, forward):
+            yield
+        return
+    before = hooked_forward(module)
+    set_hooked_forward(module, forward)
+    try:
+        yield
+    finally:
+        set_hooked_forward(module, before)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -67,9 +67,8 @@ class Task:
         config: Any = model.config
         text = config.get_text_config()
         if getattr(text, "pad_token_id", None) is None:
-            text.pad_token_id = (
-                self.pad_id
-            )  # decoders find the last token of a row by it
+            # decoders find the last token of a row by it
+            text.pad_token_id = self.pad_id
 
     def encode(self, row: Mapping[str, Any]) -> Example:
         """A row with its target, as one training example."""
@@ -99,17 +98,14 @@ class Task:
         """Rows of like keys as rectangular tensors, (batch, length); `labels` are filled with -100."""
         import torch
 
-        fill = {"input_ids": self.pad_id, "labels": -100}
+        from petune.core.method.batch import SKIP
+
+        fill = {"input_ids": self.pad_id, "labels": SKIP}
         batch = {}
         for key in examples[0]:
             values = [example[key] for example in examples]
             if isinstance(values[0], list):
-                length = max(map(len, values))
-                gaps = [[fill.get(key, 0)] * (length - len(value)) for value in values]
-                values = [
-                    gap + v if side == "left" else v + gap
-                    for gap, v in zip(gaps, values, strict=True)
-                ]
+                values = _padded(values, fill.get(key, 0), side)
             batch[key] = torch.tensor(values)
         return batch
 
@@ -127,32 +123,44 @@ class Task:
         are kept.
         """
         import torch
-        from tqdm import tqdm
 
         size = (
             self.recipe.training.eval_batch_size or 2 * self.recipe.training.batch_size
         )
-        order = sorted(
+        longest_first = sorted(
             range(len(examples)), key=lambda i: -len(examples[i]["input_ids"])
         )
-        found: list[Any] = [None] * len(order)
+        found: list[Any] = [None] * len(examples)
         device = next(model.parameters()).device
         training = model.training
         model.eval()
-        starts = tqdm(
-            range(0, len(order), size),
-            "eval",
-            leave=False,
-            disable=True if self.quiet else None,
-        )
         try:
             with torch.inference_mode():
-                for start in starts:
-                    chosen = order[start : start + size]
+                for chosen in self._batches(longest_first, size):
                     batch = (collate or self.pad)([examples[i] for i in chosen])
-                    batch = {key: value.to(device) for key, value in batch.items()}
-                    for i, item in zip(chosen, answer(batch), strict=True):
+                    moved = {key: value.to(device) for key, value in batch.items()}
+                    for i, item in zip(chosen, answer(moved), strict=True):
                         found[i] = item
         finally:
             model.train(training)
         return found
+
+    def _batches(self, order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+        """An order in pieces of at most `size`, with a progress bar unless the task is quiet."""
+        from tqdm import tqdm
+
+        hidden = True if self.quiet else None  # None: where there is no terminal
+        for start in tqdm(
+            range(0, len(order), size), "eval", leave=False, disable=hidden
+        ):
+            yield order[start : start + size]
+
+
+def _padded(rows: Sequence[list[int]], fill: int, side: str) -> list[list[int]]:
+    """Rows filled up to the length of the longest."""
+    length = max(len(row) for row in rows)
+    found = []
+    for row in rows:
+        gap = [fill] * (length - len(row))
+        found.append(gap + row if side == "left" else row + gap)
+    return found

@@ -49,7 +49,7 @@ class BOFT(petune.Adapter):
 
     def turned(self, x: Tensor, rotation: Tensor, apart: int) -> Tensor:
         """R_i x, whose blocks join half-blocks that lie `apart` half-blocks from each other."""
-        halves = x.unflatten(-1, (-1, 2, apart, self.block // 2))
+        halves = x.reshape(*x.shape[:-1], -1, 2, apart, self.block // 2)
         pairs = halves.transpose(-3, -2)  # (…, groups, apart, 2, block / 2)
         blocks = pairs.flatten(-2).flatten(-3, -2)  # (…, blocks, block)
         return turn(blocks, rotation).reshape(pairs.shape).transpose(-3, -2).flatten(-4)

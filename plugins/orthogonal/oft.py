@@ -35,7 +35,7 @@ class OFT(petune.Adapter):
         )
 
     def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
-        blocks = x.unflatten(-1, (-1, self.block))
+        blocks = x.reshape(*x.shape[:-1], -1, self.block)
         return inner(turn(blocks, self.rotation()).flatten(-2))
 
     @petune.derived

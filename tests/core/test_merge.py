@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import petune
 from petune.core.attached.quantized import dequantize
-from petune.core.attached.target import LinearTarget
+from petune.core.attached.targets import LinearTarget
 from petune.core.frozen.weights import dense, is_quantized
 from petune.core.registry.plugins import registry
 from petune.testing import tiny_batch, tiny_model

@@ -7,7 +7,8 @@ import pytest
 from datasets import Dataset
 
 from petune import PetuneError
-from petune.training.data import assign, load_splits, read_rows
+from petune.training.data import assign, load_splits
+from petune.training.rows import read_rows
 
 ROWS = [{"id": i, "sentence": f"text {i}", "gold": i % 2} for i in range(30)]
 

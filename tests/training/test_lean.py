@@ -8,7 +8,8 @@ from shaken import shaken
 
 import petune
 from petune.testing import tiny_batch, tiny_model
-from petune.training.lean import plain_input, recomputed
+from petune.training.host_model import checkpoint_blocks, plain_input
+from petune.training.lean import recomputed
 from petune.training.regions import compiled
 
 
@@ -162,7 +163,7 @@ def test_what_lies_below_the_adapters_has_no_graph(
         )
     if checkpointing:
         with plain_input(model):
-            model.activation_checkpointing_enable()
+            checkpoint_blocks(model)
     batch = {
         k: v for k, v in tiny_batch("llama", rows=4, length=32).items() if k != "labels"
     }

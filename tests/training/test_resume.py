@@ -12,7 +12,7 @@ from samples import changed, rows, same_weights, weights
 from petune import PetuneError
 from petune.training import evaluate, train
 from petune.training.loop import Interrupted
-from petune.training.trainer import Recorder
+from petune.training.recorder import Recorder
 
 
 class Crash(Exception):

@@ -131,7 +131,10 @@ def test_a_chat_template_is_used_where_there_is_one(
 ) -> None:
     folder = save_decoder(tmp_path / "chat")
     tokenizer = petune.load_tokenizer(folder)
-    tokenizer.chat_template = "{% for m in messages %}the {{ m.content }}{% endfor %}{% if add_generation_prompt %} actor{% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}the {{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %} actor{% endif %}"
+    )
     tokenizer.save_pretrained(folder)
     task, _ = generator({**generation, "model": str(folder)})
     example = task.encode({"prompt": "movie", "completion": "good"})

@@ -10,6 +10,7 @@ from samples import changed, jsonl, opinions, rows, same_weights, weights
 
 from petune import PetuneError
 from petune.training import Recipe, Result, evaluate, load_recipe, packing, train
+from petune.training.host_model import _takes_every
 
 
 def test_a_run_and_its_folder(recipe: dict[str, Any]) -> None:
@@ -186,7 +187,12 @@ SLOW = pytest.mark.slow
 SETTINGS = [
     {"recompute": False},
     {"gradient_checkpointing": True},
-    {"gradient_checkpointing": 2},
+    pytest.param(
+        {"gradient_checkpointing": 2},
+        marks=pytest.mark.skipif(
+            not _takes_every(), reason="transformers 5.16 can leave blocks out"
+        ),
+    ),
     {"packing": False},
     {"packing": False, "gradient_checkpointing": True},
     {"optimizer": "adamw_8bit"},

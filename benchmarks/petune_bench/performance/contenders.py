@@ -19,9 +19,10 @@ from petune.loading.models import DTYPES
 from petune.training.memory import measure_step, resident_bytes
 from petune.training.order import EpochSampler
 from petune.training.recipe import Recipe, parse
+from petune.training.recorder import Recorder
 from petune.training.setup import make_splits, make_task
 from petune.training.tasks import Example, Task
-from petune.training.trainer import AdapterTrainer, Recorder, arguments
+from petune.training.trainer import AdapterTrainer, arguments
 
 MODEL, RANK = "smollm2-135m", 16
 Batch = dict[str, Tensor]

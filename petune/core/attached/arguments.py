@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from petune.core.attached.parts import Part
@@ -18,38 +19,46 @@ def arguments_at(sites: Sequence[Site], part: Part) -> list[dict[str, Any]]:
     Raises:
         PetuneError: a word of a pattern means none of the sites.
     """
-    known = arguments(part.cls)
-    plain = {name: value for name, value in part.arguments.items() if name in known}
-    found = [dict(plain) for _ in sites]
-    for name, pattern in part.arguments.items():
-        if name not in known and pattern is not None:
-            _apply(name, pattern, sites, found)
+    given = part.arguments
+    own = given.keys() & arguments(part.cls).keys()
+    patterns = [Pattern(name, given[name] or {}) for name in given.keys() - own]
+    meant = [pattern.by_site(sites) for pattern in patterns]
+    found = []
+    for site in sites:
+        here = {name: given[name] for name in own}
+        for values in meant:
+            here.update(values.get(site.name, {}))
+        found.append(here)
     return found
 
 
-def _apply(
-    name: str,
-    pattern: dict[str, Any],
-    sites: Sequence[Site],
-    found: list[dict[str, Any]],
-) -> None:
-    """Set what a pattern says; of two words that mean a site the first one counts."""
-    argument = name.removesuffix(PATTERN)
-    for word, value in reversed(pattern.items()):
-        for i in _meant(name, word, sites):
-            found[i][argument] = value
+@dataclass(frozen=True)
+class Pattern:
+    """Values of a hyperparameter where words of a `where` say: `rank_pattern={"q": 4}`.
 
+    Args:
+        name: the argument, which ends in `_pattern`.
+        values: by word. Of two that mean a site the first one counts.
+    """
 
-def _meant(name: str, word: str, sites: Sequence[Site]) -> list[int]:
-    """The numbers of the sites that a word of a pattern means."""
-    same = [i for i, site in enumerate(sites) if word in (site.role, site.name)]
-    if same:
-        return same
-    try:
-        names = {site.name for site in select(list(sites), word)}
-    except PetuneError:
-        some = f"a role (such as {sites[0].role}) or a name ({sites[0].name})"
-        raise PetuneError(
-            f"{name}: {word!r} matches none of the sites adapted; it takes {some}."
-        ) from None
-    return [i for i, site in enumerate(sites) if site.name in names]
+    name: str
+    values: Mapping[str, Any]
+
+    def by_site(self, sites: Sequence[Site]) -> dict[str, dict[str, Any]]:
+        """For each site that a word means, by its name, the argument and its value."""
+        argument = self.name.removesuffix(PATTERN)
+        found: dict[str, dict[str, Any]] = {}
+        for word in reversed(list(self.values)):
+            meant = self._meant(word, sites)
+            found.update(dict.fromkeys(meant, {argument: self.values[word]}))
+        return found
+
+    def _meant(self, word: str, sites: Sequence[Site]) -> list[str]:
+        """The names of the sites that a word means."""
+        try:
+            return [site.name for site in select(list(sites), word)]
+        except PetuneError:
+            first = sites[0]
+            some = f"a role (such as {first.role}) or a name ({first.name})"
+            what = f"{self.name}: {word!r} matches none of the sites adapted"
+            raise PetuneError(f"{what}; it takes {some}.") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from petune.core.attached.arguments import arguments_at
@@ -43,7 +44,7 @@ def attach(
         train: modules of the base that train along, in a copy of the tuning's own; without it those that
             `from_pretrained` had to make anew (a classifier).
         arguments: the method's hyperparameters. For each there is another that ends in `_pattern`, a mapping from
-            words of `where` to the values that the hyperparameter has there: `rank_pattern={"q": 4}`.
+            words of `where` to the values that it has there: `rank_pattern={"q": 4}`.
 
     Raises:
         PetuneError: an unknown name or argument, a `where` that matches nothing, a name already taken, another
@@ -52,22 +53,27 @@ def attach(
     """
     wanted = parts(method, arguments, where)
     _check_name(model, name)
-    heads = tuple(getattr(model, "petune_fresh", ()) if train is None else train)
+    heads = getattr(model, "petune_fresh", ()) if train is None else train
     sites = find_sites(model)
-    made = [_made(part, sites) for part in wanted]
-    to_train = [module for part in made for module in part.modules]
-    copies = trained_copies(model, [*to_train, *heads])
+    tuning = _linked(model, name, [_made(part, sites) for part in wanted], tuple(heads))
+    install(model, tuning)
+    return tuning
+
+
+def _linked(
+    model: PreTrainedModel, name: str, made: Sequence[Made], heads: tuple[str, ...]
+) -> Tuning:
+    """A tuning with its links, none of which is in the model yet."""
     tuning = Tuning(model, name, [each.part for each in made], heads)
-    tuning.links += [
-        Link(copy, site, tuning) for copy, site in copies
-    ]  # what trains itself is innermost
+    to_train = chain.from_iterable(each.modules for each in made)
+    copies = trained_copies(model, [*to_train, *heads])
+    # what trains itself is innermost
+    tuning.links += [Link(copy, site, tuning) for copy, site in copies]
     for each in made:
         tuning.links += each.links(tuning)
     if not tuning.links:
-        raise UnsupportedError(
-            f"method {wanted[0].name!r}: this model has no blocks with linear layers."
-        )
-    install(model, tuning)
+        what = f"method {made[0].part.name!r}"
+        raise UnsupportedError(f"{what}: this model has no blocks with linear layers.")
     return tuning
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import filterfalse
 from typing import Any
 
 import torch
@@ -25,49 +26,52 @@ def trained_copies(model: nn.Module, names: Sequence[str]) -> list[Copied]:
     Raises:
         PetuneError: the model has no module of such a name.
     """
-    everything = dict(walk(model)) if names else {}
-    shared: dict[int, Any] = {}  # one for all, so that tied weights stay tied
-    found: dict[str, Copied] = {}
-    whole: list[str] = []
+    everything = dict(walk(model))
+    owners = _Owners()
     for name in names:
         if name not in everything:
-            raise PetuneError(
-                unknown("module to train:", name, [n for n, _ in children(model)])
-            )
-        for path, module in _owners(everything[name], name, whole):
-            if path not in found:
-                found[path] = _copied(path, module, shared)
-    return list(found.values())
+            known = dict(children(model))
+            raise PetuneError(unknown("module to train:", name, known))
+        owners.add(everything[name], name)
+    shared: dict[int, Any] = {}  # one for all, so that tied weights stay tied
+    found = owners.found.items()
+    return [_copied(path, module, shared) for path, module in found]
 
 
-def _owners(
-    module: nn.Module, name: str, whole: list[str]
-) -> Iterator[tuple[str, nn.Module]]:
-    """The modules in it to copy: those with parameters of their own, and none inside one that is copied whole, the
-    names of which are noted in `whole`.
+class _Owners:
+    """The modules to copy: those with parameters of their own, and none inside one that is
+    copied whole.
     """
-    for path, inner in walk(module, name):
-        is_held = path.startswith(tuple(whole)) and not is_quantized(inner)
-        if is_held or not list(inner.parameters(recurse=False)):
-            continue
-        if _reads_inside(inner):
-            whole.append(f"{path}.")
-        yield path, inner
+
+    def __init__(self) -> None:
+        self.found: dict[str, nn.Module] = {}
+        self.whole: tuple[str, ...] = ()
+
+    def add(self, module: nn.Module, name: str) -> None:
+        """Add those in a module that goes by `name`."""
+        for path, inner in walk(module, name):
+            is_held = path.startswith(self.whole) and not is_quantized(inner)
+            own = list(inner.parameters(recurse=False))
+            if is_held or not own:
+                continue
+            if _reads_inside(inner):
+                self.whole = (*self.whole, f"{path}.")
+            self.found.setdefault(path, inner)
 
 
 def _reads_inside(module: nn.Module) -> bool:
-    """Whether a module with parameters of its own holds modules, whose parameters it may read too."""
-    return features(module) is None and bool(list(children(module)))
+    """Whether a module with parameters of its own holds modules, whose parameters it may
+    read too.
+    """
+    return features(module) is None and any(children(module))
 
 
 def _copied(path: str, module: nn.Module, shared: dict[int, Any]) -> Copied:
     into, out = features(module) or (0, 0)
     site = Site(path, "module", "parameters", None, into, out, module)
     if _reads_inside(module):
-        owners = {
-            name: inner for name, inner in walk(module) if not is_quantized(inner)
-        }
-        return TrainedParameters(owners), site
+        dense_ones = filterfalse(lambda named: is_quantized(named[1]), walk(module))
+        return TrainedParameters(dict(dense_ones)), site
     own = dense(module) if is_quantized(module) else _plain_copy(module, shared)
     dtype = next(own.parameters()).dtype
     own = own.to(torch.promote_types(torch.float32, dtype))
@@ -78,14 +82,13 @@ def _plain_copy(module: nn.Module, shared: dict[int, Any]) -> nn.Module:
     """The module without what petune has put on it."""
     if "petune_graft" not in vars(module):
         return copy.deepcopy(module, shared)
-    state = {
-        key: value
-        for key, value in vars(module).items()
-        if not key.startswith("petune_")
-    }
-    state["_modules"] = {
-        key: inner for key, inner in children_of(module).items() if key != "petune"
-    }
+    state = _without_petune(vars(module))
+    state["_modules"] = _without_petune(children_of(module))
     plain: nn.Module = object.__new__(base_class(module))
     plain.__dict__.update(copy.deepcopy(state, shared))
     return plain
+
+
+def _without_petune(named: Mapping[str, Any]) -> dict[str, Any]:
+    """What does not go by a name of petune's."""
+    return {key: value for key, value in named.items() if not key.startswith("petune")}

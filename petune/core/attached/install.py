@@ -15,15 +15,8 @@ from petune.core.frozen.weights import is_quantized
 from petune.core.graft import observed
 from petune.core.graft.attend import install as install_attention
 from petune.core.graft.board import Board, board_of
-from petune.core.graft.module import (
-    Alone,
-    Grafted,
-    add,
-    graft_of,
-    hold,
-    release,
-    remove,
-)
+from petune.core.graft.module import Alone, Grafted, graft_of
+from petune.core.graft.placing import add, hold, release, remove
 from petune.core.graft.remembering import check_checkpointing, forget, remember
 from petune.core.host.seams import SEAMS
 from petune.core.host.trainer import say_adapted, say_plain
@@ -66,8 +59,6 @@ def uninstall(model: Any, tuning: Acting) -> None:
         del board.tunings[tuning.name]
         for link in tuning.links:
             _take(model, link)
-        if not board.tunings:
-            forget(model)
         release(model)
         if not board.tunings:
             _end(model, board)
@@ -79,8 +70,8 @@ def attached_board(model: Any, tuning: Acting) -> Board:
     Raises:
         PetuneError: it is not attached any more.
     """
-    board = board_of(model)
-    if board is None or board.tunings.get(tuning.name) is not tuning:
+    board = board_of(model) or Board()
+    if board.tunings.get(tuning.name) is not tuning:
         raise PetuneError(f"tuning {tuning.name!r} is not attached any more.")
     return board
 
@@ -91,10 +82,9 @@ def _begin(model: Any, board: Board) -> None:
         name: p.requires_grad for name, p in model.named_parameters()
     }
     board.causal = is_causal(model)
-    table = input_table(model)
-    board.vocabulary = len(table.weight) if table is not None else 0
+    board.vocabulary = getattr(input_table(model), "num_embeddings", 0)
     model.requires_grad_(False)
-    if any(is_quantized(module) for _, module in walk(model)):
+    if any(map(is_quantized, dict(walk(model)).values())):
         say_adapted(model)
 
 
@@ -105,6 +95,7 @@ def _end(model: Any, board: Board) -> None:
             board.asked_gradients.get(name, parameter.requires_grad)
         )
     say_plain(model)
+    forget(model)
 
 
 def place_stacks(model: Any, tuning: Acting) -> None:
@@ -118,9 +109,9 @@ def place_stacks(model: Any, tuning: Acting) -> None:
 
 def _put(model: Any, link: Link, board: Board) -> None:
     module = link.site.module
-    anchor = next(module.parameters(), None)
-    least = torch.float64 if model.dtype == torch.float64 else torch.float32
-    link.adapter.to(device=anchor.device if anchor is not None else None, dtype=least)
+    anchor: Any = next(module.parameters(), None)
+    least = torch.promote_types(torch.float32, model.dtype)
+    link.adapter.to(device=getattr(anchor, "device", None), dtype=least)
     link.adapter.train(model.training)
     if link.site.kind == "attention":
         install_attention()
@@ -129,14 +120,19 @@ def _put(model: Any, link: Link, board: Board) -> None:
     if isinstance(link.adapter, TrainedParameters):
         here = graft_of(module)
         here.alone = here.alone or Alone()
-    for table in tables(model) if link.site.kind == "prompt" else ():
+    for table in _tables_of(model, link):
         hold(table, board, PromptTable)
 
 
 def _take(model: Any, link: Link) -> None:
     remove(link)
-    for table in tables(model) if link.site.kind == "prompt" else ():
+    for table in _tables_of(model, link):
         release(table)
+
+
+def _tables_of(model: Any, link: Link) -> list[nn.Module]:
+    """The tables that answer for the rows of a prompt."""
+    return tables(model) if link.site.kind == "prompt" else []
 
 
 def _methods(link: Link) -> Any:

@@ -11,10 +11,10 @@ from torch import nn
 
 from petune.core.attached.cost import Merged
 from petune.core.attached.quantized import forget_if_dense
-from petune.core.attached.target import target_of
+from petune.core.attached.targets import target_of
 from petune.core.forward.link import Acting, Link
 from petune.core.frozen.modules import is_norm
-from petune.core.graft.module import remove
+from petune.core.graft.placing import remove
 from petune.core.method.copies import TrainedCopy
 from petune.errors import UnmergeableError
 

@@ -7,15 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from petune.core.method.arguments import check_arguments
-from petune.core.registry.methods import Method, resolve
+from petune.core.registry.methods import Method, method_of
 from petune.errors import PetuneError, unknown
 
 Where = str | Mapping[str, str | None] | None
+"""The sites that the user picks; of several methods, by their names."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One method of a tuning: its name and class, its arguments, and the sites that the user picked for it."""
+    """One method of a tuning: its name and class, its arguments, and the sites that the
+    user picked for it.
+    """
 
     name: str
     cls: Method
@@ -28,42 +31,59 @@ def parts(
     arguments: Mapping[str, Any],
     where: Where = None,
 ) -> tuple[Part, ...]:
-    """The parts of a tuning. With a list of methods, `arguments` and `where` go by the methods' names.
+    """The parts of a tuning. With a list of methods, `arguments` and `where` go by the
+    methods' names.
 
     Raises:
-        PetuneError: an unknown method or argument, one of the wrong type, or a method listed twice.
+        PetuneError: an unknown method or argument, one of the wrong type, or a method
+            listed twice.
     """
-    if isinstance(method, str) or not isinstance(method, Sequence):
-        if isinstance(where, Mapping):
-            raise PetuneError(f"where={where!r}: a string, as there is one method.")
-        name, cls = resolve(method)
-        return (Part(name, cls, check_arguments(name, cls, arguments), where),)
-    found = dict(resolve(one) for one in method)
-    if not found or len(found) < len(method):
-        raise PetuneError(
-            f"method={list(method)!r}: list each method once, and at least one."
-        )
+    if isinstance(method, Sequence) and not isinstance(method, str):
+        return _several(method, arguments, where)
+    if isinstance(where, Mapping):
+        raise PetuneError(f"where={where!r}: a string, as there is one method.")
+    return (_part(*method_of(method), arguments, where),)
+
+
+def _part(
+    name: str, cls: Method, arguments: Mapping[str, Any], where: str | None
+) -> Part:
+    return Part(name, cls, check_arguments(name, cls, arguments), where)
+
+
+def _several(
+    listed: Sequence[str | Method], arguments: Mapping[str, Any], where: Where
+) -> tuple[Part, ...]:
+    """The parts of a tuning of several methods."""
+    found = dict(map(method_of, listed))
+    if not found or len(found) < len(listed):
+        what = f"method={list(listed)!r}"
+        raise PetuneError(f"{what}: list each method once, and at least one.")
     if isinstance(where, str):
-        raise PetuneError(
-            f"where={where!r}: with several methods, where={{{next(iter(found))!r}: …}}."
-        )
-    for what, given in (("arguments go", arguments), ("where goes", where or {})):
-        for name in given:
-            if name not in found:
-                raise PetuneError(
-                    unknown(f"method ({what} by method in a list)", name, found)
-                )
+        first = next(iter(found))
+        remedy = f"with several methods, where={{{first!r}: …}}"
+        raise PetuneError(f"where={where!r}: {remedy}.")
+    sites: Mapping[str, str | None] = {} if where is None else where
+    _check_names("arguments go", arguments, found)
+    _check_names("where goes", sites, found)
     for name, own in arguments.items():
-        if not isinstance(own, Mapping):
-            raise PetuneError(
-                f"with several methods, arguments go by method: {name}={{argument: value}}, not {own!r}."
-            )
+        _check_is_mapping(name, own)
     return tuple(
-        Part(
-            name,
-            cls,
-            check_arguments(name, cls, arguments.get(name, {})),
-            (where or {}).get(name),
-        )
+        _part(name, cls, arguments.get(name, {}), sites.get(name))
         for name, cls in found.items()
     )
+
+
+def _check_names(
+    what: str, given: Mapping[str, Any], methods: Mapping[str, Any]
+) -> None:
+    for name in given:
+        if name not in methods:
+            kind = f"method ({what} by method in a list)"
+            raise PetuneError(unknown(kind, name, methods))
+
+
+def _check_is_mapping(name: str, own: Any) -> None:
+    if not isinstance(own, Mapping):
+        how = f"arguments go by method: {name}={{argument: value}}"
+        raise PetuneError(f"with several methods, {how}, not {own!r}.")

@@ -26,10 +26,10 @@ def route(model: PreTrainedModel, names: Sequence[str | None]) -> Iterator[None]
         PetuneError: a name is not attached, or a batch does not have one row a name.
     """
     board = board_of(model)
-    known = board.tunings if board else {}
-    for name in names:
-        if name is not None and name not in known:
-            raise PetuneError("route(): " + unknown("tuning", name, known))
+    known = {} if board is None else board.tunings
+    strange = set(names) - {None} - known.keys()
+    if strange:
+        raise PetuneError("route(): " + unknown("tuning", strange.pop(), known))
     if not names:
         raise PetuneError(
             "route(): no names; give one for each row of the batch, None for the base."

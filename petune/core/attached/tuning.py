@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from petune.core.attached import folder
+from petune.core.attached.cost import Merged
 from petune.core.attached.install import attached_board, uninstall
-from petune.core.attached.merge import Merged, merge
+from petune.core.attached.merge import merge
 from petune.core.attached.parts import Part, Where
 from petune.core.forward.link import Acting, Link
 from petune.core.forward.settings import setting, settings_of

@@ -90,6 +90,11 @@ class Remembering:
     def __init__(self, checkpoint: Callable[..., Any]) -> None:
         self.checkpoint = checkpoint
 
+    @classmethod
+    def around(cls, checkpoint: Callable[..., Any]) -> Remembering:
+        """The same that remembers, if it does not yet."""
+        return checkpoint if isinstance(checkpoint, Remembering) else cls(checkpoint)
+
     def __call__(
         self, function: Callable[..., Any], *inputs: Any, **options: Any
     ) -> Any:

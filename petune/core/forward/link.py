@@ -41,6 +41,11 @@ class Acting:
         return any(link.reads_batch for link in self.links)
 
     @property
+    def shares_notes(self) -> bool:
+        """Whether its sites tell each other something within a forward."""
+        return any(link.takes_notes for link in self.links)
+
+    @property
     def weight(self) -> float:
         """How much of the tuning acts: at each site y = inner(x) + weight (adapter(inner, x) - inner(x)). So tunings
         that add something, stacked, are their weighted sum.
@@ -100,7 +105,8 @@ class Link:
 
     def __post_init__(self) -> None:
         self.label = self.label or self.site.name
-        asked = _keywords(type(self.adapter))
+        kind: Any = type(self.adapter)
+        asked = _keywords(kind)
         self.reads_batch, self.takes_notes = "batch" in asked, "notes" in asked
 
     @property

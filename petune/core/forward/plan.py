@@ -55,6 +55,7 @@ class Plan:
         self.names = list(names)
         self.beams = beams
         self.by_row = _repeated(self.names, beams)
+        self.served = [name for name in dict.fromkeys(self.names) if name is not None]
         self._rows: dict[Any, Rows] = {}
 
     def with_beams(self, beams: int) -> Plan:

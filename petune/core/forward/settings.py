@@ -72,15 +72,15 @@ def setting(board: object, **changes: Any) -> Iterator[None]:
     others = tuple(entry for entry in _set.get() if entry[0] is not board)
     entries = (*others, (board, changed))
     token = _set.set(entries)
-    before, _thread.entries = _thread.entries, entries
+    _thread.entries = entries
     in_task = _runs_in_a_task()
     _thread.shared_by_tasks += in_task
     try:
         yield
     finally:
         _thread.shared_by_tasks -= in_task
-        _thread.entries = before
         _set.reset(token)
+        _thread.entries = _set.get()  # tasks that take turns don't end in order
 
 
 def _runs_in_a_task() -> bool:

@@ -23,9 +23,7 @@ class Block:
     def __init__(self, found: Repeated) -> None:
         self.name, self.layer = found.name, found.layer
         self.modules = dict(walk(found.module, found.name))
-        widths = [
-            width_of(module) for module in self.modules.values() if is_norm(module)
-        ]
+        widths = list(map(width_of, filter(is_norm, self.modules.values())))
         self.hidden = max(widths, key=widths.count, default=0)
 
     def site(
@@ -46,7 +44,7 @@ class Block:
 
     def linears(self, name: str) -> list[str]:
         """The names of the linear layers in a module."""
-        return [layer for layer, _ in linears(self.modules[name], name)]
+        return list(dict(linears(self.modules[name], name)))
 
     def around(self, name: str) -> Iterator[str]:
         """The modules around one, from the smallest to the block."""
@@ -73,5 +71,5 @@ class Block:
         whole = self.modules[name]
         if isinstance(whole, LISTS):
             return True
-        norms = (module for _, module in walk(whole) if is_norm(module))
-        return any(width_of(norm) == width for norm in norms)
+        inner = dict(walk(whole)).values()
+        return width in map(width_of, filter(is_norm, inner))

@@ -6,6 +6,7 @@ import dis
 import inspect
 from collections.abc import Iterator
 from functools import cache
+from itertools import chain
 from types import FunctionType
 from typing import Any
 
@@ -28,21 +29,20 @@ def calls_attention_interface(cls: Any) -> bool:
 @cache
 def computes_attention(cls: type) -> bool:
     """The class calls a softmax and products of matrices itself, or torch's function for both."""
-    used: set[Any] = set()
-    for function in _functions(cls):
-        used.update(_names_used(function))
+    used = set(chain.from_iterable(map(_names_used, _functions(cls))))
     if WHOLE in used:
         return True
-    return not used.isdisjoint(PRODUCTS) and not used.isdisjoint(SOFTMAX)
+    steps = used & PRODUCTS, used & SOFTMAX
+    return all(steps)
 
 
 def _functions(cls: type) -> Iterator[FunctionType]:
     """The functions of a class and its parents, without what decorators have put around them."""
-    for parent in cls.__mro__:
-        members = () if parent is nn.Module else vars(parent).values()
-        for member in members:
-            if isinstance(member, FunctionType):
-                yield inspect.unwrap(member)
+    parents = [parent for parent in cls.__mro__ if parent is not nn.Module]
+    members = chain.from_iterable(vars(parent).values() for parent in parents)
+    for member in members:
+        if isinstance(member, FunctionType):
+            yield inspect.unwrap(member)
 
 
 def _names_used(function: FunctionType) -> Iterator[Any]:

@@ -33,11 +33,10 @@ def _declare_biases(model: Any, lost: list[str]) -> None:
     """
     flags = _needed(model)
     if unplaced(model, **flags):
-        names = ", ".join(lost[:2]) + (", …" if len(lost) > 2 else "")
-        kind = model.config.model_type
-        warnings.warn(
-            f"a saved {kind} has no place for {names}.", stacklevel=STACKLEVEL
-        )
+        kind, first = model.config.model_type, lost[0]
+        more = f" and {len(lost) - 1} more".removesuffix(" and 0 more")
+        what = f"a saved {kind} has no place for {first}{more}."
+        warnings.warn(what, stacklevel=STACKLEVEL)
         return
     vars(model.config).update(flags)
     _fill_places(model)
@@ -46,7 +45,8 @@ def _declare_biases(model: Any, lost: list[str]) -> None:
 def _needed(model: Any) -> dict[str, bool]:
     """Of the configuration's switches for biases those without which something is lost."""
     switches = model.config.to_dict()
-    off = [key for key in switches if key.endswith("bias") and switches[key] is False]
+    biases = filter(lambda key: key.endswith("bias"), switches)
+    off = [key for key in biases if switches[key] is False]
     flags = dict.fromkeys(off, True)
     for key in off:
         others = {**flags}

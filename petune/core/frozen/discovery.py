@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import filterfalse
+from operator import attrgetter
+
 from torch import nn
 
 from petune.core.frozen.attentions import Attentions, Known
@@ -24,8 +27,9 @@ def discover(model: nn.Module, attention: Known | None = None) -> list[Site]:
     """
     repeated = list(blocks(model))
     found = list(Outside(model, repeated).sites())
+    known = attention or {}
     for each in repeated:
-        found += _in_block(Block(each), {} if attention is None else attention)
+        found += _in_block(Block(each), known)
     return found
 
 
@@ -36,13 +40,13 @@ def _in_block(block: Block, known: Known) -> list[Site]:
     output = with_role(found, "o")
     if output is not None:
         block.hidden = output.out_features
-    taken = {site.name for site in found}
-    rest = [layer for layer in block.linears(block.name) if layer not in taken]
-    found += mlp_sites(block, rest, {*attentions.wholes} - {block.name})
-    norms = [name for name, module in block.modules.items() if is_norm(module)]
-    for name in norms:
-        role = _role_of_norm(name, attentions)
-        found.append(block.site(name, role, width_of(block.modules[name])))
+    taken = set(map(attrgetter("name"), found))
+    rest = filterfalse(taken.__contains__, block.linears(block.name))
+    found += mlp_sites(block, list(rest), {*attentions.wholes} - {block.name})
+    for name, module in block.modules.items():
+        if is_norm(module):
+            role = _role_of_norm(name, attentions)
+            found.append(block.site(name, role, width_of(module)))
     found.append(block.site(block.name, "layer", block.hidden))
     order = list(block.modules)
     return sorted(found, key=lambda site: order.index(site.module_name))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain, product
+from operator import lt
 from typing import Any, NamedTuple
 
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
@@ -32,53 +35,56 @@ def geometry(core: Any, width: Mapping[str, int]) -> Geometry | None:
     Args:
         width: The outputs of its linear layers by role.
     """
-    owners = [
-        core,
-        getattr(core, "config", None),
-    ]  # not the model's, which may speak of another tower
-    heads = _told(owners, HEADS)
+    # not the model's configuration, which may speak of another tower
+    owners = [core, getattr(core, "config", None)]
+    heads = _first(_told(owners, HEADS))
     if not heads:
         return None
     kv_heads = _kv_heads(core, owners, heads)
-    dim = _first(_told([core], WIDTHS), _width_of_one(width, heads, kv_heads))
+    dim = _first(chain(_told([core], WIDTHS), _by_projection(width, heads, kv_heads)))
     if not dim:
         return None
     heads = _by_width(width, heads, dim)
-    kv_heads = width["k"] // dim if "k" in width else kv_heads
+    kv_heads = width.get("k", kv_heads * dim) // dim
     if not kv_heads or heads % kv_heads:
         return None
-    value = _first(_told([core], ("v_head_dim",)), width.get("v", 0) // kv_heads, dim)
+    values = (width.get("v", 0) // kv_heads, dim)
+    value = _first(chain(_told([core], ["v_head_dim"]), values))
     return Geometry(heads, kv_heads, dim, value)
 
 
-def _told(owners: Sequence[Any], names: Sequence[str]) -> int:
-    """The first positive number that goes by one of the names, 0 if none does."""
-    for owner in owners:
-        found = _first(*(getattr(owner, name, None) for name in names))
-        if found:
-            return found
-    return 0
+def _told(owners: Sequence[Any], names: Sequence[str]) -> Iterator[Any]:
+    """What goes by one of the names, asked for one by one: some configurations refuse to
+    answer for all layers at once.
+    """
+    for owner, name in product(owners, names):
+        yield getattr(owner, name, None)
 
 
-def _first(*values: Any) -> int:
+def _first(values: Iterable[Any]) -> int:
     """The first of the values that is a positive number, 0 if none is."""
     numbers = (value for value in values if isinstance(value, int))
-    return next((number for number in numbers if number > 0), 0)
+    return next(filter(partial(lt, 0), numbers), 0)
 
 
 def _kv_heads(core: Any, owners: Sequence[Any], heads: int) -> int:
-    groups = _told([core], ("num_key_value_groups",))
-    return heads // groups if groups else _first(_told(owners, KV_HEADS), heads)
+    groups = _first(_told([core], ["num_key_value_groups"]))
+    if groups:
+        return heads // groups
+    return _first(chain(_told(owners, KV_HEADS), [heads]))
 
 
-def _width_of_one(width: Mapping[str, int], heads: int, kv_heads: int) -> int:
-    """The width of a head by those of the projections."""
-    fused = width.get("qkv", 0) // (heads + 2 * kv_heads)
-    return _first(width.get("q", 0) // heads, fused)
+def _by_projection(
+    width: Mapping[str, int], heads: int, kv_heads: int
+) -> tuple[int, int]:
+    """The width of a head by that of the projection of queries, or of all three in one."""
+    return width.get("q", 0) // heads, width.get("qkv", 0) // (heads + 2 * kv_heads)
 
 
 def _by_width(width: Mapping[str, int], heads: int, dim: int) -> int:
-    """The heads of q, by the width of its projection if that is of another number than what is told."""
+    """The heads of q, by the width of its projection if that is of another number than
+    what is told.
+    """
     q = width.get("q", 0)
     as_told = (0, heads * dim, 2 * heads * dim)  # twice: with a gate
     return heads if q in as_told or q % dim else q // dim

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations, count
+from itertools import combinations, count, filterfalse
 
 from petune.core.frozen.roles import words_of
 
@@ -12,7 +12,7 @@ ASIDE = {"bottleneck", "router"}
 """Words of layers that stand beside an MLP's own."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Layer:
     """A linear layer among those of an MLP, which maps `width` features to `out`."""
 
@@ -26,17 +26,14 @@ class Layer:
         """A layer of a size, (in, out)."""
         return cls(index, name, *size)
 
-    @property
     def size(self) -> tuple[int, int]:
         """(in, out)."""
         return self.width, self.out
 
-    @property
     def is_aside(self) -> bool:
         """Whether its name says that it is no part of the MLP."""
         return not ASIDE.isdisjoint(words_of(self.name))
 
-    @property
     def says_gate(self) -> bool:
         """Whether its name says that it is the gate."""
         return "gate" in self.name.rpartition(".")[2]
@@ -53,21 +50,29 @@ def mlp_roles(
         hidden: the width of the residual stream.
     """
     layers = list(map(Layer.of, count(), names, sizes))
-    own = [layer for layer in layers if not layer.is_aside]
-    pairs = [pair for pair in combinations(own, 2) if _match(*pair, hidden)]
     roles = ["other"] * len(layers)
+    own = filterfalse(Layer.is_aside, layers)
+    pairs = [pair for pair in combinations(own, 2) if _match(*pair, hidden)]
     if not pairs:
         return roles
-    down = max((down for _, down in pairs), key=lambda layer: layer.index)
-    shapes = {up.size for up, _ in pairs}
-    ups = [layer for layer in layers if layer is not down and layer.size in shapes]
-    roles[down.index] = "down"
+    opening, closing = zip(*pairs, strict=True)
+    down = max(closing)
+    shapes = set(map(Layer.size, opening))
+    ups = [layer for layer in layers if layer.size() in shapes]
+    if down in ups:
+        ups.remove(down)
     for up in ups:
-        roles[up.index] = "gate_up" if up.out == 2 * down.width else "up"
-    gate = _gate(ups)
-    if roles[gate.index] == "up" and len(ups) > 1:
-        roles[gate.index] = "gate"
+        roles[up.index] = _role_of_up(up, down, ups)
+    roles[down.index] = "down"
     return roles
+
+
+def _role_of_up(up: Layer, down: Layer, ups: Sequence[Layer]) -> str:
+    """The role of a layer that reads the MLP's input, among all that do."""
+    if up.out == 2 * down.width:
+        return "gate_up"
+    gate = next(filter(Layer.says_gate, ups), ups[0])
+    return "gate" if up is gate and len(ups) > 1 else "up"
 
 
 def _match(up: Layer, down: Layer, hidden: int) -> bool:
@@ -76,10 +81,7 @@ def _match(up: Layer, down: Layer, hidden: int) -> bool:
     """
     if up.width != down.out:
         return False
-    into_the_stream = down.out == hidden and up.out >= down.width
-    return into_the_stream or up.out in (down.width, 2 * down.width)
-
-
-def _gate(ups: Sequence[Layer]) -> Layer:
-    """Of the layers that read the MLP's input the one whose name says so, else the first."""
-    return next(filter(lambda up: up.says_gate, ups), ups[0])
+    widths = [down.width, 2 * down.width]
+    if down.out == hidden:  # into the stream, whatever is between
+        widths.append(max(up.out, down.width))
+    return up.out in widths

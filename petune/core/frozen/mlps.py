@@ -24,7 +24,7 @@ def mlp_sites(
         layers: the linear layers in none of the block's attentions.
         attentions: the modules that hold an attention and its output.
     """
-    experts = [name for name, module in block.modules.items() if _are_experts(module)]
+    experts = filter(lambda name: _are_experts(block.modules[name]), block.modules)
     around_experts = {name.rpartition(".")[0] for name in experts}
     mixtures = around_experts & (block.modules.keys() - {block.name})
     mixtures -= set(filter(partial(_is_within, block, attentions), mixtures))

@@ -30,9 +30,8 @@ def hooked_forward(module: nn.Module) -> Callable[..., Any] | None:
 
 def set_hooked_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:
     """Let an adapted module compute something else than its class's forward; None takes that back."""
-    if forward is None:
-        module.__dict__.pop(HOOKED, None)
-    else:
+    module.__dict__.pop(HOOKED, None)
+    if forward is not None:
         module.__dict__[HOOKED] = forward
 
 
@@ -58,15 +57,18 @@ def features(module: nn.Module) -> tuple[int, int] | None:
 def _is_plain(cls: type) -> bool:
     """A model's own subclass of nn.Linear that builds itself otherwise computes something else: a router, groups."""
     is_a_models_own = cls.__module__.startswith("transformers.models.")
-    builds_itself = "__init__" in vars(cls) and nn.Linear in cls.__mro__
-    return not (is_a_models_own and builds_itself)
+    is_a_subclass = nn.Linear in cls.__mro__
+    builds_itself = "__init__" in vars(cls)
+    return not all((is_a_models_own, is_a_subclass, builds_itself))
 
 
 def is_norm(module: Any) -> bool:
     """Whether the module scales by a vector, with nothing inside."""
     weight = getattr(module, "weight", None)
-    is_vector = isinstance(weight, torch.Tensor) and weight.dim() == 1
-    return is_vector and not list(children(module))
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 1:
+        return False
+    inner = dict(children(module))
+    return not inner
 
 
 def width_of(norm: Any) -> int:
@@ -76,14 +78,14 @@ def width_of(norm: Any) -> int:
 
 def children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The base's own children: what petune put into the model is not part of it."""
-    for name, child in module.named_children():
-        if name != "petune":
-            yield name, child
+    inner = dict(module.named_children())
+    inner.pop("petune", None)
+    yield from inner.items()
 
 
 def inside(name: str, child: str) -> str:
     """The name of a child in the model, by its parent's there."""
-    return f"{name}.{child}" if name else child
+    return f"{name}.{child}".removeprefix(".")
 
 
 def walk(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -96,4 +98,4 @@ def walk(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
 
 def linears(module: nn.Module, name: str) -> Named:
     """The linear layers of a module that goes by `name`, itself included."""
-    return [(n, inner) for n, inner in walk(module, name) if features(inner)]
+    return [named for named in walk(module, name) if features(named[1])]

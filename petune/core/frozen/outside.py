@@ -4,7 +4,7 @@ the stacks, the heads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -14,18 +14,24 @@ from petune.core.frozen.modules import children, features, is_norm, walk, width_
 from petune.core.frozen.site import Site
 from petune.core.frozen.tables import input_table
 
+Maker = Callable[[str, nn.Module], Site]
+"""Makes a site of a module that goes by a name."""
+
 
 class Outside:
     """What stands around the blocks of a model."""
 
     def __init__(self, model: Any, blocks: Sequence[Repeated]) -> None:
         self.model = model
-        self.in_blocks = tuple(f"{block.name}." for block in blocks)
+        self.in_blocks = tuple(map("{0.name}.".format, blocks))
         self.head = model.get_output_embeddings()
         self.table: Any = input_table(model)
-        self.hidden = 0 if self.table is None else int(self.table.weight.shape[-1])
-        self.tables = set(self._tables())
-        self.heads = set(self._new_heads())
+        self.hidden = int(getattr(self.table, "embedding_dim", 0))
+        self.makers: dict[Any, Maker] = {}
+        self.makers.update(dict.fromkeys(self._new_heads(), self._classifier))
+        if features(self.head or model):
+            self.makers[self.head] = self._linear
+        self.makers.update(dict.fromkeys(self._tables(), self._embedding))
 
     def sites(self) -> Iterator[Site]:
         """The sites, in the order of the model's modules, the prompt first."""
@@ -36,35 +42,25 @@ class Outside:
         for name, module in walk(self.model):
             if name.startswith(self.in_blocks):
                 norm = "final"
-                continue
-            found = self._site(name, module, norm)
-            if found is not None:
-                yield found
+            elif module in self.makers:
+                yield self.makers[module](name, module)
+            elif is_norm(module):
+                width = width_of(module)
+                yield Site(name, "block", norm, None, width, width, module)
 
-    def _site(self, name: str, module: Any, norm: str) -> Site | None:
-        """The site of a module, if it is one; `norm` is what a norm's role would be."""
-        size = features(module)
-        if module in self.tables:
-            return self._embedding(name, module)
-        if module is self.head and size is not None:
-            return self._linear(name, module, size)
-        if module in self.heads:
-            into, out = size or (self.hidden, self.hidden)
-            return Site(name, "module", "classifier", None, into, out, module)
-        if is_norm(module):
-            width = width_of(module)
-            return Site(name, "block", norm, None, width, width, module)
-        return None
+    def _classifier(self, name: str, module: nn.Module) -> Site:
+        into, out = features(module) or (self.hidden, self.hidden)
+        return Site(name, "module", "classifier", None, into, out, module)
 
-    def _embedding(self, name: str, module: Any) -> Site:
-        rows, tied = module.weight.shape[0], self._is_shared(module)
-        return Site(
-            name, "embedding", "embed", None, rows, self.hidden, module, tied=tied
-        )
-
-    def _linear(self, name: str, module: Any, size: tuple[int, int]) -> Site:
+    def _embedding(self, name: str, module: nn.Module) -> Site:
+        rows, width = len(module.get_parameter("weight")), self.hidden
         tied = self._is_shared(module)
-        return Site(name, "linear", "head", None, *size, module, tied=tied)
+        return Site(name, "embedding", "embed", None, rows, width, module, tied=tied)
+
+    def _linear(self, name: str, module: nn.Module) -> Site:
+        into, out = features(module) or (0, 0)
+        tied = self._is_shared(module)
+        return Site(name, "linear", "head", None, into, out, module, tied=tied)
 
     def _is_shared(self, module: Any) -> bool:
         """Whether the table of a module is both the input embedding's and the head's."""
@@ -72,17 +68,17 @@ class Outside:
         tables = {id(getattr(owner, "weight", None)) for owner in owners}
         return len(tables) == 1
 
-    def _tables(self) -> list[nn.Module]:
+    def _tables(self) -> set[nn.Module]:
         """The modules of the input embedding: T5's stacks each have one of their own for
         the same table.
         """
-        if self.table is None:
-            return []
-        weight = self.table.weight
-        modules = [module for _, module in walk(self.model)]
-        embeddings = [module for module in modules if isinstance(module, nn.Embedding)]
-        same: list[nn.Module] = [each for each in embeddings if each.weight is weight]
-        return [module for module in same if module is not self.table] or same
+        modules = dict(walk(self.model)).values()
+        same = set(filter(self._is_input_table, modules))
+        return same - {self.table} or same
+
+    def _is_input_table(self, module: nn.Module) -> bool:
+        weight = getattr(self.table, "weight", self)
+        return isinstance(module, nn.Embedding) and module.weight is weight
 
     def _new_heads(self) -> Iterator[nn.Module]:
         """The modules around the base model that hold no output embedding: the heads of
@@ -92,6 +88,6 @@ class Outside:
         if base is self.model:
             return
         for _, module in children(self.model):
-            inner = {base, self.head}.intersection(module.modules())
-            if not inner and list(module.parameters()):
+            others = {base, self.head}.isdisjoint(module.modules())
+            if others and list(module.parameters()):
                 yield module

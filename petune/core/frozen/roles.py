@@ -10,7 +10,19 @@ CROSS = re.compile(r"cross|enc_?dec|encoder_attn|crs", re.IGNORECASE)
 OUT = {"o", "out", "output", "wo", "dense", "c"}
 """Words of an attention's output."""
 OTHER = set(
-    "pos position rel relative gate indexer global expert experts router conv".split()
+    [
+        "pos",
+        "position",
+        "rel",
+        "relative",
+        "gate",
+        "indexer",
+        "global",
+        "expert",
+        "experts",
+        "router",
+        "conv",
+    ]
 )
 """Words of layers in an attention that are neither its projections nor its output."""
 LETTERS = {
@@ -47,14 +59,14 @@ def spelled(name: str) -> str:
     what is known to be none of them. The first part counts: `indexer.q` belongs to the indexer.
     """
     words = words_of(name.partition(".")[0])
-    letters = "".join(LETTERS.get(word, "") for word in words)
+    letters = "".join(filter(None, map(LETTERS.get, words)))
     is_known = letters in KNOWN and OTHER.isdisjoint(words)
     return letters if is_known else "other"
 
 
 def attention_roles(names: Sequence[str]) -> list[str]:
     """The roles of the linear layers of an attention and its output, by their names inside it."""
-    roles = [spelled(name) for name in names]
+    roles = list(map(spelled, names))
     unnamed = [i for i, role in enumerate(roles) if not role]
     if not unnamed:
         return roles

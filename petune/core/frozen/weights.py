@@ -27,10 +27,11 @@ Pair = tuple[Tensor, Tensor]
 def is_quantized(module: nn.Module) -> bool:
     """A linear layer whose weight is stored in codes: no floating point, or a tensor that knows how to become one."""
     weight = getattr(module, "weight", None)
-    if features(module) is None or not isinstance(weight, Tensor):
+    if not isinstance(weight, Tensor) or features(module) is None:
         return False
-    becomes_dense = type(weight).dequantize is not Tensor.dequantize
-    return becomes_dense or not weight.is_floating_point()
+    if not weight.is_floating_point():
+        return True
+    return type(weight).dequantize is not Tensor.dequantize
 
 
 def is_dense(module: nn.Module) -> bool:
@@ -43,8 +44,8 @@ def compute_dtype(module: nn.Module) -> torch.dtype:
     weight = module.weight
     if isinstance(weight, Tensor) and weight.is_floating_point():
         return weight.dtype
-    told = getattr(module, "compute_dtype", None)
-    return told if isinstance(told, torch.dtype) else torch.float32
+    told: torch.dtype | None = getattr(module, "compute_dtype", None)
+    return told or torch.float32
 
 
 @torch.no_grad()
@@ -56,8 +57,9 @@ def probe(
     Args:
         dtype: that of what goes into f; the layer's own unless given.
     """
-    into, _ = features(module) or (0, 0)
-    device, dtype = module.weight.device, dtype or compute_dtype(module)
+    into, _ = _size(module)
+    device = module.weight.device
+    dtype = dtype or compute_dtype(module)
     b = _at_zero(f, into, dtype, device)
     columns = []
     for start in range(0, into, ROWS):
@@ -78,23 +80,30 @@ def stored(layer: Any) -> Pair:
     """(W, b) of a linear layer: read where it is dense, probed elsewhere. Not to be written to."""
     if not _is_readable(layer):
         return probe(base_forward(layer), layer)
-    weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
-    return weight.detach().float(), bias_of(layer)
+    weight = layer.weight.detach().float()
+    return (weight.T if isinstance(layer, Conv1D) else weight), bias_of(layer)
 
 
 @torch.no_grad()
 def bias_of(layer: Any) -> Tensor:
     """The bias of a linear layer, (out,): read where it is dense, probed elsewhere; zeros where it has none."""
     if not _is_readable(layer):
-        into, _ = features(layer) or (0, 0)
+        into, _ = _size(layer)
         return _at_zero(
             base_forward(layer), into, compute_dtype(layer), layer.weight.device
         )
     if layer.bias is not None:
         bias: Tensor = layer.bias.detach().float()
         return bias
-    _, out = features(layer) or (0, 0)
+    _, out = _size(layer)
     return torch.zeros(out, device=layer.weight.device)
+
+
+def _size(layer: nn.Module) -> tuple[int, int]:
+    """(in, out) of what is known to be a linear layer."""
+    size = features(layer)
+    assert size is not None, f"{type(layer).__name__} is no linear layer"
+    return size
 
 
 def _is_readable(layer: Any) -> bool:
@@ -114,7 +123,8 @@ def linear(
     """A dense layer of the class that the architecture has there, so that a saved model loads again."""
     out, into = weight.shape
     layer: nn.Module
-    if isinstance(old, Conv1D) or was_transposed(old):
+    is_conv = isinstance(old, Conv1D) or was_transposed(old)
+    if is_conv:
         weight, bias = (
             weight.T,
             torch.zeros(out, device=weight.device) if bias is None else bias,

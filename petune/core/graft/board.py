@@ -37,11 +37,11 @@ class Board:
         """A forward pass under what is switched on now, in this context."""
         settings = settings_of(self)
         plan = settings.plan
-        weights: dict[str, float] = {}
-        for name, tuning in self.tunings.items():
-            acts = name in plan.names if plan is not None else self.is_on(tuning)
-            if acts:
-                weights[name] = settings.weights.get(name, tuning.weight)
+        on = filter(self.is_on, self.tunings.values())
+        acting = on if plan is None else map(self.tunings.__getitem__, plan.served)
+        weights = {tuning.name: tuning.weight for tuning in acting}
+        for name in settings.weights.keys() & weights.keys():
+            weights[name] = settings.weights[name]
         return ForwardPass(self, weights, plan)
 
     def is_on(self, tuning: Acting) -> bool:
@@ -54,9 +54,7 @@ class Board:
 
     def prompts(self, forward: ForwardPass) -> list[Link]:
         """The prompts that act in a forward."""
-        acting = (
-            tuning for name, tuning in self.tunings.items() if name in forward.weights
-        )
+        acting = map(self.tunings.__getitem__, forward.weights)
         return [link for tuning in acting for link in tuning.prompts]
 
     def reads_batch(self, forward: ForwardPass) -> bool:

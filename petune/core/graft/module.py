@@ -6,10 +6,9 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache, partial, wraps
+from functools import cache, wraps
 from typing import Any, ClassVar
 
 import torch
@@ -20,9 +19,8 @@ from petune.core.forward.computation import ModuleForward
 from petune.core.forward.forward_pass import ForwardPass
 from petune.core.forward.link import Call, Link
 from petune.core.forward.routed import run_routed
-from petune.core.frozen.modules import HOOKED, base_class, set_hooked_forward
+from petune.core.frozen.modules import base_class, set_hooked_forward
 from petune.core.graft.board import Board
-from petune.core.host.torch_modules import children_of
 
 
 @dataclass(eq=False)
@@ -121,7 +119,7 @@ def _alone(graft: Graft) -> AbstractContextManager[Any]:
     return graft.alone.lock
 
 
-def _restored(base: type[nn.Module], mixin: type[nn.Module]) -> nn.Module:
+def _restored(base: Any, mixin: Any) -> nn.Module:
     made: nn.Module = object.__new__(grafted_class(base, mixin))
     return made
 
@@ -158,10 +156,11 @@ def graft(module: nn.Module, board: Board, mixin: type[nn.Module] = Grafted) -> 
     found: Graft | None = vars(module).get("petune_graft")
     if found is None:
         kind: Any = type(module)
+        around: Any = mixin
         found = Graft(board, _parameters(kind))
         set_hooked_forward(module, vars(module).pop("forward", None))
         vars(module)["petune_graft"] = found
-        module.__class__ = grafted_class(kind, mixin)
+        module.__class__ = grafted_class(kind, around)
     return found
 
 
@@ -179,87 +178,3 @@ def attention_links(module: nn.Module) -> tuple[ForwardPass, list[Link]] | None:
     forward = found.board.forward_pass()
     links = forward.acting(found.attention)
     return (forward, links) if links else None
-
-
-def add(link: Link, board: Board, mixin: type[nn.Module] = Grafted) -> None:
-    """Put an adapter at its site."""
-    site = link.site
-    here = graft(site.module, board, mixin)
-    if site.kind == "attention":
-        here.attention.append(link)
-        _rewire(here, link)
-    else:
-        here.links.append(link)
-    if site.entry is not None:
-        hold(site.entry, board)
-    if "petune" not in children_of(site.module):
-        site.module.add_module("petune", Adapters())
-    _adapters(site.module)[link.key] = link.adapter
-
-
-def _adapters(module: nn.Module) -> nn.ModuleDict:
-    found = module.petune
-    assert isinstance(found, nn.ModuleDict)
-    return found
-
-
-def _rewire(here: Graft, link: Link) -> None:
-    """Let the link's methods take the places of the module's own."""
-    module = link.site.module
-    for name, method in link.methods.items():
-        either = partial(_either, module, name, method)
-        if name == "forward":
-            here.rewired = either
-        else:
-            vars(module)[name] = either
-
-
-def _either(
-    module: nn.Module, name: str, method: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
-    """A method that a link replaces, and the module's own where no attention adapter acts."""
-    chosen = method if attention_links(module) else getattr(base_class(module), name)
-    return chosen(module, *args, **kwargs)
-
-
-def remove(link: Link) -> None:
-    """Take an adapter away, and the graft with the last one."""
-    module, entry = link.site.module, link.site.entry
-    here = graft_of(module)
-    for links in (here.links, here.attention):
-        if link in links:
-            links.remove(link)
-    del _adapters(module)[link.key]
-    if not here.attention:
-        here.rewired = None
-        for name in link.methods:
-            vars(module).pop(name, None)
-    if entry is not None:
-        release(entry)
-    restore(module)
-
-
-def hold(module: nn.Module, board: Board, mixin: type[nn.Module] = Grafted) -> None:
-    """Graft a module that has no adapter of its own."""
-    graft(module, board, mixin).held += 1
-
-
-def release(module: nn.Module) -> None:
-    """The counterpart of `hold`."""
-    graft_of(module).held -= 1
-    restore(module)
-
-
-def restore(module: nn.Module) -> None:
-    """Give a module its own class back if nothing of petune is left on it."""
-    here = graft_of(module)
-    if here.links or here.attention:
-        return
-    children_of(module).pop("petune", None)
-    if here.held:
-        return
-    del vars(module)["petune_graft"]
-    module.__class__ = base_class(module)
-    hooked = vars(module).pop(HOOKED, None)
-    if hooked is not None:
-        module.forward = hooked

@@ -1,4 +1,6 @@
-"""Gradient checkpointing of an adapted model: a block that runs again in backward does so as its forward ran it."""
+"""Gradient checkpointing of an adapted model: a block that runs again in backward does so
+as its forward ran it.
+"""
 
 from __future__ import annotations
 
@@ -15,26 +17,26 @@ def check_checkpointing(model: Any, tunings: Iterable[Acting]) -> None:
     """See that tunings can be checkpointed as the model is.
 
     Raises:
-        UnsupportedError: it is the reentrant kind, and the sites of a method share notes: no gradient reaches those.
+        UnsupportedError: it is the reentrant kind, and the sites of a method share notes:
+            no gradient reaches those.
     """
-    if not any(is_reentrant(function) for _, function in checkpointed(model)):
-        return
+    functions = dict(checkpointed(model)).values()
+    reentrant = any(map(is_reentrant, functions))
     for tuning in tunings:
-        if any(link.takes_notes for link in tuning.links):
-            raise UnsupportedError(
-                f"{tuning.method!r} with reentrant gradient checkpointing: use use_reentrant=False."
-            )
+        if reentrant and tuning.shares_notes:
+            what = f"{tuning.method!r} with reentrant gradient checkpointing"
+            raise UnsupportedError(f"{what}: use use_reentrant=False.")
 
 
 def remember(model: Any) -> None:
     """Let blocks that gradient checkpointing runs again do so as their forward ran them."""
     for module, function in checkpointed(model):
-        if not isinstance(function, Remembering):
-            checkpoint_with(module, Remembering(function))
+        remembering = Remembering.around(function)
+        checkpoint_with(module, remembering)
 
 
 def forget(model: Any) -> None:
     """The counterpart of `remember`."""
     for module, function in checkpointed(model):
-        if isinstance(function, Remembering):
-            checkpoint_with(module, function.checkpoint)
+        own = getattr(function, "checkpoint", function)
+        checkpoint_with(module, own)

@@ -61,7 +61,7 @@ def wrap_interface(name: str, wrap: Wrap) -> Callable[[], None]:
         return wrap(ask(self, attn_implementation, default))
 
     get_interface.petune = (*getattr(ask, "petune", ()), name)  # type: ignore[attr-defined]
-    AttentionInterface.get_interface = get_interface  # type: ignore[method-assign, assignment]
+    AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
 
     def take_back() -> None:
         AttentionInterface.get_interface = ask  # type: ignore[method-assign]
@@ -76,7 +76,8 @@ def wrap_interface(name: str, wrap: Wrap) -> Callable[[], None]:
     why="tell flash attention, which needs no mask for keys on the left",
 )
 def _configuration_names_the_implementation() -> bool:
-    return hasattr(LlamaConfig(attn_implementation="eager"), "_attn_implementation")
+    made: Any = LlamaConfig
+    return hasattr(made(attn_implementation="eager"), "_attn_implementation")
 
 
 def is_flash(module: nn.Module) -> bool:

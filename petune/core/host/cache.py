@@ -36,16 +36,16 @@ def cache_of(arguments: Mapping[str, Any]) -> Any:
     Raises:
         MovedError: a cache stands under a name that petune does not know.
     """
-    for name in NAMES:
-        if arguments.get(name) is not None:
-            return arguments[name]
-    for name, value in arguments.items():
-        if isinstance(value, Cache):
-            raise MovedError(
-                f"transformers {installed('transformers')}: a cache is given as {name!r}, which petune does not "
-                f"know; it knows {', '.join(NAMES)}. Give it by one of these, or install a newer petune."
-            )
-    return None
+    known = filter(None, map(arguments.get, NAMES))
+    found = next(known, None)
+    others = [name for name, value in arguments.items() if isinstance(value, Cache)]
+    strange = set(others).difference(NAMES)
+    if found is None and strange:
+        here = f"transformers {installed('transformers')}"
+        what = f"a cache is given as {strange.pop()!r}, which petune does not know"
+        remedy = f"give it as {NAMES[0]} or {NAMES[1]}, or install a newer petune"
+        raise MovedError(f"{here}: {what}: {remedy}.")
+    return found
 
 
 def under_its_name(
@@ -56,14 +56,13 @@ def under_its_name(
     Args:
         parameters: the names of the forward's arguments.
     """
-    for name in NAMES:
-        if name in arguments and name not in parameters:
-            own = next((other for other in NAMES if other in parameters), name)
-            renamed = {
-                own if key == name else key: value for key, value in arguments.items()
-            }
-            return renamed
-    return arguments
+    given = next(filter(arguments.__contains__, NAMES), None)
+    taken = next(filter(parameters.__contains__, NAMES), None)
+    if given is None or taken is None or given in parameters:
+        return arguments
+    renamed = dict(arguments)
+    renamed[taken] = renamed.pop(given)
+    return renamed
 
 
 def seen_tokens(arguments: Mapping[str, Any]) -> int:

@@ -34,9 +34,8 @@ def _blocks_hold_the_function() -> bool:
 def checkpointed(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
     """The modules of a model that hold a function to checkpoint with, and that function."""
     for module in list(model.modules()):
-        function = vars(module).get(FUNCTION)
-        if function is not None:
-            yield module, function
+        if FUNCTION in vars(module):
+            yield module, vars(module)[FUNCTION]
 
 
 def checkpoint_with(module: nn.Module, function: Callable[..., Any]) -> None:

@@ -1,11 +1,13 @@
-"""What a method is: an `Adapter` around one computation of the frozen model, or an `Unfreeze` of parts of it."""
+"""The hyperparameters of a method: the keyword arguments of its `__init__`, with their types."""
 
 from __future__ import annotations
 
 import inspect
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
+from itertools import filterfalse
 from typing import Annotated, Any
 
 from torch import nn
@@ -13,41 +15,51 @@ from torch import nn
 from petune.errors import PetuneError, unknown
 
 PATTERN = "_pattern"
+"""The end of an argument that gives another one its values by site."""
+UNION = (typing.Union, types.UnionType)
 
 
 def arguments(method: type) -> dict[str, inspect.Parameter]:
-    """The hyperparameters of a method by name, those of its parents included where it takes `**kwargs`."""
+    """The hyperparameters of a method by name, those of its parents included where it takes
+    `**kwargs`.
+    """
     found: dict[str, inspect.Parameter] = {}
-    cls: Any
-    for cls in method.__mro__:
-        if "__init__" not in vars(cls) or cls in (nn.Module, object):
-            continue
+    for cls in _with_own_init(method):
         hints = typing.get_type_hints(cls.__init__, include_extras=True)
         parameters = inspect.signature(cls.__init__).parameters.values()
-        for p in parameters:
-            if p.kind is p.KEYWORD_ONLY and p.name not in found:
-                found[p.name] = p.replace(annotation=hints.get(p.name, Any))
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        kinds = {parameter.kind for parameter in parameters}
+        for parameter in filter(_is_hyperparameter, parameters):
+            hint = hints.get(parameter.name, Any)
+            found.setdefault(parameter.name, parameter.replace(annotation=hint))
+        if inspect.Parameter.VAR_KEYWORD not in kinds:
             break
     return found
 
 
+def _is_hyperparameter(parameter: inspect.Parameter) -> bool:
+    return parameter.kind is inspect.Parameter.KEYWORD_ONLY
+
+
+def _with_own_init(method: type) -> Iterator[Any]:
+    """The method's class and its parents that have an `__init__` of their own."""
+    for cls in filterfalse((nn.Module, object).__contains__, method.__mro__):
+        if "__init__" in vars(cls):
+            yield cls
+
+
 def type_name(annotation: Any) -> str:
     """A type as people write it."""
-    if typing.get_origin(annotation) is Annotated:
-        return type_name(typing.get_args(annotation)[0])
-    parts = typing.get_args(annotation)
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return " | ".join(
-            "None" if part is type(None) else type_name(part) for part in parts
-        )
-    if typing.get_origin(annotation) in (list, dict):
-        return f"{typing.get_origin(annotation).__name__}[{', '.join(map(type_name, parts))}]"
-    return (
-        annotation.__name__
-        if isinstance(annotation, type)
-        else str(annotation).replace("typing.", "")
-    )
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return type_name(inner[0])
+    if origin in UNION:
+        return " | ".join(map(type_name, inner))
+    if origin in (list, dict):
+        return f"{origin.__name__}[{', '.join(map(type_name, inner))}]"
+    if annotation is type(None):
+        return "None"
+    written = str(annotation).replace("typing.", "")
+    return written if inner else getattr(annotation, "__name__", written)
 
 
 def check_arguments(
@@ -58,31 +70,40 @@ def check_arguments(
     Raises:
         PetuneError: an argument is unknown, missing or of the wrong type.
     """
+    known = arguments(method)
+    wanted = partial(_type_of, name, known)
+    checked = {key: _checked(name, key, given[key], wanted(key)) for key in given}
+    for key in known.keys() - given.keys():
+        parameter = known[key]
+        if parameter.default is parameter.empty:
+            what = f"{key!r} ({type_name(parameter.annotation)})"
+            raise PetuneError(f"method {name!r} needs the argument {what}.")
+    return checked
+
+
+def _type_of(method: str, known: Mapping[str, inspect.Parameter], key: str) -> Any:
+    """The type of an argument; of one that ends in `_pattern` a mapping to the type of the
+    argument that it gives its values.
+    """
+    if key in known:
+        return known[key].annotation
+    plain = key.removesuffix(PATTERN)
+    if plain not in known:
+        raise PetuneError(unknown(f"argument of method {method!r}:", key, known))
+    return dict[str, known[plain].annotation] | None  # type: ignore[misc]
+
+
+def _checked(method: str, key: str, value: Any, kind: Any) -> Any:
+    """The value as the type has it."""
+    # a second to import, and only needed here
     from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
-    known = arguments(method)
-    checked: dict[str, Any] = {}
-    for key, value in given.items():
-        if key.endswith(PATTERN) and key.removesuffix(PATTERN) in known:
-            checked[key] = value
-            continue
-        if key not in known:
-            raise PetuneError(unknown(f"argument of method {name!r}:", key, known))
-        try:
-            checked[key] = TypeAdapter(known[key].annotation).validate_python(value)
-        except (
-            PydanticSchemaGenerationError
-        ):  # a type that pydantic does not know: the method checks it
-            checked[key] = value
-        except ValidationError as bad:
-            kind = known[key].annotation
-            want = type_name(kind)
-            raise PetuneError(
-                f"method {name!r}: {key}={value!r}: {bad.errors()[0]['msg']} (wanted: {want})."
-            ) from None
-    for key, p in known.items():
-        if p.default is p.empty and key not in given:
-            raise PetuneError(
-                f"method {name!r} needs the argument {key!r} ({type_name(p.annotation)})."
-            )
-    return checked
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except (
+        PydanticSchemaGenerationError
+    ):  # pydantic does not know it: the method checks
+        return value
+    except ValidationError as bad:
+        why = f"{bad.errors()[0]['msg']} (wanted: {type_name(kind)})"
+        raise PetuneError(f"method {method!r}: {key}={value!r}: {why}.") from None

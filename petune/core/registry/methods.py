@@ -1,4 +1,4 @@
-"""What a tuning consists of: one method, or several that act as one."""
+"""The installed methods by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def methods() -> dict[str, Method]:
     return registry().all("petune_methods")
 
 
-def resolve(method: str | Method) -> tuple[str, Method]:
+def method_of(method: str | Method) -> tuple[str, Method]:
     """(name, class) of a registered name, or of a class, which need not be registered.
 
     Raises:
@@ -23,8 +23,12 @@ def resolve(method: str | Method) -> tuple[str, Method]:
     if isinstance(method, str):
         return method, registry().get("petune_methods", method)
     if not isinstance(method, type) or not issubclass(method, Adapter | Unfreeze):
-        raise PetuneError(
-            f"{method!r} is neither a method's name nor a class of petune.Adapter or petune.Unfreeze."
-        )
-    name = next((n for n, c in methods().items() if c is method), method.__qualname__)
-    return name, method
+        wanted = "a method's name nor a class of petune.Adapter or petune.Unfreeze"
+        raise PetuneError(f"{method!r} is neither {wanted}.")
+    return name_of(method), method
+
+
+def name_of(cls: Method) -> str:
+    """The name by which a class is registered, else its own."""
+    names = {known: name for name, known in methods().items()}
+    return names.get(cls, cls.__qualname__)

@@ -22,18 +22,17 @@ def begin(
     model: Any, board: Board, forward: ForwardPass, arguments: Arguments
 ) -> Generation:
     """What a `generate` with these arguments goes by, to its end."""
-    one_stack = not model.config.is_encoder_decoder
-    inserted = None
-    if given_of(arguments) is not None and board.prompts(forward):
-        inserted = layout_for(model, board, forward, arguments, left=True)
-    columns = _columns("" if one_stack else "decoder_", arguments)
-    if inserted is None or not one_stack:
+    two_stacks = model.config.is_encoder_decoder
+    columns = _columns("decoder_" if two_stacks else "", arguments)
+    if given_of(arguments) is None or not board.prompts(forward):
+        return Generation(board, forward, columns)
+    inserted = layout_for(model, board, forward, arguments, left=True)
+    if two_stacks:
         return Generation(board, forward, columns, inserted=inserted)
-    in_ids = arguments.get("input_ids") is not None
-    layout = inserted if in_ids else None
-    return Generation(
-        board, forward, columns + inserted.added, layout=layout, inserted=inserted
-    )
+    columns += inserted.added
+    if arguments.get("input_ids") is None:  # embeddings, which are not generated
+        return Generation(board, forward, columns, inserted=inserted)
+    return Generation(board, forward, columns, inserted=inserted, layout=inserted)
 
 
 def arguments_of(model: Any, generation: Generation, arguments: Arguments) -> Arguments:
@@ -45,8 +44,10 @@ def arguments_of(model: Any, generation: Generation, arguments: Arguments) -> Ar
     layout, board, forward = generation.inserted, generation.board, generation.forward
     if layout is None:
         return arguments
-    if seen_tokens(arguments) and not model.config.is_encoder_decoder:
-        noted_layout(cache_of(arguments), spans_of(board, forward, layout.rows))
+    two_stacks = model.config.is_encoder_decoder
+    if seen_tokens(arguments) and not two_stacks:
+        spans = spans_of(board, forward, layout.rows)
+        noted_layout(cache_of(arguments), spans)
     if arguments.get("assistant_model") is not None:
         raise UnsupportedError(
             "an assistant model can't read virtual tokens; generate without it."
@@ -64,19 +65,17 @@ def answer_of(generation: Generation, arguments: Arguments, out: Any) -> Any:
     layout = generation.layout
     if layout is None:
         return out
-    is_tensor = isinstance(out, Tensor)
     spans = spans_of(generation.board, generation.forward, layout.rows)
-    note_virtual_tokens(cache_of(arguments if is_tensor else out), layout, spans)
-    if is_tensor:
+    if isinstance(out, Tensor):
+        note_virtual_tokens(cache_of(arguments), layout, spans)
         return layout.without_virtual(out)
+    note_virtual_tokens(cache_of(out), layout, spans)
     out.sequences = layout.without_virtual(out.sequences)
     return out
 
 
 def _columns(stack: str, arguments: Arguments) -> int:
     """How many columns the prompts take that `generate` is given: an encoder-decoder's are those it decodes from."""
-    names = (stack + name for name in ("input_ids", "inputs_embeds", "attention_mask"))
-    found = [
-        arguments[name].shape[1] for name in names if arguments.get(name) is not None
-    ]
-    return max(found, default=1)
+    ids, mask = given_of(arguments, stack), arguments.get(f"{stack}attention_mask")
+    given = ids if mask is None else mask
+    return 1 if given is None else int(given.shape[1])

@@ -15,8 +15,8 @@ NOTE = "petune_layout"
 
 def note_virtual_tokens(cache: Any, layout: Layout, spans: list[Span]) -> None:
     """Note on a cache which virtual tokens went into it."""
-    if cache is not None and hasattr(cache, "__dict__"):
-        vars(cache)[NOTE] = layout, [(span.start, span.count) for span in spans]
+    if cache is not None:
+        setattr(cache, NOTE, (layout, spans))
 
 
 def noted_layout(cache: Any, spans: list[Span]) -> Layout:
@@ -31,7 +31,7 @@ def noted_layout(cache: Any, spans: list[Span]) -> Layout:
             "this cache was filled without the virtual tokens that act now; begin with an empty one."
         )
     layout, noted = found
-    if noted != [(span.start, span.count) for span in spans]:
+    if noted != spans:
         raise UnsupportedError(
             "this cache holds the virtual tokens of another tuning or row; begin with an empty one."
         )
@@ -46,14 +46,12 @@ def mask_beyond(layout: Layout, mask: Tensor | None, columns: int) -> Tensor | N
         mask: the user's, which may leave the virtual tokens out; (batch, tokens so far).
         columns: how many columns there are now, those in the cache included.
     """
-    if mask is None and not layout.uneven:
-        return None
-    rows = layout.source.shape[0]
     if mask is None:
-        mask = torch.ones(
-            rows, columns - layout.added, dtype=torch.long, device=layout.source.device
-        )
-    if mask.dim() != 2 or mask.shape[1] >= columns:
+        if not layout.uneven:
+            return None
+        mask = layout.source.new_ones(layout.rows, columns - layout.added)
+    is_whole = mask.dim() != 2 or mask.shape[1] >= columns
+    if is_whole:
         return mask
     first, later = mask[:, : layout.tokens], mask[:, layout.tokens :]
     laid_out = layout.mask(first)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Span:
     """The virtual tokens of one row: `count` rows of the table of all prompts, from `start` on."""
 

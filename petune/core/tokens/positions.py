@@ -101,17 +101,23 @@ def _of_decoder(
 
 
 def _starts(arguments: Arguments, tokens: Tensor) -> Tensor | None:
-    """(batch, length) bool, where the sequences begin that are packed into a row; None if nothing tells."""
-    positions = arguments.get("position_ids")
-    told = positions is not None and positions.dim() == 2
-    return (positions == 0).expand_as(tokens) if told else None
+    """(batch, length) bool, where the sequences begin that are packed into a row; None if
+    nothing tells.
+    """
+    positions: Tensor | None = arguments.get("position_ids")
+    if positions is None or positions.dim() != 2:
+        return None
+    return positions.eq(0).expand_as(tokens)
 
 
 def _answers(arguments: Arguments) -> Tensor | None:
-    """(batch, length) bool: the tokens that a language model is to predict, where it is told."""
-    labels, kept = arguments.get("labels"), arguments.get("logits_to_keep")
+    """(batch, length) bool: the tokens that a language model is to predict, where it is
+    told.
+    """
+    labels: Tensor | None = arguments.get("labels")
     if labels is not None and labels.dim() == 2:
         return labels != SKIP
+    kept: Any = arguments.get("logits_to_keep")
     by_token = isinstance(kept, Tensor) and kept.dim() == 2
     return F.pad(kept, (1, 0))[:, :-1] if by_token else None
 
