@@ -17,9 +17,18 @@ if TYPE_CHECKING:
     from petune.testing import Row
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-ARGUMENT = (
-    "An argument of the method, such as rank=4; of one of several: 'lora={rank: 4}'."
-)
+MethodNames = Annotated[
+    str, typer.Argument(help="A method's name, or several as one tuning: lora+ia3.")
+]
+Families = Annotated[str, typer.Option(help="The families of models to run on.")]
+Precisions = Annotated[str, typer.Option(help="The precisions to run at.")]
+Arguments = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY=VALUE",
+        help="An argument of the method, such as rank=4; of one of several: 'lora={rank: 4}'.",
+    ),
+]
 
 
 SITE_KEYS = (
@@ -138,18 +147,10 @@ def _site(site: Site) -> dict[str, Any]:
 
 
 def check(
-    method: Annotated[
-        str, typer.Argument(help="A method's name, or several as one tuning: lora+ia3.")
-    ],
-    families: Annotated[
-        str, typer.Option(help="The families of models to run on.")
-    ] = "llama gpt2 bert t5",
-    precisions: Annotated[
-        str, typer.Option(help="The precisions to run at.")
-    ] = "fp32 nf4",
-    argument: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help=ARGUMENT)
-    ] = None,
+    method: MethodNames,
+    families: Families = "llama gpt2 bert t5",
+    precisions: Precisions = "fp32 nf4",
+    argument: Arguments = None,
     device: Annotated[str, typer.Option(help="Where to run: cpu or cuda.")] = "cpu",
     json: AsJson = False,
 ) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json as jsonlib
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from petune.cli.inspect import AsJson
 from petune.cli.output import Stopped, as_json, number, table, warn_of_failures
+
+if TYPE_CHECKING:
+    from petune.training.result import Result
 
 RunFolder = Annotated[
     Path,
@@ -45,21 +48,21 @@ def train(
         result = run(loaded, resume=resume, overwrite=overwrite, quiet=quiet)
     except Interrupted as stop:
         raise Stopped(str(stop)) from None
+    _show(result, loaded.output, json)
+
+
+def _show(result: Result, folder: Path | str, json: bool) -> None:
     values = asdict(result)
     metrics = values.pop("metrics")
     if json:
-        as_json({**metrics, **values, "run": str(loaded.output)})
+        as_json({**metrics, **values, "run": str(folder)})
         return
-    shown = {
-        **metrics,
-        **{
-            key: value
-            for key, value in values.items()
-            if key not in ("score", "metric")
-        },
-    }
-    table(("figure", "value"), [(key, number(value)) for key, value in shown.items()])
-    print(f"The run is in {loaded.output}.")
+    figures = dict(metrics)
+    for key, value in values.items():
+        if key not in ("score", "metric"):  # it is among the metrics by its own name
+            figures[key] = value
+    table(("figure", "value"), [(key, number(value)) for key, value in figures.items()])
+    print(f"The run is in {folder}.")
 
 
 def evaluate(
