@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 import petune
 from petune.core.method.arguments import arguments, type_name
@@ -31,30 +32,34 @@ load, but for methods whose layers share tensors. Not traced by `torch.compile(f
 
 def page() -> str:
     """The page as it should be."""
-    parts = [HEAD]
-    for name, cls in sorted(petune.methods().items()):
-        if (
-            ":" in name
-            or registry().plugins[registry().owner("petune_methods", name)].package
-            != "petune"
-        ):
-            continue
-        known = [
-            f"`{key}: {type_name(p.annotation)}"
-            + ("" if p.default is p.empty else f" = {p.default!r}")
-            + "`"
-            for key, p in arguments(cls).items()
-        ]
-        lines = len(Path(inspect.getsourcefile(cls) or "").read_text().splitlines())
-        facts = [
-            f"acts on `{cls.where}`",
-            "mergeable" if cls.mergeable else "not mergeable",
-            f"{lines} lines",
-        ]
-        parts.append(
-            f"## {name}\n\n{inspect.getdoc(cls)}\n\n{'; '.join(facts)}. Arguments: {', '.join(known) or 'none'}.\n"
-        )
-    return "\n".join([*parts, TAIL])
+    sections = [_section(name, cls) for name, cls in sorted(_own_methods().items())]
+    return "\n".join([HEAD, *sections, TAIL])
+
+
+def _own_methods() -> dict[str, type]:
+    """The methods of petune's own plugins; those of other packages have pages of their own."""
+    found = {}
+    for name, cls in petune.methods().items():
+        plugin = registry().plugins[registry().owner("petune_methods", name)]
+        if ":" not in name and plugin.package == "petune":
+            found[name] = cls
+    return found
+
+
+def _section(name: str, cls: Any) -> str:
+    file = Path(inspect.getsourcefile(cls) or "")
+    lines = len(file.read_text().splitlines())
+    mergeable = "mergeable" if cls.mergeable else "not mergeable"
+    facts = f"acts on `{cls.where}`; {mergeable}; {lines} lines"
+    given = [_argument(key, p) for key, p in arguments(cls).items()]
+    listed = ", ".join(given) or "none"
+    return f"## {name}\n\n{inspect.getdoc(cls)}\n\n{facts}. Arguments: {listed}.\n"
+
+
+def _argument(name: str, parameter: inspect.Parameter) -> str:
+    required = parameter.default is parameter.empty
+    default = "" if required else f" = {parameter.default!r}"
+    return f"`{name}: {type_name(parameter.annotation)}{default}`"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import importlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
 from itertools import product
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from petune.testing import Row, reasons
+from petune.testing.rows import FAILS, HOLDS, REFUSED
 from petune_bench.environment import versions
 
 FAMILIES, PRECISIONS = "llama gpt2 bert t5", "fp32 bf16 nf4 fp4 int8 int8wo"
@@ -31,58 +32,70 @@ Cell = tuple[str, str, str]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is not in the results yet, write the page; 1 if something fails."""
-    import petune
-
     options = _parser().parse_args(argv)
-    known = options.methods.split() or [
-        n for n in sorted(petune.methods()) if options.all or ":" not in n
-    ]
-    cells = list(product(known, options.families.split(), options.precisions.split()))
+    methods = options.methods.split() or _methods(everything=options.all)
+    cells = list(product(methods, options.families.split(), options.precisions.split()))
     results = Path(options.results)
     results.parent.mkdir(parents=True, exist_ok=True)
     if options.fresh:
         results.unlink(missing_ok=True)
-    done = read(results)
-    ran_on = {**versions(), "source": source()}
-    missing = [cell for cell in cells if cell not in done]
-    for number, (cell, rows, seconds) in enumerate(
-        run(missing, options.jobs, options.device), 1
-    ):
-        line = {
-            "cell": cell,
-            "rows": [vars(row) for row in rows],
-            "seconds": round(seconds, 2),
-            "ran_on": ran_on,
-        }
-        with results.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        failed, refused = (
-            sum(bool(row.error) for row in rows),
-            sum(bool(row.refused) for row in rows),
-        )
-        said = (
-            f"{failed} FAIL"
-            if failed
-            else "refused"
-            if refused == len(rows)
-            else "holds"
-        )
-        print(
-            f"{number}/{len(missing)}  {' '.join(cell)}  {said}  {seconds:.1f} s",
-            flush=True,
-        )
+    _run_missing(cells, results, options)
     done = read(results)
     found = {cell: done[cell] for cell in cells}
     if options.out:
         Path(options.out).write_text(page(found))
-    alike = [
-        (f"{cell[0]} {cell[2]}: {why}", rows)
-        for cell in cells
-        for why, rows in reasons(found[cell]).items()
-    ]
-    failures = [line for line, rows in alike if rows[0].error]
+    failures = _failures(found)
     print("\n".join([*failures, f"{len(found)} cells, {len(failures)} failures"]))
     return 1 if failures else 0
+
+
+def _methods(*, everything: bool) -> list[str]:
+    """The registered methods; those of other packages, which have a prefix (peft:…), only if asked for."""
+    import petune
+
+    return [name for name in sorted(petune.methods()) if everything or ":" not in name]
+
+
+def _run_missing(
+    cells: Sequence[Cell], results: Path, options: argparse.Namespace
+) -> None:
+    """Run the cells that have no results, append those of each as soon as they are there, and print how far it is."""
+    done = read(results)
+    missing = [cell for cell in cells if cell not in done]
+    ran = run(missing, options.jobs, options.device)
+    for number, (cell, rows, seconds) in enumerate(ran, 1):
+        line = {
+            "cell": cell,
+            "rows": [vars(row) for row in rows],
+            "seconds": round(seconds, 2),
+            "ran_on": _here(),
+        }
+        with results.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        where = f"{number}/{len(missing)}  {' '.join(cell)}"
+        print(f"{where}  {_said(rows)}  {seconds:.1f} s", flush=True)
+
+
+def _here() -> dict[str, str]:
+    """What results depend on: the versions of the libraries, and petune's own code."""
+    return {**versions(), "source": source()}
+
+
+def _said(rows: Sequence[Row]) -> str:
+    failed = sum(bool(row.error) for row in rows)
+    if failed:
+        return f"{failed} FAIL"
+    return "refused" if all(row.refused for row in rows) else "holds"
+
+
+def _failures(found: Mapping[Cell, Sequence[Row]]) -> list[str]:
+    """A line for each reason why something fails."""
+    lines = []
+    for (method, _, precision), rows in found.items():
+        for why, about in reasons(rows).items():
+            if about[0].error:
+                lines.append(f"{method} {precision}: {why}")
+    return lines
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -157,7 +170,7 @@ def read(results: Path) -> dict[Cell, list[Row]]:
     found: dict[Cell, list[Row]] = {}
     for text in results.read_text().splitlines() if results.exists() else ():
         line = json.loads(text)
-        if line["ran_on"] == {**versions(), "source": source()}:
+        if line["ran_on"] == _here():
             method, family, precision = line["cell"]
             found[method, family, precision] = [Row(**row) for row in line["rows"]]
     return found
@@ -170,65 +183,92 @@ def source() -> str:
     for package in ("petune", "petune_plugins"):
         home = Path(importlib.import_module(package).__path__[0])
         for path in sorted(home.rglob("*.py")):
-            if path.relative_to(home).parts[0] not in ("cli", "tune"):
+            if path.relative_to(home).parts[0] not in ("cli", "training"):
                 digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def page(found: dict[Cell, list[Row]]) -> str:
     """The results as Markdown: a row a method, a column a precision, the families folded."""
-    methods, families, precisions = (
-        list(dict.fromkeys(cell[i] for cell in found)) for i in range(3)
-    )
-    notes: dict[str, int] = {}
-    lines = [
-        f"| method | {' | '.join(precisions)} |",
-        f"| --- |{' :-: |' * len(precisions)}",
-    ]
+    methods, families, precisions = _names(found)
+    notes = Notes()
+    table = [f"| method | {' | '.join(precisions)} |"]
+    table += [f"| --- |{' :-: |' * len(precisions)}"]
     for method in methods:
-        cells = []
+        marks = []
         for precision in precisions:
-            rows = [
-                row
-                for family in families
-                for row in found.get((method, family, precision), [])
-            ]
-            why = [
-                notes.setdefault(f"{method}, {each}", len(notes) + 1)
-                for each in reasons(rows)
-            ]
-            mark = (
-                "✗"
-                if any(row.error for row in rows)
-                else "–"
-                if all(row.refused for row in rows)
-                else "✓"
-            )
-            cells.append(
-                mark + (f" <sup>{' '.join(map(str, why))}</sup>" if why else "")
-            )
-        lines.append(f"| {method} | {' | '.join(cells)} |")
+            rows = _rows(found, method, families, precision)
+            marks.append(_mark(rows) + notes.of(method, rows))
+        table.append(f"| {method} | {' | '.join(marks)} |")
     rows = [row for each in found.values() for row in each]
-    behaviours = list(dict.fromkeys(row.behaviour for row in rows))
-    ran = {"families": (families, FAMILIES), "precisions": (precisions, PRECISIONS)}
+    marks = [row.mark for row in rows]
+    behaviours = dict.fromkeys(row.behaviour for row in rows)
+    options = _option("families", families, FAMILIES)
+    options += _option("precisions", precisions, PRECISIONS)
     return HEAD.format(
-        options="".join(
-            f' --{key} "{" ".join(own)}"'
-            for key, (own, all_) in ran.items()
-            if " ".join(own) != all_
-        ),
+        options=options,
         count=len(methods),
         date=time.strftime("%Y-%m-%d"),
         versions=", ".join(f"{name} {number}" for name, number in versions().items()),
         families=", ".join(NAMES.get(family, family) for family in families),
         behaviours="; ".join(f"*{name}*" for name in behaviours),
-        held=sum(not row.error and not row.refused for row in rows),
-        refused=sum(bool(row.refused) and not row.error for row in rows),
-        failed=sum(bool(row.error) for row in rows),
-        table="\n".join(lines),
-        notes="\n".join(f"{number}. {note}" for note, number in notes.items())
-        or "None.",
+        held=marks.count(HOLDS),
+        refused=marks.count(REFUSED),
+        failed=marks.count(FAILS),
+        table="\n".join(table),
+        notes=notes.text(),
     )
+
+
+def _names(cells: Iterable[Cell]) -> list[list[str]]:
+    """The methods, the families and the precisions that occur, each once."""
+    return [list(dict.fromkeys(cell[i] for cell in cells)) for i in range(3)]
+
+
+def _rows(
+    found: Mapping[Cell, list[Row]],
+    method: str,
+    families: Sequence[str],
+    precision: str,
+) -> list[Row]:
+    """The rows of a method at a precision, of one family after the other."""
+    rows = []
+    for family in families:
+        rows += found.get((method, family, precision), [])
+    return rows
+
+
+class Notes:
+    """The numbered reasons below the table, each once."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, int] = {}
+
+    def of(self, method: str, rows: Sequence[Row]) -> str:
+        """The numbers of what does not hold of a method, as a cell of the table shows them."""
+        found = []
+        for why in reasons(rows):
+            number = self.numbers.setdefault(f"{method}, {why}", len(self.numbers) + 1)
+            found.append(str(number))
+        return f" <sup>{' '.join(found)}</sup>" if found else ""
+
+    def text(self) -> str:
+        """The list of them."""
+        lines = [f"{number}. {note}" for note, number in self.numbers.items()]
+        return "\n".join(lines) or "None."
+
+
+def _mark(rows: Sequence[Row]) -> str:
+    """One mark for several rows: refused only where all are."""
+    if any(row.error for row in rows):
+        return FAILS
+    return REFUSED if all(row.refused for row in rows) else HOLDS
+
+
+def _option(name: str, given: Sequence[str], default: str) -> str:
+    """An option as the command had it; empty where it is the default."""
+    words = " ".join(given)
+    return "" if words == default else f' --{name} "{words}"'
 
 
 HEAD = """# Every method on every precision

@@ -7,7 +7,7 @@ import ast
 import inspect
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,46 +100,54 @@ def twins() -> dict[str, PeftTwin]:
 
 def compare(method: str, family: str) -> Cell:
     """Make an adapter in PEFT, load its folder here and compare."""
-    import peft
-
-    twin = twins()[method]
-    torch.manual_seed(0)
+    twin, ours = twins()[method], tiny_model(family)
     try:
-        config = configure(tiny_model(family), method, None, ARGUMENTS.get(method, {}))
-        config.task_type = FAMILIES[family]
-        theirs = peft.get_peft_model(tiny_model(family), config).eval()
-        with torch.no_grad():
-            for p in theirs.parameters():
-                if p.requires_grad:
-                    p.add_(torch.randn_like(p) * 0.1)
-        ours = tiny_model(family)
+        theirs = _made_in_peft(method, family)
         with tempfile.TemporaryDirectory() as folder:
             theirs.save_pretrained(folder)
             tuning = petune.load(ours, folder)
     except Exception as refusal:  # PEFT raises whatever it comes upon
         who = "the format" if isinstance(refusal, petune.PetuneError) else "PEFT"
-        return Cell(method, family, refused=f"{who}: {' '.join(str(refusal).split())}")
+        why = " ".join(str(refusal).split())
+        return Cell(method, family, refused=f"{who}: {why}")
     batch = tiny_batch(family)
     one, other = (_outputs(model, batch) for model in (ours, theirs))
-    grads = (
-        _gradients(twin, tuning, theirs)
-        if not twin.whole and {*twin.layouts.values()} <= FLAT
-        else []
-    )
-    heads = sum(
-        p.numel()
-        for link in tuning.links
-        if link.site.kind == "module"
-        for p in link.adapter.parameters()
-    )
+    heads = _head_parameters(tuning)
+    trained = [p for p in theirs.parameters() if p.requires_grad]
     return Cell(
         method,
         family,
-        _apart(one, other),
-        max((_apart(a, b) for a, b in grads), default=None),
-        sum(p.numel() for p in tuning.parameters()) - heads,
-        sum(p.numel() for p in theirs.parameters() if p.requires_grad) - heads,
+        logits=_apart(one, other),
+        gradients=_gradients_apart(twin, tuning, theirs),
+        ours=_size(tuning.parameters()) - heads,
+        theirs=_size(trained) - heads,
     )
+
+
+def _made_in_peft(method: str, family: str) -> Any:
+    """PEFT's adapter on a tiny model, moved off its start."""
+    import peft
+
+    torch.manual_seed(0)
+    given = ARGUMENTS.get(method, {})
+    config = configure(tiny_model(family), method, None, given)
+    config.task_type = FAMILIES[family]
+    made = peft.get_peft_model(tiny_model(family), config).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return made
+
+
+def _head_parameters(tuning: petune.Tuning) -> int:
+    """How many parameters the heads have that are trained along."""
+    heads = [link.adapter for link in tuning.links if link.site.kind == "module"]
+    return sum(_size(head.parameters()) for head in heads)
+
+
+def _size(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def _outputs(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
@@ -147,12 +155,21 @@ def _outputs(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     out = model(**batch)
     out.loss.backward()
     found: Tensor = out.logits.detach()
+    if found.dim() != 3 or model.config.is_encoder_decoder:
+        return found
     mask = batch["attention_mask"].bool()
-    return (
-        found[:, -mask.shape[1] :][mask]
-        if found.dim() == 3 and not model.config.is_encoder_decoder
-        else found
-    )
+    tokens = found[:, -mask.shape[1] :]
+    return tokens[mask]
+
+
+def _gradients_apart(
+    twin: PeftTwin, tuning: petune.Tuning, theirs: nn.Module
+) -> float | None:
+    """The largest difference of the gradients; None where PEFT keeps a tensor in another layout than petune."""
+    if twin.whole or not {*twin.layouts.values()} <= FLAT:
+        return None
+    pairs = _gradients(twin, tuning, theirs)
+    return max((_apart(one, other) for one, other in pairs), default=None)
 
 
 def _gradients(
@@ -197,10 +214,10 @@ def _imported(file: Path, known: set[Path]) -> set[Path]:
     """Those known, with the files beside this one that it imports, and those that they import."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level == 1:
-            for name in (
-                [node.module] if node.module else [alias.name for alias in node.names]
-            ):
-                if (found := file.with_name(f"{name}.py")) not in known:
+            names = [node.module] if node.module else [a.name for a in node.names]
+            for name in names:
+                found = file.with_name(f"{name}.py")
+                if found not in known:
                     known.add(found)
                     _imported(found, known)
     return known
@@ -209,19 +226,24 @@ def _imported(file: Path, known: set[Path]) -> set[Path]:
 def row(method: str, cells: list[Cell]) -> str:
     """The method's line of the table."""
     held = [cell for cell in cells if cell.refused is None]
-    gradients = [cell.gradients for cell in held if cell.gradients is not None]
     first = held[0] if held else cells[0]
+    gradients = [cell.gradients for cell in held if cell.gradients is not None]
     own, shared, peft = lines(method)
-    figures = [
-        "–" if cell.refused else f"{cell.logits:.0e}" if cell.logits else "0"
-        for cell in cells
-    ]
-    figures += [
-        f"{max(gradients):.0e}" if any(gradients) else "0" if gradients else "–",
+    columns = [
+        method,
+        *("–" if cell.refused else _rounded(cell.logits) for cell in cells),
+        _rounded(max(gradients)) if gradients else "–",
         f"{first.ours:,}",
         f"{first.theirs:,}",
+        f"{own} + {shared}" if shared else f"{own}",
+        f"{peft:,}",
     ]
-    return f"| {' | '.join([method, *figures, f'{own}' + (f' + {shared}' if shared else ''), f'{peft:,}'])} |"
+    return f"| {' | '.join(columns)} |"
+
+
+def _rounded(difference: float) -> str:
+    """`3e-07`; a plain 0 where there is none."""
+    return f"{difference:.0e}" if difference else "0"
 
 
 def page(methods: list[str]) -> str:

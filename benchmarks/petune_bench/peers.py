@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from petune.core.frozen.site import Site
 from petune.core.frozen.where import select
 from petune.core.method.arguments import arguments
+from petune.core.method.twin import PeftTwin
 from petune.core.registry.plugins import registry
 from petune.core.registry.sites import find_sites
 from petune.errors import UnsupportedError
@@ -77,21 +79,25 @@ def configure(
     twin = vars(cls).get("peft")
     if twin is None:
         raise UnsupportedError(f"PEFT has no {method!r}.")
-    known = {name: p.default for name, p in arguments(cls).items()}
-    ours = {**known, **given}
     if missing := given.keys() - {*twin.arguments.values(), *twin.roles.values()}:
         raise UnsupportedError(f"PEFT's {method!r} has no {min(missing)!r}.")
-    options = {key: allowed[0] for key, allowed in twin.neutral.items()} | dict(
-        twin.training
-    )
-    options |= {theirs: ours[name] for theirs, name in twin.arguments.items()}
+    defaults = {name: p.default for name, p in arguments(cls).items()}
     sites = select(find_sites(model), where or cls.where, strict=False)
-    if all(
-        site.kind in ("linear", "block") for site in sites
-    ):  # embeddings and prompts it finds itself
+    options = _options(twin, {**defaults, **given}, sites)
+    made = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(twin.kind)]
+    return made(**options)
+
+
+def _options(
+    twin: PeftTwin, ours: Mapping[str, Any], sites: Sequence[Site]
+) -> dict[str, Any]:
+    """The options of PEFT's configuration, from all arguments of ours. PEFT finds embeddings and prompts itself."""
+    options = {key: allowed[0] for key, allowed in twin.neutral.items()}
+    options |= twin.training
+    options |= {theirs: ours[name] for theirs, name in twin.arguments.items()}
+    if all(site.kind in ("linear", "block") for site in sites):
         options["target_modules"] = [site.name for site in sites]
     for theirs, name in twin.roles.items():
-        options[theirs] = [
-            site.name for site in sites if site.role in ours[name].split()
-        ]
-    return peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(twin.kind)](**options)
+        roles = ours[name].split()
+        options[theirs] = [site.name for site in sites if site.role in roles]
+    return options

@@ -44,38 +44,51 @@ def draw(cells: Sequence[Summary], title: str = "") -> Figure | None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    points = [
-        cell
-        for cell in cells
-        if cell.score is not None and "peak_memory_bytes" in cell.figures
-    ]
+    points = [cell for cell in cells if _has_both(cell)]
     if not points:
         return None
     with mpl.rc_context(RC):
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes: Any = figure.add_subplot()
-        for group, (legend, marker, color) in GROUPS.items():
+        for group in GROUPS:
             chosen = [cell for cell in points if cell.group == group]
             if chosen:
-                doubts = [
-                    cell.error_bar or 0.0 if cell.spread is None else cell.spread
-                    for cell in chosen
-                ]
-                axes.errorbar(
-                    [_mib(cell) for cell in chosen], [cell.score for cell in chosen], doubts,
-                    fmt=marker, color=color, markersize=8, elinewidth=1, alpha=0.95, label=legend,
-                )  # fmt: skip
-        axes.set_xlabel("peak memory of a training step, MiB  (less is better)")
-        axes.set_ylabel(f"{points[0].metric} on the test split  (more is better)")
+                _draw_points(axes, group, chosen)
         axes.set_title(title, loc="left", fontsize=12)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color=INK, alpha=0.12, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.margins(0.14, 0.12)
-        axes.legend(frameon=False, loc="best", fontsize=10)
-        figure.draw_without_rendering()  # settles the layout that labels are placed in
-        _label(axes, points)
+        _dress(axes, points[0].metric)
+        figure.draw_without_rendering()  # computes the layout that names are placed in
+        _name(axes, points)
     return figure
+
+
+def _has_both(cell: Summary) -> bool:
+    return cell.score is not None and "peak_memory_bytes" in cell.figures
+
+
+def _draw_points(axes: Any, group: str, cells: Sequence[Summary]) -> None:
+    """The cells of one group, each with its doubt as a bar: over the seeds, else of the test split."""
+    legend, marker, color = GROUPS[group]
+    memory = [_mib(cell) for cell in cells]
+    scores = [cell.score for cell in cells]
+    axes.errorbar(
+        memory, scores, [_doubt(cell) for cell in cells],
+        fmt=marker, color=color, markersize=8, elinewidth=1, alpha=0.95, label=legend,
+    )  # fmt: skip
+
+
+def _doubt(cell: Summary) -> float:
+    return (cell.error_bar or 0.0) if cell.spread is None else cell.spread
+
+
+def _dress(axes: Any, metric: str | None) -> None:
+    """Words, lines and margins."""
+    axes.set_xlabel("peak memory of a training step, MiB  (less is better)")
+    axes.set_ylabel(f"{metric} on the test split  (more is better)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color=INK, alpha=0.12, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.margins(0.14, 0.12)
+    axes.legend(frameon=False, loc="best", fontsize=10)
 
 
 def save(figure: Figure, out: Path) -> None:
@@ -113,52 +126,54 @@ def _mib(cell: Summary) -> float:
     return cell.figures["peak_memory_bytes"] / 2**20
 
 
-def _label(axes: Axes, points: Sequence[Summary]) -> None:
+def _name(axes: Axes, cells: Sequence[Summary]) -> None:
     """Names beside the points, each where it covers the least of points and names already there."""
-    figure: Any = axes.figure
-    renderer = figure._get_renderer()
-    marks = [
-        axes.transData.transform((_mib(cell), cell.score or 0.0)) for cell in points
-    ]
+    marks = [axes.transData.transform((_mib(c), c.score or 0.0)) for c in cells]
     taken: list[Bbox] = []
     legend = axes.get_legend()
     if legend is not None:
-        taken.append(legend.get_window_extent(renderer))
-    for cell in points:
-        best: tuple[float, Any, Bbox] | None = None
-        for cost, (dx, dy, ha, va) in enumerate(_PLACES):
-            text = axes.annotate(
-                cell.name,
-                (_mib(cell), cell.score or 0.0),
-                (dx, dy),
-                textcoords="offset points",
-                ha=ha,
-                va=va,
-                fontsize=10,
-                arrowprops={
-                    "arrowstyle": "-",
-                    "color": INK,
-                    "alpha": 0.4,
-                    "linewidth": 0.7,
-                }
-                if cost >= _NEAR
-                else None,
-            )
-            box = text.get_window_extent(renderer).padded(2)
-            covered = (
-                sum(box.overlaps(other) for other in taken) * 10
-                + sum(box.contains(*mark) for mark in marks) * 6
-            )
-            covered += 0 if _inside(axes.bbox, box) else 8
-            total = covered + cost * 0.2
-            if best is None or total < best[0]:
-                if best:
-                    best[1].remove()
-                best = (total, text, box)
-            else:
-                text.remove()
-        assert best is not None
-        taken.append(best[2])
+        taken.append(legend.get_window_extent())
+    for cell in cells:
+        taken.append(_write_name(axes, cell, taken, marks))
+
+
+def _write_name(
+    axes: Axes, cell: Summary, taken: Sequence[Bbox], marks: Sequence[Any]
+) -> Bbox:
+    """Write a cell's name at the best of all offsets, and say where it stands."""
+    tried = []
+    for rank, offset in enumerate(_OFFSETS):
+        text = _annotate(axes, cell, offset, line=rank >= _NEAR)
+        box = text.get_window_extent().padded(2)
+        tried.append((_cost(axes, box, taken, marks) + rank * 0.2, text, box))
+    best = min(tried, key=lambda one: one[0])
+    for one in tried:
+        if one is not best:
+            one[1].remove()
+    return best[2]
+
+
+def _annotate(axes: Axes, cell: Summary, offset: Offset, *, line: bool) -> Any:
+    dx, dy, horizontal, vertical = offset
+    arrow = {"arrowstyle": "-", "color": INK, "alpha": 0.4, "linewidth": 0.7}
+    return axes.annotate(
+        cell.name,
+        (_mib(cell), cell.score or 0.0),
+        (dx, dy),
+        textcoords="offset points",
+        ha=horizontal,
+        va=vertical,
+        fontsize=10,
+        arrowprops=arrow if line else None,
+    )
+
+
+def _cost(axes: Axes, box: Bbox, taken: Sequence[Bbox], marks: Sequence[Any]) -> int:
+    """How bad it is to write into this box: over other names, over points, past the edge of the plot."""
+    names = sum(bool(box.overlaps(other)) for other in taken)
+    points = sum(bool(box.contains(*mark)) for mark in marks)
+    outside = not _inside(axes.bbox, box)
+    return names * 10 + points * 6 + outside * 8
 
 
 def _inside(outer: Bbox, inner: Bbox) -> bool:
@@ -170,7 +185,8 @@ def _inside(outer: Bbox, inner: Bbox) -> bool:
     )
 
 
-_PLACES = [
+Offset = tuple[int, int, str, str]
+_OFFSETS: list[Offset] = [
     (9, 0, "left", "center"), (-9, 0, "right", "center"), (0, 9, "center", "bottom"), (0, -9, "center", "top"),
     (8, 8, "left", "bottom"), (8, -8, "left", "top"), (-8, 8, "right", "bottom"), (-8, -8, "right", "top"),
     *((x, y, "left" if x > 0 else "right", "center") for y in (16, -16, 28, -28, 42, -42) for x in (22, -22)),

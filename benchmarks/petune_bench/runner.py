@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -19,6 +20,17 @@ from petune_bench.progress import Progress, waiting
 from petune_bench.suite import CellSpec, Suite, check_names, extra_cell, load_suite
 
 EXECUTORS = {"local": local.run, "ray": cluster.run}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A suite, and where its results go."""
+
+    suite: Suite
+    name: str
+    source: str
+    """What errors call the suite."""
+    out: Path
 
 
 def run(
@@ -40,97 +52,96 @@ def run(
     if executor not in EXECUTORS:
         raise PetuneError(f"--executor: {unknown('executor', executor, EXECUTORS)}")
     loaded, name, source = load_suite(suite)
-    out = out or Path("bench") / name
+    bench = Bench(loaded, name, source, out or Path("bench") / name)
     if executor == "ray":
         cluster.load()
     else:
         local.warm_up()
     specs = _specs(loaded, source, methods, cells)
     with waiting("checking the suite"):
-        todo = plan(loaded, specs, name, source, out, seeds)
+        todo = plan(bench, specs, seeds)
     _prefetch(todo)
     if fresh:
-        (out / results.FILE).unlink(missing_ok=True)
-        shutil.rmtree(out / "runs", ignore_errors=True)
-    configurations = {cell.name: cell.configuration for cell in todo}
-    kept = results.current(results.read(out), configurations)
-    done = {
-        (row["cell"], row["seed"])
-        for row in kept
-        if row["status"] in ("ok", "unsupported")
-    }
+        (bench.out / results.FILE).unlink(missing_ok=True)
+        shutil.rmtree(bench.out / "runs", ignore_errors=True)
+    _run_missing(todo, bench.out, executor)
+    rows = _rows_in_order(todo, bench.out)
+    _show(rows, bench, json)
+    names = {cell.name for cell in todo}
+    return [row for row in rows if row["cell"] in names]
+
+
+def _run_missing(todo: Sequence[Cell], out: Path, executor: str) -> None:
+    """Run the cells without a result, and append the row of each as soon as it is there."""
+    done = set()
+    for row in results.current(results.read(out), _configurations(todo)):
+        if row["status"] in ("ok", "unsupported"):
+            done.add((row["cell"], row["seed"]))
     missing = [cell for cell in todo if (cell.name, cell.seed) not in done]
     out.mkdir(parents=True, exist_ok=True)
     with Progress(len(todo), len(todo) - len(missing)) as progress:
         for row in EXECUTORS[executor](missing, progress.started, progress.step):
             results.append(out, row)
             progress.finished(row)
-    rows = results.current(results.read(out), configurations)
+
+
+def _rows_in_order(todo: Sequence[Cell], out: Path) -> list[Row]:
+    """All rows that count, in the order of the cells; those of cells that were not asked for come last."""
+    rows = results.current(results.read(out), _configurations(todo))
     order = {cell.name: i for i, cell in enumerate(todo)}
-    rows.sort(key=lambda row: order.get(row["cell"], len(order)))
-    _show(rows, loaded, name, out, json)
-    return [row for row in rows if row["cell"] in order]
+    return sorted(rows, key=lambda row: order.get(row["cell"], len(order)))
 
 
-def plan(
-    suite: Suite,
-    specs: Sequence[CellSpec],
-    name: str,
-    source: str,
-    out: Path,
-    seeds: int | None,
-) -> list[Cell]:
+def _configurations(cells: Sequence[Cell]) -> dict[str, str]:
+    return {cell.name: cell.configuration for cell in cells}
+
+
+def plan(bench: Bench, specs: Sequence[CellSpec], seeds: int | None) -> list[Cell]:
     """Every cell and seed, checked before anything is loaded or downloaded.
 
     Raises:
         PetuneError: a name that nothing installed goes by, or an argument that a method doesn't take.
     """
+    chosen = range(seeds) if seeds else bench.suite.seeds
+    return [_cell(bench, spec, seed) for seed in chosen for spec in specs]
+
+
+def _cell(bench: Bench, spec: CellSpec, seed: int) -> Cell:
     files = tuple(p.package for p in registry().plugins.values() if p.version == "file")
-    cells = []
-    for seed in range(seeds) if seeds else suite.seeds:
-        for spec in specs:
-            recipe = suite.recipe(
-                spec, seed, folder_of(out, spec.label, seed), source
-            ).resolved()
-            recipe.check(source=f"{source}: {spec.label}")
-            training = recipe.training.model_dump(exclude={"seed"}, exclude_none=True)
-            key = configuration(
-                recipe, spec.implementation, versions(), _code(spec.method)
-            )
-            environment = {
-                **versions(),
-                **machine(),
-                "configuration": key,
-                "training": training,
-            }
-            cells.append(
-                Cell(
-                    name,
-                    spec.label,
-                    spec.implementation,
-                    recipe,
-                    files,
-                    key,
-                    environment,
-                )
-            )
-    return cells
+    folder = folder_of(bench.out, spec.label, seed)
+    recipe = bench.suite.recipe(spec, seed, folder, bench.source).resolved()
+    recipe.check(source=f"{bench.source}: {spec.label}")
+    training = recipe.training.model_dump(exclude={"seed"}, exclude_none=True)
+    key = configuration(recipe, spec.implementation, versions(), _code(spec.method))
+    environment = {
+        **versions(),
+        **machine(),
+        "configuration": key,
+        "training": training,
+    }
+    return Cell(
+        suite=bench.name,
+        name=spec.label,
+        implementation=spec.implementation,
+        recipe=recipe,
+        plugins=files,
+        configuration=key,
+        environment=environment,
+    )
 
 
 def _specs(
     suite: Suite, source: str, methods: Sequence[str], pattern: str
 ) -> list[CellSpec]:
+    """The cells to run: the suite's and those of `--method` that it has not, as far as `--cells` picks them."""
     present = {cell.label for cell in suite.cells}
-    specs = [
-        *suite.cells,
-        *(cell for cell in map(extra_cell, methods) if cell.label not in present),
-    ]
+    extra = [cell for cell in map(extra_cell, methods) if cell.label not in present]
+    specs = [*suite.cells, *extra]
     check_names(specs, source)
     chosen = [cell for cell in specs if fnmatchcase(cell.label, pattern)]
     if not chosen:
-        raise PetuneError(
-            f"--cells: {unknown('cell', pattern, [cell.label for cell in specs])}"
-        )
+        known = [cell.label for cell in specs]
+        raise PetuneError(f"--cells: {unknown('cell', pattern, known)}")
     return chosen
 
 
@@ -150,28 +161,32 @@ def _prefetch(cells: Sequence[Cell]) -> None:
     from petune.loading.fetch import fetch
 
     models, sets = registry().all("petune_models"), registry().all("petune_datasets")
-    for name in dict.fromkeys(cell.recipe.model for cell in cells):
-        if name in models:
-            fetch(models[name])
-    for data in dict.fromkeys(
-        cell.recipe.data for cell in cells if isinstance(cell.recipe.data, str)
-    ):
-        if data in sets:
-            fetch(sets[data].source)
+    for model in dict.fromkeys(cell.recipe.model for cell in cells):
+        if model in models:
+            fetch(models[model])
+    data = [cell.recipe.data for cell in cells if isinstance(cell.recipe.data, str)]
+    for name in dict.fromkeys(data):
+        if name in sets:
+            fetch(sets[name].source)
 
 
-def _show(rows: Sequence[Row], suite: Suite, name: str, out: Path, json: bool) -> None:
+def _show(rows: Sequence[Row], bench: Bench, json: bool) -> None:
     from petune_bench.report import write_report
     from petune_bench.summary import summarize
     from petune_bench.table import as_json, show
 
     cells = summarize(rows)
-    command = shlex.join(["petune", *sys.argv[1:]])
     report = write_report(
-        cells, rows, out, title=suite.title or name, about=suite.about, command=command
+        cells,
+        rows,
+        bench.out,
+        title=bench.suite.title or bench.name,
+        about=bench.suite.about,
+        command=shlex.join(["petune", *sys.argv[1:]]),
     )
     if json:
         as_json(rows)
     else:
         show(cells)
-        print(f"\nThe report is {report}, the rows are in {out / results.FILE}.")
+        file = bench.out / results.FILE
+        print(f"\nThe report is {report}, the rows are in {file}.")

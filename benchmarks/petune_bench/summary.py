@@ -65,10 +65,14 @@ def summarize(rows: Sequence[Row]) -> list[Summary]:
     )
 
 
+def metric_of(cells: Sequence[Summary]) -> str:
+    """The name of the score that the cells share."""
+    return next((cell.metric for cell in cells if cell.metric), "score")
+
+
 def _summary(rows: list[Row]) -> Summary:
-    good = [row for row in rows if row["status"] == "ok"]
-    bad = next((row for row in rows if row["status"] != "ok"), None)
-    first = (good or rows)[0]
+    good, bad = _by_status(rows)
+    first, worst = (good or rows)[0], (bad or rows)[0]
     scores = [row["score"] for row in good]
     score = statistics.mean(scores) if scores else None
     return Summary(
@@ -76,8 +80,8 @@ def _summary(rows: list[Row]) -> Summary:
         method=first["method"],
         implementation=first["implementation"],
         precision=first["precision"],
-        status=bad["status"] if bad else "ok",
-        error=bad["error"] if bad else None,
+        status=worst["status"],
+        error=worst["error"] if bad else None,
         seeds=[row["seed"] for row in good],
         metric=first["metric"],
         score=score,
@@ -85,10 +89,21 @@ def _summary(rows: list[Row]) -> Summary:
         error_bar=_binomial(first, score),
         learning_rate=first["environment"]["training"]["learning_rate"],
         method_args=first["method_args"],
-        figures={key: statistics.mean(row[key] for row in good) for key in AVERAGED}
-        if good
-        else {},
+        figures=_means(good),
     )
+
+
+def _by_status(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """(the rows that have figures, those that have none)."""
+    good = [row for row in rows if row["status"] == "ok"]
+    return good, [row for row in rows if row["status"] != "ok"]
+
+
+def _means(rows: Sequence[Row]) -> dict[str, float]:
+    """The means of what was measured; empty without rows."""
+    if not rows:
+        return {}
+    return {key: statistics.mean(row[key] for row in rows) for key in AVERAGED}
 
 
 def _binomial(row: Row, score: float | None) -> float | None:

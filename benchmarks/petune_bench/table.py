@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from petune.training.result import finite
 from petune_bench.cell import Row
-from petune_bench.summary import Summary
+from petune_bench.summary import Summary, metric_of
 
 
 def _mib(value: float) -> str:
@@ -41,7 +41,7 @@ def show(cells: Sequence[Summary]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    metric = next((cell.metric for cell in cells if cell.metric), "score")
+    metric = metric_of(cells)
     drawn = Table(
         padding=(0, 1, 0, 0),
         box=SIMPLE_HEAD if sys.stdout.isatty() else None,

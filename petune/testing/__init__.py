@@ -5,15 +5,17 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from petune.core.attached.parts import parts
 from petune.core.registry.methods import Method
 from petune.errors import PetuneError, UnsupportedError, unknown
-from petune.testing.behaviours import BEHAVIOURS, generates_cached
+from petune.testing.behaviours import BEHAVIOURS
 from petune.testing.case import Case
+from petune.testing.generation import generates_cached
 from petune.testing.models import FAMILIES, tiny_batch, tiny_model
+from petune.testing.rows import Row, reasons
 
 __all__ = [
     "BEHAVIOURS",
@@ -26,24 +28,6 @@ __all__ = [
     "tiny_batch",
     "tiny_model",
 ]
-
-HOLDS, FAILS, REFUSED = "✓✗–"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One behaviour on one family at one precision: it holds, fails with an error, or is refused for a reason."""
-
-    behaviour: str
-    family: str
-    precision: str
-    error: str | None = None
-    refused: str | None = None
-
-    @property
-    def mark(self) -> str:
-        """How tables show it."""
-        return FAILS if self.error else REFUSED if self.refused else HOLDS
 
 
 def run_checks(
@@ -68,9 +52,7 @@ def run_checks(
         if family not in FAMILIES:
             raise PetuneError(unknown("family", family, FAMILIES))
         for precision in precisions:
-            tiny_model(
-                family, precision
-            )  # an unknown precision is the caller's mistake, not the method's
+            tiny_model(family, precision)  # if it is unknown, the caller is wrong
             case = Case(method, family, precision, arguments, device)
             for behaviour, check in BEHAVIOURS.items():
                 if case.generates or check is not generates_cached:
@@ -78,53 +60,33 @@ def run_checks(
 
 
 def _checked(case: Case, behaviour: str) -> Row:
-    error = refused = None
+    """The row of one behaviour: it holds unless the check raises."""
+    row = Row(behaviour, case.family, case.precision)
     try:
         BEHAVIOURS[behaviour](case)
     except UnsupportedError as reason:
-        refused = str(reason)
-        if not any(_is_stated(refused, cls) for cls in case.classes):
-            error = f"refused, and the docstring does not say so: {reason}"
+        if any(_is_stated(str(reason), cls) for cls in case.classes):
+            return replace(row, refused=str(reason))
+        error = f"refused, and the docstring does not say so: {reason}"
+        return replace(row, error=error, refused=str(reason))
     except Exception as failure:
-        error = (
-            f"{type(failure).__name__}: {failure}"
-            if str(failure)
-            else type(failure).__name__
-        )
-    return Row(behaviour, case.family, case.precision, error, refused)
+        kind = type(failure).__name__
+        return replace(row, error=f"{kind}: {failure}" if str(failure) else kind)
+    return row
 
 
 def _is_stated(reason: str, cls: Method) -> bool:
-    """A user who reads the docstring is told: it has two of the words that the reason is made of."""
-    said, given = (
-        set(re.findall(r"[a-z]{4,}", text.lower()))
-        for text in (inspect.getdoc(cls) or "", reason)
-    )
-    return (
-        len(said & given - set(re.findall(r"[a-z]+", reason.partition(":")[0].lower())))
-        > 1
-    )
+    """Whether a user who reads the docstring is told: it has two of the words that the reason is made of, besides
+    those before its colon, which name what is refused.
+    """
+    said = _long_words(inspect.getdoc(cls) or "")
+    subject = set(re.findall(r"[a-z]+", reason.partition(":")[0].lower()))
+    shared = (said & _long_words(reason)) - subject
+    return len(shared) > 1
 
 
-def reasons(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """What does not hold, a line each, and the rows that it is about: `bert, t5: routing: <why>`."""
-    alike: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        if row.error or row.refused:
-            alike.setdefault(
-                (row.family, " ".join((row.error or row.refused or "").split())), []
-            ).append(row)
-    found: dict[tuple[str, str], list[Row]] = {}
-    for (family, why), mine in alike.items():
-        every = {row.behaviour for row in rows if row.family == family}
-        some = list(dict.fromkeys(row.behaviour for row in mine))
-        found.setdefault(
-            ("everything" if set(some) == every else ", ".join(some), why), []
-        ).extend(mine)
-    return {
-        f"{', '.join(dict.fromkeys(row.family for row in mine))}: {what}: {why}": mine
-        for (what, why), mine in found.items()
-    }
+def _long_words(text: str) -> set[str]:
+    return set(re.findall(r"[a-z]{4,}", text.lower()))
 
 
 def check_method(method: str | Method | Sequence[str | Method], **options: Any) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import petune
+from petune.core.attached.attach import attach
 from petune.core.attached.parts import parts
-from petune.core.attached.tuning import Tuning
+from petune.core.attached.tuning import Tuning, tunings
 from petune.core.method.adapter import Unfreeze
 from petune.core.registry.methods import Method
 from petune.testing.models import DTYPES, FAMILIES, tiny_batch, tiny_model
@@ -48,7 +48,7 @@ class Case:
 
     @property
     def generates(self) -> bool:
-        return FAMILIES[self.family][2] != "sequence-classification"
+        return FAMILIES[self.family].head != "sequence-classification"
 
     @property
     def quantized(self) -> bool:
@@ -63,10 +63,10 @@ class Case:
             k: v.to(self.device) for k, v in tiny_batch(self.family, rows=count).items()
         }
 
-    def base(self, **options: Any) -> Any:
-        """A model of its own, of two blocks: what a behaviour does to one of several shows."""
+    def base(self, layers: int = 2) -> Any:
+        """A model of its own. With two blocks, so that what a behaviour does to one of several shows."""
         return tiny_model(
-            self.family, self.precision, device=self.device, **{"layers": 2, **options}
+            self.family, self.precision, layers=layers, device=self.device
         )
 
     def attach(
@@ -74,38 +74,52 @@ class Case:
     ) -> Tuning:
         """The method on a model, its parameters moved off their start, so that it acts."""
         with torch.random.fork_rng():
-            torch.manual_seed(len(petune.tunings(model)))
-            tuning = petune.attach(model, self.method, name=name, **self.arguments)
-            with torch.no_grad():
-                for p in tuning.parameters() if change else []:
-                    p.add_(
-                        torch.randn_like(p)
-                        * 0.1
-                        * (1 if p.dim() < 2 else p.std(correction=0).clamp(min=0.2))
-                    )
+            torch.manual_seed(len(tunings(model)))
+            tuning = attach(model, self.method, name=name, **self.arguments)
+            if change:
+                _move(tuning)
         return tuning
 
-    def tuned(self, **options: Any) -> tuple[Any, Tuning]:
-        model = self.base(**options)
+    def tuned(self, layers: int = 2) -> tuple[Any, Tuning]:
+        """(a model, the method on it)."""
+        model = self.base(layers)
         return model, self.attach(model)
 
     def close(self, one: Tensor, other: Tensor, what: str, factor: float = 1.0) -> None:
+        """Assert that two ways to compute the same agree but for rounding, as a share of the largest value.
+
+        Args:
+            what: what the error says.
+            factor: how many times the rounding of one forward is allowed.
+        """
         worst = float((one.float() - other.float()).abs().max())
-        limit = (
-            ROUNDING.get(self.precision, ROUNDING["fp32"])
-            * factor
-            * max(1.0, float(other.float().abs().max()))
-        )
+        largest = max(1.0, float(other.float().abs().max()))
+        rounding = ROUNDING.get(self.precision, ROUNDING["fp32"])
+        limit = rounding * factor * largest
         assert worst <= limit, f"{what}: {worst:.1e} apart, at most {limit:.1e} allowed"
 
 
 @torch.no_grad()
+def _move(tuning: Tuning) -> None:
+    """Add noise to all that trains: to matrices in the size of what is there."""
+    for parameter in tuning.parameters():
+        noise = torch.randn_like(parameter) * 0.1
+        if parameter.dim() > 1:
+            noise *= parameter.std(correction=0).clamp(min=0.2)
+        parameter.add_(noise)
+
+
+@torch.no_grad()
 def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """The logits at the tokens that are not padding."""
-    decoder = model.config.is_encoder_decoder
-    out: Tensor = model(
-        **{k: v for k, v in batch.items() if k != "labels" or decoder}
-    ).logits
-    return (
-        out[batch["attention_mask"].bool()] if out.dim() == 3 and not decoder else out
-    )
+    """The logits at the tokens that are not padding; all of an encoder-decoder's and of a classifier's."""
+    out = forward(model, batch)
+    if out.dim() == 3 and not model.config.is_encoder_decoder:
+        return out[batch["attention_mask"].bool()]
+    return out
+
+
+def forward(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """The model's logits. Labels are left out, but for an encoder-decoder, which reads its decoder's input there."""
+    if model.config.is_encoder_decoder:
+        return model(**batch).logits
+    return model(**{k: v for k, v in batch.items() if k != "labels"}).logits

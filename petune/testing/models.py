@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 import tempfile
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
-
-import petune
 
 VOCABULARY, LAYERS = 128, 3
 _IDS: dict[str, Any] = {
@@ -48,39 +46,57 @@ _T5 = _IDS | {
     "dropout_rate": 0.0,
 }
 
-# family: the configuration's class, the model's, the head, how much larger than fresh its weights are (fresh ones
-# are so small that every change drowns in rounding; T5's are not), the configuration
-FAMILIES: dict[str, tuple[str, str, str, float, dict[str, Any]]] = {
-    "llama": (
+
+class Family(NamedTuple):
+    """How to build a tiny model of a family.
+
+    Args:
+        config: the name of the configuration's class in transformers.
+        model: the name of the model's class.
+        head: what `petune.from_pretrained` calls its head.
+        scale: how much larger than fresh ones its weights are. Fresh weights are so small that every change drowns in
+            rounding; T5's are not.
+        arguments: of the configuration.
+    """
+
+    config: str
+    model: str
+    head: str
+    scale: float
+    arguments: dict[str, Any]
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(
         "LlamaConfig",
         "LlamaForCausalLM",
         "causal-lm",
         4.0,
         _LLAMA | {"num_key_value_heads": 2},
     ),
-    "qwen": (
+    "qwen": Family(
         "Qwen3Config",
         "Qwen3ForCausalLM",
         "causal-lm",
         4.0,
         _LLAMA | {"num_key_value_heads": 2, "head_dim": 16},
     ),
-    "gpt2": ("GPT2Config", "GPT2LMHeadModel", "causal-lm", 4.0, _GPT2),
-    "bert": (
+    "gpt2": Family("GPT2Config", "GPT2LMHeadModel", "causal-lm", 4.0, _GPT2),
+    "bert": Family(
         "BertConfig",
         "BertForSequenceClassification",
         "sequence-classification",
         4.0,
         _BERT,
     ),
-    "roberta": (
+    "roberta": Family(
         "RobertaConfig",
         "RobertaForSequenceClassification",
         "sequence-classification",
         4.0,
         _BERT | {"pad_token_id": 1, "bos_token_id": 0},
     ),
-    "t5": (
+    "t5": Family(
         "T5Config",
         "T5ForConditionalGeneration",
         "seq2seq-lm",
@@ -88,6 +104,8 @@ FAMILIES: dict[str, tuple[str, str, str, float, dict[str, Any]]] = {
         _T5 | {"decoder_start_token_id": 0},
     ),
 }
+DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
+"""What configurations call their number of blocks."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -107,41 +125,44 @@ def tiny_model(
 def _built(
     family: str, precision: str, attention: str, layers: int, device: str
 ) -> Any:
-    config_class, model_class, head, scale, arguments = FAMILIES[family]
-    if precision not in DTYPES:  # loaded by its quantizer, as a user's model is
-        options: dict[str, Any] = {
-            "attn_implementation": attention,
-            "device_map": device,
-        }
-        with tempfile.TemporaryDirectory() as folder:
-            _built(family, "fp32", attention, layers, "cpu").save_pretrained(folder)
-            made: Any = petune.from_pretrained(
-                folder, precision=precision, head=head, **options
-            )
-            return made.eval()
+    if precision in DTYPES:
+        fresh = _fresh(FAMILIES[family], attention, layers)
+        return fresh.to(device, DTYPES[precision]).eval()
+    from petune.loading.models import from_pretrained  # seconds, and rarely needed
+
+    plain = _built(family, "fp32", attention, layers, "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        plain.save_pretrained(folder)
+        model: Any = from_pretrained(
+            folder,
+            precision=precision,
+            head=FAMILIES[family].head,
+            attn_implementation=attention,
+            device_map=device,
+        )
+    return model.eval()
+
+
+def _fresh(family: Family, attention: str, layers: int) -> Any:
+    """A model of the family with random weights, the same at every call."""
+    depth = {key: layers for key in DEPTHS if key in family.arguments}
+    options = {**family.arguments, **depth, "attn_implementation": attention}
+    config = getattr(transformers, family.config)(**options)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        depth = {
-            key: layers
-            for key in ("num_hidden_layers", "n_layer", "num_layers")
-            if key in arguments
-        }
-        config = getattr(transformers, config_class)(**arguments | depth)
-        model = getattr(transformers, model_class)._from_config(
-            config, attn_implementation=attention
-        )
+        model = getattr(transformers, family.model)(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.mul_(scale)
-    return model.to(device, DTYPES[precision]).eval()
+                parameter.mul_(family.scale)
+    return model
 
 
 def tiny_batch(
     family: str, rows: int = 2, length: int = 10, padding: int = 3
 ) -> dict[str, torch.Tensor]:
     """A batch with labels, its first row padded on the right."""
-    head, arguments = FAMILIES[family][2], FAMILIES[family][4]
+    head, arguments = FAMILIES[family].head, FAMILIES[family].arguments
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(4, VOCABULARY, (rows, length), generator=generator)
     mask = torch.ones_like(ids)

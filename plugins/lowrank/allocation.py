@@ -18,17 +18,20 @@ def straighten(adapters: Sequence[AdaLoRA]) -> None:
     code has it; the paper squares it.
     """
     for a in adapters:
-        for p, rows in ((a.Q, a.Q), (a.P, a.P.T)):
-            if p.grad is not None:
-                off = rows @ rows.T - torch.eye(
-                    len(rows), dtype=p.dtype, device=p.device
-                )
-                slope = (
-                    off
-                    @ rows
-                    * (a.orthogonality / len(adapters) / off.norm().clamp(min=1e-12))
-                )
-                p.grad += slope if rows is p else slope.T
+        weight = a.orthogonality / len(adapters)
+        if a.Q.grad is not None:
+            a.Q.grad += _slope(a.Q, weight)
+        if a.P.grad is not None:
+            a.P.grad += _slope(a.P.T, weight).T
+
+
+def _slope(rows: Tensor, weight: float) -> Tensor:
+    """`weight` times half the gradient of |R R' - I| by the rows R, (rank, width). Half, since a mean over P and Q is
+    half their sum.
+    """
+    one = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+    off = rows @ rows.T - one
+    return off @ rows * (weight / off.norm().clamp(min=1e-12))
 
 
 @torch.no_grad()
@@ -37,10 +40,8 @@ def observe(adapters: Sequence[AdaLoRA]) -> None:
     for a in adapters:
         for name, p in a.named_parameters():
             if p.grad is not None:
-                mean, spread = (
-                    a.get_buffer(f"mean_{name}"),
-                    a.get_buffer(f"spread_{name}"),
-                )
+                mean = a.get_buffer(f"mean_{name}")
+                spread = a.get_buffer(f"spread_{name}")
                 now = (p * p.grad).abs()
                 mean.lerp_(now, 1 - a.betas[0])
                 spread.lerp_((now - mean).abs(), 1 - a.betas[1])
@@ -49,26 +50,35 @@ def observe(adapters: Sequence[AdaLoRA]) -> None:
 @torch.no_grad()
 def allocate(adapters: Sequence[AdaLoRA], step: int, begin: int, end: int) -> None:
     """Cut the e of all sites to the budget of this step; after the last cut those that are gone stay gone."""
-    if step == end or (begin < step < end and step % adapters[0].every == 0):
-        scores = [_importance(a) for a in adapters]
-        everything = torch.cat([score.cpu() for score in scores])
-        target, left = (
-            sum(a.target for a in adapters),
-            1 - (step - begin) / (end - begin),
-        )
-        cut = len(everything) - int((len(everything) - target) * left**3 + target)
-        bound = everything.kthvalue(cut).values.item() if cut else float("-inf")
-        for a, score in zip(adapters, scores, strict=True):
-            a.keep.copy_(score > bound)
-    elif step < end:
-        return
-    for a in adapters:
-        a.e.mul_(a.keep)
+    between = begin < step < end and step % adapters[0].every == 0
+    if between or step == end:
+        _choose(adapters, (step - begin) / (end - begin))
+    if between or step >= end:
+        for a in adapters:
+            a.e.mul_(a.keep)
+
+
+def _choose(adapters: Sequence[AdaLoRA], progress: float) -> None:
+    """Keep the most important e of all sites together. How many falls from all to the target, on a cubic schedule.
+
+    Args:
+        progress: the share of the schedule that is over, from 0 to 1.
+    """
+    scores = [_importance(a) for a in adapters]
+    everything = torch.cat([score.cpu() for score in scores])
+    count, target = len(everything), sum(a.target for a in adapters)
+    left = 1 - progress
+    kept = int((count - target) * left**3 + target)
+    gone = count - kept
+    bound = everything.kthvalue(gone).values.item() if gone else float("-inf")
+    for a, score in zip(adapters, scores, strict=True):
+        a.keep.copy_(score > bound)
 
 
 def _importance(a: AdaLoRA) -> Tensor:
-    """(rank,): that of each e, and the mean ones of its column of P and its row of Q."""
-    e, q, p = (
-        a.get_buffer(f"mean_{name}") * a.get_buffer(f"spread_{name}") for name in "eQP"
-    )
-    return e + q.mean(1) + p.mean(0)
+    """(rank,): the importance of each e, and the mean ones of its column of P and of its row of Q."""
+    return _of("e", a) + _of("Q", a).mean(1) + _of("P", a).mean(0)
+
+
+def _of(name: str, a: AdaLoRA) -> Tensor:
+    return a.get_buffer(f"mean_{name}") * a.get_buffer(f"spread_{name}")

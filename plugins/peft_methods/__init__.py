@@ -18,13 +18,7 @@ def petune_methods() -> Mapping[str, type]:
         return {}
     from petune_plugins.peft_methods.method import method
 
-    text = (
-        Path(spec.origin)
-        .with_name("utils")
-        .joinpath("peft_types.py")
-        .read_text(encoding="utf-8")
-    )
-    kinds = re.findall(
-        r'^    ([A-Z]\w+) = "\1"', text.partition("class TaskType")[0], re.MULTILINE
-    )
+    file = Path(spec.origin).with_name("utils") / "peft_types.py"
+    types, _, _ = file.read_text(encoding="utf-8").partition("class TaskType")
+    kinds = re.findall(r'^    ([A-Z]\w+) = "\1"', types, re.MULTILINE)
     return {f"peft:{kind.lower()}": method(kind) for kind in kinds}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import warnings
-from contextlib import redirect_stderr, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, suppress
 from typing import Any
 
 import torch
@@ -31,36 +32,18 @@ def inject(
         PetuneError: PEFT refuses the options.
         UnsupportedError: the method is none of layers, or PEFT has none for these.
     """
-    import peft
-    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-
-    name, make = f"peft:{kind.lower()}", tuner(kind)
-    if not isinstance(make, type) or not issubclass(make, BaseTuner):
-        raise petune.UnsupportedError(
-            f"{name} acts on the whole model, which only PEFT's own can."
-        )
-    if other := next((site.name for site in sites if site.kind != "linear"), None):
-        raise petune.UnsupportedError(
-            f"{name} acts on linear layers, which {other} is not."
-        )
-    box, paths = (
-        nn.Module(),
-        {
-            site.name: site.name.replace("[", ".").rstrip("]").replace("#", ".")
-            for site in sites
-        },
-    )
-    stubs = {site.name: Stub(site) for site in sites}
-    device = stubs[sites[0].name].weight.device
-    box.register_parameter(
-        "device", nn.Parameter(torch.zeros(0, device=device), requires_grad=False)
-    )  # PEFT asks
+    name = f"peft:{kind.lower()}"
+    make = _layer_tuner(name, kind)
     for site in sites:
-        _put(box, paths[site.name], stubs[site.name])
+        if site.kind != "linear":
+            raise petune.UnsupportedError(
+                f"{name} acts on linear layers, which {site.name} is not."
+            )
+    stubs = {site.name: Stub(site) for site in sites}
+    paths = {site.name: _path(site) for site in sites}
+    box = _box({paths[at]: stub for at, stub in stubs.items()})
     try:
-        config: Any = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)](
-            **options
-        )
+        config = _configuration(kind, options)
         config.target_modules = list(paths.values())
         made = make(box, config, "default")
     except AttributeError as missing:
@@ -70,32 +53,79 @@ def inject(
     except Exception as refusal:
         raise _refused(name, refusal) from refusal
     layers = {at: box.get_submodule(path) for at, path in paths.items()}
+    _check_layers(name, layers)
+    first = sites[0].name
+    _try(name, layers[first], stubs[first])
+    for stub in stubs.values():
+        stub.last = None
+    return layers, _shared_parameters(made, layers)
+
+
+def _layer_tuner(name: str, kind: str) -> Any:
+    """PEFT's class that puts layers into a model.
+
+    Raises:
+        UnsupportedError: this method of PEFT's puts none there.
+    """
+    from peft.tuners.tuners_utils import BaseTuner
+
+    make = tuner(kind)
+    if isinstance(make, type) and issubclass(make, BaseTuner):
+        return make
+    raise petune.UnsupportedError(
+        f"{name} acts on the whole model, which only PEFT's own can."
+    )
+
+
+def _configuration(kind: str, options: dict[str, Any]) -> Any:
+    import peft
+
+    return peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)](**options)
+
+
+def _path(site: petune.Site) -> str:
+    """The site's name as that of a module: `…c_attn[q]` as `…c_attn.q`."""
+    return site.name.replace("[", ".").rstrip("]").replace("#", ".")
+
+
+def _box(stubs: dict[str, Stub]) -> nn.Module:
+    """A module that holds the stubs under these paths, as the model that PEFT puts its layers into."""
+    box = nn.Module()
+    device = next(iter(stubs.values())).weight.device
+    nothing = nn.Parameter(torch.zeros(0, device=device), requires_grad=False)
+    box.register_parameter("device", nothing)  # PEFT asks a parameter for its device
+    for path, stub in stubs.items():
+        *parents, last = path.split(".")
+        inner = box
+        for name in parents:
+            if name not in dict(inner.named_children()):
+                inner.add_module(name, nn.Module())
+            inner = inner.get_submodule(name)
+        inner.add_module(last, stub)
+    return box
+
+
+def _check_layers(name: str, layers: dict[str, nn.Module]) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     for at, layer in layers.items():
-        if not isinstance(layer, BaseTunerLayer) or not any(
-            p.requires_grad for p in layer.parameters()
-        ):
+        trains = any(p.requires_grad for p in layer.parameters())
+        if not isinstance(layer, BaseTunerLayer) or not trains:
             raise petune.UnsupportedError(
                 f"{name}: PEFT has nothing to train at a linear layer such as {at}."
             )
-    _try(name, layers[sites[0].name], stubs[sites[0].name])
-    for stub in stubs.values():
-        stub.last = None
+
+
+def _shared_parameters(
+    made: nn.Module, layers: dict[str, nn.Module]
+) -> dict[str, nn.Parameter]:
+    """What trains besides the layers' own parameters, by names that a ParameterDict takes."""
     owned = {id(p) for layer in layers.values() for p in layer.parameters()}
-    others = {
-        n: p
-        for n, p in made.named_parameters()
-        if id(p) not in owned and p.requires_grad
-    }
-    return layers, {n.replace(".", "_"): p for n, p in others.items()}
-
-
-def _put(box: nn.Module, path: str, stub: Stub) -> None:
-    *parents, last = path.split(".")
-    for name in parents:
-        if name not in box._modules:
-            box.add_module(name, nn.Module())
-        box = box.get_submodule(name)
-    box.add_module(last, stub)
+    found = {}
+    for name, parameter in made.named_parameters():
+        if parameter.requires_grad and id(parameter) not in owned:
+            found[name.replace(".", "_")] = parameter
+    return found
 
 
 def _try(name: str, layer: Any, stub: Stub) -> None:
@@ -119,17 +149,18 @@ def _refused(name: str, reason: Exception) -> petune.UnsupportedError:
 def sample(kind: str) -> tuple[Any, Stub] | None:
     """The method at a layer of its own, with the default options: the narrowest that it takes, since some are slow."""
     for width in (64, 256):
-        site = petune.Site(
-            "layer", "linear", "q", 0, width, width, nn.Linear(width, width)
-        )
+        layer = nn.Linear(width, width)
+        site = petune.Site("layer", "linear", "q", 0, width, width, layer)
         site.peers.append(site)
-        quiet = warnings.catch_warnings(action="ignore"), redirect_stderr(io.StringIO())
-        with (
-            torch.random.fork_rng(),
-            quiet[0],
-            quiet[1],
-            suppress(petune.UnsupportedError),
-        ):
-            layer: Any = inject(kind, [site], {})[0]["layer"]
-            return layer, layer.base_layer
+        with torch.random.fork_rng(), _quiet(), suppress(petune.UnsupportedError):
+            layers, _ = inject(kind, [site], {})
+            wrapped: Any = layers["layer"]
+            return wrapped, wrapped.base_layer
     return None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings and the output of PEFT's that a trial has no reader for."""
+    with warnings.catch_warnings(action="ignore"), redirect_stderr(io.StringIO()):
+        yield

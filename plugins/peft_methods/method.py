@@ -18,15 +18,20 @@ import petune
 from .inject import inject, sample, tuner
 from .stub import close, is_affine
 
-# `where` and `train` say these
-PLACES = {
+# options of PEFT's that `where` and `train` take the place of
+WHERE_AND_TRAIN = {
     "target_modules",
     "exclude_modules",
     "target_parameters",
     "layers_to_transform",
     "layers_pattern",
 }
-PLACES |= {"modules_to_save", "bias", "fan_in_fan_out", "trainable_token_indices"}
+WHERE_AND_TRAIN |= {
+    "modules_to_save",
+    "bias",
+    "fan_in_fan_out",
+    "trainable_token_indices",
+}
 
 
 class Lazy:
@@ -37,22 +42,18 @@ class Lazy:
 
     def __get__(self, instance: Any, owner: type) -> Any:
         made = self.make(owner)
-        return (
-            MethodType(made, instance)
-            if instance is not None and inspect.isfunction(made)
-            else made
-        )
+        if instance is not None and inspect.isfunction(made):
+            return MethodType(made, instance)
+        return made
 
 
 class Affine(Lazy):
     """Of an adapter it is its own layer that says, since options may matter."""
 
     def __get__(self, instance: Any, owner: type) -> bool:
-        return (
-            self.make(owner)
-            if instance is None
-            else is_affine(instance.layer, instance.layer.base_layer)
-        )
+        if instance is None:
+            return self.make(owner)
+        return is_affine(instance.layer, instance.layer.base_layer)
 
 
 class PeftMethod(petune.Adapter):
@@ -75,10 +76,8 @@ class PeftMethod(petune.Adapter):
             raise petune.UnsupportedError(
                 f"peft:{self.kind.lower()} shares tensors between layers; save in petune's own format."
             )
-        return {
-            key.replace(".default", ""): t
-            for key, t in self.layer.state_dict(keep_vars=True).items()
-        }
+        tensors = self.layer.state_dict(keep_vars=True)
+        return {key.replace(".default", ""): t for key, t in tensors.items()}
 
     def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
         stub = self.layer.base_layer
@@ -130,32 +129,33 @@ def signature(cls: type[PeftMethod]) -> Callable[..., None]:
 
     made = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(cls.kind)]
     hints = typing.get_type_hints(made)
-    general = {f.name for f in dataclasses.fields(peft.PeftConfig)} | PLACES
+    general = {f.name for f in dataclasses.fields(peft.PeftConfig)} | WHERE_AND_TRAIN
     own = [f for f in dataclasses.fields(made) if f.init and f.name not in general]
 
     def __init__(self: PeftMethod, site: petune.Site, **options: Any) -> None:
         self.build(site, options)
 
-    def parameter(f: dataclasses.Field[Any]) -> inspect.Parameter:
-        default = (
-            f.default
-            if f.default_factory is dataclasses.MISSING
-            else f.default_factory()
-        )
-        # PEFT annotates what may be missing as if it may not
-        hint = hints[f.name] | None if default is None else hints[f.name]
-        return inspect.Parameter(
-            f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint
-        )
-
-    found = [parameter(f) for f in own]
-    first = [
-        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        for name in ("self", "site")
-    ]
+    either = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    first = [inspect.Parameter(name, either) for name in ("self", "site")]
+    found = [_as_parameter(field, hints[field.name]) for field in own]
     __init__.__signature__ = inspect.Signature([*first, *found])  # type: ignore[attr-defined]
     __init__.__annotations__ = {p.name: p.annotation for p in found}
     return __init__
+
+
+def _as_parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
+    """A field of PEFT's configuration as a keyword argument."""
+    default = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    # PEFT annotates what may be missing as if it may not
+    annotation = hint | None if default is None else hint
+    return inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=annotation,
+    )
 
 
 def mergeable(cls: type[PeftMethod]) -> bool:

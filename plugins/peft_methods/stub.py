@@ -24,9 +24,8 @@ class Stub(nn.Linear):
         self.in_features, self.out_features = site.in_features, site.out_features
         self.site = site
         self.inner: petune.Inner | None = None
-        self.last: dict[Stub, Tensor] | None = site.shared(
-            "last weight", dict
-        )  # while PEFT makes its layers
+        # while PEFT makes its layers: the weight of the last stub that was asked for its own
+        self.last: dict[Stub, Tensor] | None = site.shared("last weight", dict)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -54,9 +53,8 @@ class Stub(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.inner is not None
-        return self.inner(
-            x
-        ).clone()  # some add to it in place, and it may be a view, or another row's too
+        # some layers add to it in place, and it may be a view, or another row's too
+        return self.inner(x).clone()
 
 
 @contextmanager

@@ -78,6 +78,20 @@ class ReadsTheLength(Shift):
         return inner(x) + self.delta * x.shape[1]
 
 
+class ReadsTheLengthALittle(Shift):
+    """Too little to change the most probable token."""
+
+    def forward(self, inner, x):
+        return inner(x) + self.delta * (1 + 0.001 * x.shape[1])
+
+
+class CountsRows(Shift):
+    """`generate` runs the same rows with and without a cache; who decodes by hand has another number of them."""
+
+    def forward(self, inner, x):
+        return inner(x) + self.delta * x.shape[0]
+
+
 class Counts(Shift):
     """Computes something else when it is run again."""
 
@@ -155,6 +169,8 @@ FAULTS = [
     ("merge, or a reason", NotAffine),
     ("detach restores", Marks),
     ("cached generation", ReadsTheLength),
+    ("cached generation", ReadsTheLengthALittle),
+    ("cached generation", CountsRows),
     ("gradient checkpointing", Counts),
     ("torch.compile", NoGraph),
     ("routing", MixesRows),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,62 +42,81 @@ of the rest {rest:.1%} hold. {built} of {mapped} model types could be built ({he
 """
 NOT_BUILT = "What transformers itself could not build or run at these sizes, offline, from token ids alone."
 
+BY_ARCHITECTURE = """## By architecture
+
+`+` holds with every head, `-` is impossible, `!` is a hole with one head at least.
+"""
+
 
 def page(rows: Sequence[Row]) -> str:
     """The markdown of a sweep's rows."""
     run = [row for row in rows if row["status"] != "not built"]
-    holds = [row for row in run if row["status"] == "holds"]
     cannot = [row for row in run if _impossible(row)]
-    holes = [row for row in run if row["status"] != "holds" and not _impossible(row)]
-    types = {row["architecture"] for row in run}
-    head = HEAD.format(
+    holes = [row for row in run if _is_hole(row)]
+    reasons = ("method", "architecture", "heads", "reason")
+    sections = [
+        _head(rows, run),
+        _table(("method", "holds", "impossible", "holes", "cells"), _by_method(run)),
+        "## Holes\n",
+        _table(reasons, _grouped(holes)),
+        "## Impossible\n",
+        _table(reasons, _grouped(cannot, IMPOSSIBLE)),
+        f"## Not built\n\n{NOT_BUILT}\n",
+        _table(("architecture", "reason"), _not_built(rows)),
+        BY_ARCHITECTURE,
+        _table(("architecture", "heads", *METHODS), _by_architecture(run)),
+    ]
+    return "\n".join(sections)
+
+
+def _is_hole(row: Row) -> bool:
+    return row["status"] != "holds" and not _impossible(row)
+
+
+def _not_built(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """(architecture, why it could not be built), of the last head that was tried."""
+    why = {}
+    for row in rows:
+        if row["status"] == "not built":
+            why[row["architecture"]] = _cell(row["reason"])
+    return list(why.items())
+
+
+def _by_architecture(run: Sequence[Row]) -> list[tuple[str, ...]]:
+    kinds = sorted({row["architecture"] for row in run})
+    return [_line(kind, run) for kind in kinds]
+
+
+def _head(rows: Sequence[Row], run: Sequence[Row]) -> str:
+    """The page's beginning, with the counts."""
+    holds = sum(row["status"] == "holds" for row in run)
+    cannot = sum(map(_impossible, run))
+    return HEAD.format(
         transformers=transformers.__version__,
         torch=torch.__version__.partition("+")[0],
-        holds=len(holds),
+        holds=holds,
         cells=len(run),
-        share=len(holds) / max(1, len(run)),
-        impossible=len(cannot),
-        rest=len(holds) / max(1, len(run) - len(cannot)),
-        built=len(types),
+        share=holds / max(1, len(run)),
+        impossible=cannot,
+        rest=holds / max(1, len(run) - cannot),
+        built=len({row["architecture"] for row in run}),
         mapped=len({row["architecture"] for row in rows}),
         heads=len({(row["architecture"], row["head"]) for row in run}),
     )
-    by_method = [
-        (
-            m,
-            *(
-                sum(row["method"] == m for row in part)
-                for part in (holds, cannot, holes, run)
-            ),
+
+
+def _by_method(run: Sequence[Row]) -> Iterator[tuple[str, int, int, int, int]]:
+    """(method, cells that hold, that are impossible, that are holes, all cells)."""
+    for method in METHODS:
+        own = [row for row in run if row["method"] == method]
+        holds = sum(row["status"] == "holds" for row in own)
+        yield (
+            method,
+            holds,
+            sum(map(_impossible, own)),
+            sum(map(_is_hole, own)),
+            len(own),
         )
-        for m in METHODS
-    ]
-    missing = {
-        row["architecture"]: row["reason"]
-        for row in rows
-        if row["status"] == "not built"
-    }
-    parts = [
-        head,
-        _table(("method", "holds", "impossible", "holes", "cells"), by_method),
-        "## Holes\n",
-        _table(("method", "architecture", "heads", "reason"), _grouped(holes)),
-        "## Impossible\n",
-        _table(
-            ("method", "architecture", "heads", "reason"), _grouped(cannot, IMPOSSIBLE)
-        ),
-        f"## Not built\n\n{NOT_BUILT}\n",
-        _table(
-            ("architecture", "reason"),
-            [(kind, _cell(why)) for kind, why in missing.items()],
-        ),
-        "## By architecture\n\n`+` holds with every head, `-` is impossible, `!` is a hole with one head at least.\n",
-        _table(
-            ("architecture", "heads", *METHODS),
-            [_line(kind, run) for kind in sorted(types)],
-        ),
-    ]
-    return "\n".join(parts)
 
 
 def _impossible(row: Row) -> bool:
@@ -108,12 +127,15 @@ def _impossible(row: Row) -> bool:
 
 def _line(kind: str, run: Sequence[Row]) -> tuple[str, ...]:
     own = [row for row in run if row["architecture"] == kind]
-    marks = []
-    for method in METHODS:
-        cells = [row for row in own if row["method"] == method]
-        holds = all(row["status"] == "holds" for row in cells)
-        marks.append("+" if holds else "-" if all(map(_impossible, cells)) else "!")
-    return kind, ", ".join(dict.fromkeys(row["head"] for row in own)), *marks
+    heads = dict.fromkeys(row["head"] for row in own)
+    marks = [_mark([row for row in own if row["method"] == m]) for m in METHODS]
+    return kind, ", ".join(heads), *marks
+
+
+def _mark(rows: Sequence[Row]) -> str:
+    if all(row["status"] == "holds" for row in rows):
+        return "+"
+    return "-" if all(map(_impossible, rows)) else "!"
 
 
 def _grouped(

@@ -57,18 +57,27 @@ def small(plain: PretrainedConfig) -> dict[str, Any]:
             found[key] = kinds
         elif kinds and re.fullmatch(r"num_hidden_layers|n_layers?|num_layers", key):
             found[key] = len(kinds)
-        elif (
-            key == "num_key_value_heads"
-            and value is not None
-            and value == vars(plain).get("num_attention_heads")
-        ):
+        elif _has_a_key_for_each_head(plain, key):
             found[key] = small_size("num_attention_heads")
-        elif (type(value) is int and value > 2) or re.fullmatch(
-            r"(pad|bos|eos)_token_id", key
-        ):
+        elif _is_size_or_id(key, value):
             size = small_size(key)
-            found |= {} if size is None else {key: size}
+            if size is not None:
+                found[key] = size
     return found | MORE.get(plain.model_type, {})
+
+
+def _has_a_key_for_each_head(plain: PretrainedConfig, key: str) -> bool:
+    """Whether this is a number of key heads that equals that of the attention's heads, which must stay so."""
+    own = vars(plain)
+    if key != "num_key_value_heads" or own[key] is None:
+        return False
+    return own[key] == own.get("num_attention_heads")
+
+
+def _is_size_or_id(key: str, value: Any) -> bool:
+    if re.fullmatch(r"(pad|bos|eos)_token_id", key):
+        return True
+    return type(value) is int and value > 2
 
 
 def _layer_kinds(plain: PretrainedConfig) -> tuple[str, list[str]]:
@@ -88,26 +97,10 @@ def build(kind: str, head: str, name: str) -> PreTrainedModel:
         Exception: whatever stops transformers from building it small and offline.
     """
     cls: Any = getattr(transformers, name)
-    whole = config(kind)
-    if not isinstance(
-        whole, cls.config_class
-    ):  # a text model under the type of a model of several towers
-        inside = [
-            value
-            for value in vars(whole).values()
-            if isinstance(value, cls.config_class)
-        ]
-        whole = inside[0] if inside else whole.get_text_config()
-    if (
-        head == "causal-lm"
-        and not whole.is_encoder_decoder
-        and hasattr(whole, "is_decoder")
-    ):
+    whole = _text_config(cls, kind)
+    if head == "causal-lm" and _has_a_decoder_switch(whole):
         whole.is_decoder = True
-    if (
-        whole.is_encoder_decoder
-        and getattr(whole, "decoder_start_token_id", None) is None
-    ):
+    if whole.is_encoder_decoder and not _has_a_start_token(whole):
         whole.decoder_start_token_id = 1
     with torch.device("meta"):
         count = sum(p.numel() for p in cls._from_config(whole).parameters())
@@ -117,11 +110,37 @@ def build(kind: str, head: str, name: str) -> PreTrainedModel:
         )
     torch.manual_seed(0)
     model: PreTrainedModel = cls._from_config(whole).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1 and 0 < float(parameter.std()) < 0.05:
-                parameter.mul_(4)
+    _enlarge(model)
     return model
+
+
+def _text_config(cls: Any, kind: str) -> PretrainedConfig:
+    """The small configuration that a class takes. A text model may go by the type of a model of several towers, whose
+    configuration holds that of the text model.
+    """
+    whole = config(kind)
+    if isinstance(whole, cls.config_class):
+        return whole
+    for value in vars(whole).values():
+        if isinstance(value, cls.config_class):
+            return value
+    return whole.get_text_config()
+
+
+def _has_a_decoder_switch(whole: PretrainedConfig) -> bool:
+    return not whole.is_encoder_decoder and hasattr(whole, "is_decoder")
+
+
+def _has_a_start_token(whole: PretrainedConfig) -> bool:
+    return getattr(whole, "decoder_start_token_id", None) is not None
+
+
+@torch.no_grad()
+def _enlarge(model: PreTrainedModel) -> None:
+    """Matrices four times as large where they are as small as fresh ones mostly are."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and 0 < float(parameter.std()) < 0.05:
+            parameter.mul_(4)
 
 
 def batch(
@@ -129,22 +148,16 @@ def batch(
 ) -> dict[str, torch.Tensor]:
     """Token ids, and what else the model's forward can't do without."""
     generator = torch.Generator().manual_seed(0)
-    known = inspect.signature(type(model).forward).parameters
     rows *= getattr(model, "num_codebooks", 1)
-    found = {
-        "input_ids": torch.randint(
-            4, VOCABULARY - 8, (rows, length), generator=generator
-        )
-    }
-    found["input_ids"][:, [3, 5, -1]] = (
-        2  # where texts end: some read the class there, or the question before it
-    )
+    ids = torch.randint(4, VOCABULARY - 8, (rows, length), generator=generator)
+    # where texts end: some read the class there, or the question before it
+    ids[:, [3, 5, -1]] = 2
     more = {
         "bbox": torch.zeros(rows, length, 4, dtype=torch.long),
         "visual_feats": torch.ones(rows, 3, 64),
         "visual_pos": torch.ones(rows, 3, 4),
-        "decoder_input_ids": found["input_ids"][:, :7],
     }
-    if not model.can_generate():
-        del more["decoder_input_ids"]
-    return found | {key: value for key, value in more.items() if key in known}
+    if model.can_generate():
+        more["decoder_input_ids"] = ids[:, :7]
+    known = inspect.signature(type(model).forward).parameters
+    return {"input_ids": ids, **{key: t for key, t in more.items() if key in known}}

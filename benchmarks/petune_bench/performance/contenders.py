@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 import petune
 from petune.loading.models import DTYPES
+from petune.training.host_model import checkpoint_blocks
 from petune.training.memory import measure_step, resident_bytes
 from petune.training.order import EpochSampler
 from petune.training.recipe import Recipe, parse
@@ -49,10 +51,9 @@ def rows(
     """Encoded training rows in a random order, and the task that makes batches of them."""
     told = recipe(data, {"max_length": max_length})
     task, train = make_task(told), make_splits(told)["train"]
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[
-        :count
-    ].tolist()
-    return task, [task.encode(train[i]) for i in order]
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(train), generator=generator).tolist()
+    return task, [task.encode(train[i]) for i in order[:count]]
 
 
 def plain_batch(size: int = 2, length: int = 128, labelled: int = 16) -> Batch:
@@ -74,17 +75,9 @@ class Contender:
         self.stack = ExitStack()
         if isinstance(trainer, AdapterTrainer):
             self.stack.enter_context(trainer.lean())
-        if (
-            trainer.args.activation_checkpointing
-        ):  # as Trainer does when it begins to train
-            told: Any = trainer.args.activation_checkpointing_kwargs
-            every, rest = (
-                told["every_n_layers"],
-                {k: v for k, v in told.items() if k != "every_n_layers"},
-            )
-            model.activation_checkpointing_enable(
-                activation_checkpointing_kwargs=rest, every_n_layers=every
-            )
+            every = int(trainer.settings.gradient_checkpointing)
+            if every:  # as Trainer does when it begins to train
+                checkpoint_blocks(model, every)
         trainer.current_gradient_accumulation_steps = 1
         model.config.use_cache = False
         model.train()
@@ -106,14 +99,11 @@ class Contender:
     def memory(self, batch: Batch) -> tuple[int, int]:
         """(peak bytes above the base, bytes kept for backward) of a step."""
         trainer = self.trainer
-        with (
-            trainer.laid_out(batch)
-            if isinstance(trainer, AdapterTrainer)
-            else nullcontext(batch) as given
-        ):
+        laid_out: Any = getattr(trainer, "laid_out", nullcontext)
+        with laid_out(batch) as given:
 
             def loss() -> Any:
-                return self.trainer.compute_loss(self.model, dict(given))
+                return trainer.compute_loss(self.model, dict(given))
 
             peak, kept = measure_step(self.model, self.optimizer, loss, given.values())
         return peak - self.base_bytes, kept
@@ -132,7 +122,7 @@ def contend(
 ) -> Contender:
     """PEFT where `settings` is None, else petune with these training settings; all start from the same weights."""
     model = _shared_copy(base(precision))
-    folder = tempfile.mkdtemp()
+    folder = Path(tempfile.mkdtemp())
     torch.manual_seed(0)
     tuning = petune.attach(model, "lora", rank=RANK, dropout=dropout)
     if settings is None:
@@ -140,20 +130,20 @@ def contend(
         tuning.detach()
         model = _peft(model, weights, dropout)
         defaults = TrainingArguments(
-            folder, report_to="none", disable_tqdm=True, learning_rate=5e-4
+            str(folder), report_to="none", disable_tqdm=True, learning_rate=5e-4
         )
         return Contender(name, Trainer(model, defaults), model, precision)
     told = recipe("nq-sample", settings, precision.partition(" ")[0])
-    task = type(task)(task.tokenizer, told)
-    recorder = Recorder(folder, EpochSampler([], 1, 0, False), 1)  # type: ignore[arg-type]
+    nothing: Any = []  # the batches are given to `step`
+    recorder = Recorder(folder, EpochSampler(nothing, 1, 0, False), 1)
     ours = AdapterTrainer(
         model,
         tuning,
-        task,
+        type(task)(task.tokenizer, told),
         recorder,
         args=arguments(told, folder, 1, quiet=True),
-        train_dataset=[],
-    )  # type: ignore[arg-type]
+        train_dataset=nothing,
+    )
     return Contender(name, ours, model, precision)
 
 

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -43,47 +44,67 @@ def share(times: list[float], other: list[float]) -> float:
 
 def attach_and_switch() -> dict[str, list[float]]:
     """Seconds on a small Llama of 224 linear layers."""
+    model = _llama()
+    return _attach(model) | _switch(model)
+
+
+def _llama() -> Any:
+    config = LlamaConfig(
+        vocab_size=512,
+        num_hidden_layers=LAYERS,
+        hidden_size=64,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return LlamaForCausalLM(config)
+
+
+def _peft_config() -> Any:
     import peft
 
-    sizes: dict[str, Any] = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    model: Any = LlamaForCausalLM(
-        LlamaConfig(vocab_size=512, num_hidden_layers=LAYERS, **sizes)
-    )
-    config = peft.LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    return peft.LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
 
-    def attach() -> float:
+
+def _attach(model: Any) -> dict[str, list[float]]:
+    import peft
+
+    config = _peft_config()
+
+    def ours() -> float:
         began = time.perf_counter()
         tuning = petune.attach(model, "lora", rank=RANK)
         taken = time.perf_counter() - began
         tuning.detach()
         return taken
 
-    def attach_peft() -> float:
+    def theirs() -> float:
         own = copy.deepcopy(model)
         began = time.perf_counter()
         peft.get_peft_model(own, config)
         return time.perf_counter() - began
 
-    found = in_turns({"attach": attach, "attach, PEFT": attach_peft}, 7)
-    theirs: Any = peft.get_peft_model(copy.deepcopy(model), config, adapter_name="one")
-    theirs.add_adapter("two", config)
-    one, two = (
-        petune.attach(model, "lora", name=name, rank=RANK) for name in ("one", "two")
-    )
-    names = iter(["two", "one"] * 50)
+    return in_turns({"attach": ours, "attach, PEFT": theirs}, 7)
 
-    def switch() -> None:
+
+def _switch(model: Any) -> dict[str, list[float]]:
+    """From one LoRA to another and back."""
+    import peft
+
+    config = _peft_config()
+    peer: Any = peft.get_peft_model(copy.deepcopy(model), config, adapter_name="one")
+    peer.add_adapter("two", config)
+    one, two = (petune.attach(model, "lora", name=n, rank=RANK) for n in ("one", "two"))
+    two.disable()
+    names = cycle(["two", "one"])
+
+    def ours() -> None:
         one.enabled, two.enabled = two.enabled, one.enabled
 
-    two.disable()
-    return found | in_turns(
-        {"switch": switch, "switch, PEFT": lambda: theirs.set_adapter(next(names))}, 9
-    )
+    def theirs() -> None:
+        peer.set_adapter(next(names))
+
+    return in_turns({"switch": ours, "switch, PEFT": theirs}, 9)
 
 
 @torch.no_grad()
@@ -94,7 +115,7 @@ def route(rows: int = 8, length: int = 128) -> dict[str, list[float]]:
     names = [f"t{i}" for i in range(TUNINGS)]
     ours: Any = copy.deepcopy(base("fp32")).eval()
     theirs: Any = copy.deepcopy(base("fp32")).eval()
-    config = peft.LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = _peft_config()
     theirs = peft.get_peft_model(theirs, config, adapter_name=names[0])
     for name in names:
         petune.attach(ours, "lora", name=name, rank=RANK).enabled = name == names[0]
