@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -33,9 +33,8 @@ class _LowRankUpdate(torch.autograd.Function):
         flat = _drop(x.reshape(-1, x.shape[-1]).to(y.dtype), p, seed)
         low = flat @ a.to(y.dtype).T  # (tokens, rank)
         out = torch.addmm(y.reshape(-1, y.shape[-1]), low, b.to(y.dtype).T, alpha=scale)
-        return torch.ops.aten._unsafe_view(
-            out, y.shape
-        )  # no view: models change it in place
+        # no view, since models change it in place; host/torch_modules.py has the check
+        return torch.ops.aten._unsafe_view(out, y.shape)
 
     @staticmethod
     @once_differentiable
@@ -84,17 +83,30 @@ def lowrank_update(
     Raises:
         RuntimeError: a second derivative is asked for.
     """
-    seed = (
-        torch.randint(2**62, ()) if dropout else None
-    )  # of the generator that checkpointing restores
-    kind = y.device.type
-    with (
-        torch.autocast(kind, enabled=False)
-        if torch.is_autocast_enabled(kind)
-        else nullcontext()
-    ):
+    # drawn by the generator that checkpointing restores
+    seed = torch.randint(2**62, ()) if dropout else None
+    with _as_they_are(y.device.type):
+        if seed is None and not torch.is_grad_enabled():
+            return _without_backward(y, x, a, b, scale)
         out: Tensor = _LowRankUpdate.apply(y, x, a, b, scale, dropout, seed)  # type: ignore[no-untyped-call]
     return out
+
+
+def _as_they_are(device: str) -> AbstractContextManager[object]:
+    """Without autocast, which would cast more than is cast here by hand."""
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+def _without_backward(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float
+) -> Tensor:
+    """The same where no gradient is asked for, as in decoding a token at a time."""
+    flat = x.reshape(-1, x.shape[-1]).to(y.dtype)
+    low = flat @ a.to(y.dtype).T  # (tokens, rank)
+    rows = y.reshape(-1, y.shape[-1])
+    return torch.addmm(rows, low, b.to(y.dtype).T, alpha=scale).view(y.shape)
 
 
 def _drop(x: Tensor, p: float, seed: Tensor | None, *, again: bool = False) -> Tensor:

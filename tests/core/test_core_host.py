@@ -68,7 +68,9 @@ def implementation_elsewhere(monkeypatch):
 
 
 def views_as_views(monkeypatch):
-    monkeypatch.setattr(torch_modules, "unsafe_view", lambda tensor, shape: tensor.view(shape))
+    monkeypatch.setattr(
+        torch_modules, "unsafe_view", lambda tensor, shape: tensor.view(shape)
+    )
 
 
 def parameters_elsewhere(monkeypatch):
@@ -83,7 +85,9 @@ PLANTED = {
     "AttentionInterface.get_interface": another_signature,
     "PreTrainedConfig._attn_implementation": implementation_elsewhere,
     "of a model's forward": third_name,
-    "_set_gradient_checkpointing": renamed(PreTrainedModel, "_set_gradient_checkpointing"),
+    "_set_gradient_checkpointing": renamed(
+        PreTrainedModel, "_set_gradient_checkpointing"
+    ),
     "_get_logits_processor": renamed(GenerationMixin, "_get_logits_processor"),
     "_get_stopping_criteria": renamed(GenerationMixin, "generate"),
     "encoder_kwargs_for_generation": renamed(GenerationMixin, generation.ENCODE),
@@ -112,7 +116,9 @@ def test_a_planted_change_is_named_before_anything_is_attached(name, monkeypatch
     monkeypatch.setattr(SEAMS, "checked", False)
     with pytest.raises(MovedError) as error:
         petune.attach(model, "lora")
-    assert moved.name in str(error.value) or len([s for s in SEAMS.all if s.trouble()]) > 1
+    assert (
+        moved.name in str(error.value) or len([s for s in SEAMS.all if s.trouble()]) > 1
+    )
     assert type(model) is transformers.LlamaForCausalLM
     assert not petune.tunings(model)
 
@@ -124,7 +130,9 @@ def test_a_check_that_raises_counts_as_a_no():
     def check():
         raise AttributeError("no such thing")
 
-    with pytest.raises(MovedError, match=r"torch .*a thing has moved \(AttributeError: no such thing\)"):
+    with pytest.raises(
+        MovedError, match=r"torch .*a thing has moved \(AttributeError: no such thing\)"
+    ):
         seams.require()
 
 
@@ -133,5 +141,8 @@ def test_a_cache_under_a_third_name_is_no_wrong_value():
     model = tiny_model("llama")
     petune.attach(model, "loreft")
     with pytest.raises(MovedError, match="given as 'kv_store'"):
-        model(torch.tensor([[11, 12]]), kv_store=transformers.DynamicCache(config=model.config))
+        model(
+            torch.tensor([[11, 12]]),
+            kv_store=transformers.DynamicCache(config=model.config),
+        )
     assert isinstance(transformers.DynamicCache(config=model.config), Cache)

@@ -160,7 +160,12 @@ def test_a_broken_plugin_is_named_where_its_name_is_missed(installed):
 
 
 def test_import_is_light():
-    code = "import sys; from petune.core.registry.plugins import registry; registry(); print('torch' in sys.modules, 'transformers' in sys.modules)"
+    code = """
+import sys
+from petune.core.registry.plugins import registry
+registry()
+print("torch" in sys.modules, "transformers" in sys.modules)
+"""
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

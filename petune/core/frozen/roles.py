@@ -10,18 +10,18 @@ CROSS = re.compile(r"cross|enc_?dec|encoder_attn|crs", re.IGNORECASE)
 OUT = {"o", "out", "output", "wo", "dense", "c"}
 """Words of an attention's output."""
 OTHER = {
-        "pos",
-        "position",
-        "rel",
-        "relative",
-        "gate",
-        "indexer",
-        "global",
-        "expert",
-        "experts",
-        "router",
-        "conv",
-    }
+    "pos",
+    "position",
+    "rel",
+    "relative",
+    "gate",
+    "indexer",
+    "global",
+    "expert",
+    "experts",
+    "router",
+    "conv",
+}
 """Words of layers in an attention that are neither its projections nor its output."""
 LETTERS = {
     "q": "q",
