@@ -31,23 +31,39 @@ Cell = tuple[str, str, str]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is not in the results yet, write the page; 1 if something fails."""
-    import petune
-
     options = _parser().parse_args(argv)
-    known = options.methods.split() or [
-        n for n in sorted(petune.methods()) if options.all or ":" not in n
-    ]
-    cells = list(product(known, options.families.split(), options.precisions.split()))
+    cells = _cells(options)
     results = Path(options.results)
     results.parent.mkdir(parents=True, exist_ok=True)
     if options.fresh:
         results.unlink(missing_ok=True)
     done = read(results)
-    ran_on = {**versions(), "source": source()}
     missing = [cell for cell in cells if cell not in done]
-    for number, (cell, rows, seconds) in enumerate(
-        run(missing, options.jobs, options.device), 1
-    ):
+    _run_into(results, missing, options.jobs, options.device)
+    done = read(results)
+    found = {cell: done[cell] for cell in cells}
+    if options.out:
+        Path(options.out).write_text(page(found))
+    failures = _failures(found)
+    print("\n".join([*failures, f"{len(found)} cells, {len(failures)} failures"]))
+    return 1 if failures else 0
+
+
+def _cells(options: argparse.Namespace) -> list[Cell]:
+    """Every cell that the options ask for."""
+    import petune
+
+    methods = options.methods.split()
+    if not methods:
+        known = sorted(petune.methods())
+        methods = [name for name in known if options.all or ":" not in name]
+    return list(product(methods, options.families.split(), options.precisions.split()))
+
+
+def _run_into(results: Path, cells: Sequence[Cell], jobs: int, device: str) -> None:
+    """Run the cells, each into a line of the results and a printed one."""
+    ran_on = {**versions(), "source": source()}
+    for number, (cell, rows, seconds) in enumerate(run(cells, jobs, device), 1):
         line = {
             "cell": cell,
             "rows": [vars(row) for row in rows],
@@ -56,33 +72,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         with results.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        failed, refused = (
-            sum(bool(row.error) for row in rows),
-            sum(bool(row.refused) for row in rows),
-        )
-        said = (
-            f"{failed} FAIL"
-            if failed
-            else "refused"
-            if refused == len(rows)
-            else "holds"
-        )
-        print(
-            f"{number}/{len(missing)}  {' '.join(cell)}  {said}  {seconds:.1f} s",
-            flush=True,
-        )
-    done = read(results)
-    found = {cell: done[cell] for cell in cells}
-    if options.out:
-        Path(options.out).write_text(page(found))
-    alike = [
-        (f"{cell[0]} {cell[2]}: {why}", rows)
-        for cell in cells
-        for why, rows in reasons(found[cell]).items()
-    ]
-    failures = [line for line, rows in alike if rows[0].error]
-    print("\n".join([*failures, f"{len(found)} cells, {len(failures)} failures"]))
-    return 1 if failures else 0
+        which = f"{number}/{len(cells)}  {' '.join(cell)}"
+        print(f"{which}  {_outcome(rows)}  {seconds:.1f} s", flush=True)
+
+
+def _outcome(rows: Sequence[Row]) -> str:
+    """A cell's rows in a word or two."""
+    failed = sum(bool(row.error) for row in rows)
+    refused = sum(bool(row.refused) for row in rows)
+    if failed:
+        return f"{failed} FAIL"
+    return "refused" if refused == len(rows) else "holds"
+
+
+def _failures(found: dict[Cell, list[Row]]) -> list[str]:
+    """A line for each cell and reason for which it fails."""
+    lines = []
+    for (method, _, precision), rows in found.items():
+        for why, alike in reasons(rows).items():
+            if alike[0].error:
+                lines.append(f"{method} {precision}: {why}")
+    return lines
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -177,58 +187,77 @@ def source() -> str:
 
 def page(found: dict[Cell, list[Row]]) -> str:
     """The results as Markdown: a row a method, a column a precision, the families folded."""
-    methods, families, precisions = (
-        list(dict.fromkeys(cell[i] for cell in found)) for i in range(3)
-    )
+    methods = list(dict.fromkeys(method for method, _, _ in found))
+    families = list(dict.fromkeys(family for _, family, _ in found))
+    precisions = list(dict.fromkeys(precision for _, _, precision in found))
     notes: dict[str, int] = {}
     lines = [
         f"| method | {' | '.join(precisions)} |",
         f"| --- |{' :-: |' * len(precisions)}",
     ]
     for method in methods:
-        cells = []
-        for precision in precisions:
-            rows = [
-                row
-                for family in families
-                for row in found.get((method, family, precision), [])
-            ]
-            why = [
-                notes.setdefault(f"{method}, {each}", len(notes) + 1)
-                for each in reasons(rows)
-            ]
-            mark = (
-                "✗"
-                if any(row.error for row in rows)
-                else "–"
-                if all(row.refused for row in rows)
-                else "✓"
-            )
-            cells.append(
-                mark + (f" <sup>{' '.join(map(str, why))}</sup>" if why else "")
-            )
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    rows = [row for each in found.values() for row in each]
-    behaviours = list(dict.fromkeys(row.behaviour for row in rows))
-    ran = {"families": (families, FAMILIES), "precisions": (precisions, PRECISIONS)}
+        own = {cell: rows for cell, rows in found.items() if cell[0] == method}
+        marks = [_mark(method, precision, own, notes) for precision in precisions]
+        lines.append(f"| {method} | {' | '.join(marks)} |")
+    numbered = [f"{number}. {note}" for note, number in notes.items()]
+    installed = [f"{name} {number}" for name, number in versions().items()]
     return HEAD.format(
-        options="".join(
-            f' --{key} "{" ".join(own)}"'
-            for key, (own, all_) in ran.items()
-            if " ".join(own) != all_
-        ),
+        options=_options(families, precisions),
         count=len(methods),
         date=time.strftime("%Y-%m-%d"),
-        versions=", ".join(f"{name} {number}" for name, number in versions().items()),
+        versions=", ".join(installed),
         families=", ".join(NAMES.get(family, family) for family in families),
-        behaviours="; ".join(f"*{name}*" for name in behaviours),
-        held=sum(not row.error and not row.refused for row in rows),
-        refused=sum(bool(row.refused) and not row.error for row in rows),
-        failed=sum(bool(row.error) for row in rows),
         table="\n".join(lines),
-        notes="\n".join(f"{number}. {note}" for note, number in notes.items())
-        or "None.",
+        notes="\n".join(numbered) or "None.",
+        **_counts(found),
     )
+
+
+def _mark(
+    method: str,
+    precision: str,
+    found: dict[Cell, list[Row]],
+    notes: dict[str, int],
+) -> str:
+    """A method's cell at a precision, over the families; its reasons get the next numbers among the notes."""
+    rows: list[Row] = []
+    for (_, _, its_precision), own in found.items():
+        if its_precision == precision:
+            rows += own
+    numbers = []
+    for why in reasons(rows):
+        number = notes.setdefault(f"{method}, {why}", len(notes) + 1)
+        numbers.append(str(number))
+    mark = "✓"
+    if any(row.error for row in rows):
+        mark = "✗"
+    elif all(row.refused for row in rows):
+        mark = "–"
+    return mark + (f" <sup>{' '.join(numbers)}</sup>" if numbers else "")
+
+
+def _options(families: list[str], precisions: list[str]) -> str:
+    """What the command needs besides, where the page is not of all families and precisions."""
+    said = ""
+    if " ".join(families) != FAMILIES:
+        said += f' --families "{" ".join(families)}"'
+    if " ".join(precisions) != PRECISIONS:
+        said += f' --precisions "{" ".join(precisions)}"'
+    return said
+
+
+def _counts(found: dict[Cell, list[Row]]) -> dict[str, Any]:
+    """The behaviours that were checked, and how many checks went which way."""
+    rows: list[Row] = []
+    for own in found.values():
+        rows += own
+    behaviours = dict.fromkeys(row.behaviour for row in rows)
+    return {
+        "behaviours": "; ".join(f"*{name}*" for name in behaviours),
+        "held": sum(not row.error and not row.refused for row in rows),
+        "refused": sum(bool(row.refused) and not row.error for row in rows),
+        "failed": sum(bool(row.error) for row in rows),
+    }
 
 
 HEAD = """# Every method on every precision

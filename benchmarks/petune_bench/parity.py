@@ -100,18 +100,10 @@ def twins() -> dict[str, PeftTwin]:
 
 def compare(method: str, family: str) -> Cell:
     """Make an adapter in PEFT, load its folder here and compare."""
-    import peft
-
     twin = twins()[method]
     torch.manual_seed(0)
     try:
-        config = configure(tiny_model(family), method, None, ARGUMENTS.get(method, {}))
-        config.task_type = FAMILIES[family]
-        theirs = peft.get_peft_model(tiny_model(family), config).eval()
-        with torch.no_grad():
-            for p in theirs.parameters():
-                if p.requires_grad:
-                    p.add_(torch.randn_like(p) * 0.1)
+        theirs = _shaken_peft(method, family)
         ours = tiny_model(family)
         with tempfile.TemporaryDirectory() as folder:
             theirs.save_pretrained(folder)
@@ -120,26 +112,43 @@ def compare(method: str, family: str) -> Cell:
         who = "the format" if isinstance(refusal, petune.PetuneError) else "PEFT"
         return Cell(method, family, refused=f"{who}: {' '.join(str(refusal).split())}")
     batch = tiny_batch(family)
-    one, other = (_outputs(model, batch) for model in (ours, theirs))
-    grads = (
-        _gradients(twin, tuning, theirs)
-        if not twin.whole and {*twin.layouts.values()} <= FLAT
-        else []
-    )
-    heads = sum(
-        p.numel()
-        for link in tuning.links
-        if link.site.kind == "module"
-        for p in link.adapter.parameters()
-    )
+    one, other = _outputs(ours, batch), _outputs(theirs, batch)
+    gradients = []
+    if not twin.whole and {*twin.layouts.values()} <= FLAT:
+        gradients = _gradients(twin, tuning, theirs)
+    trained = [p for p in theirs.parameters() if p.requires_grad]
+    heads = _head_parameters(tuning)
     return Cell(
         method,
         family,
-        _apart(one, other),
-        max((_apart(a, b) for a, b in grads), default=None),
-        sum(p.numel() for p in tuning.parameters()) - heads,
-        sum(p.numel() for p in theirs.parameters() if p.requires_grad) - heads,
+        logits=_apart(one, other),
+        gradients=max((_apart(a, b) for a, b in gradients), default=None),
+        ours=sum(p.numel() for p in tuning.parameters()) - heads,
+        theirs=sum(p.numel() for p in trained) - heads,
     )
+
+
+def _shaken_peft(method: str, family: str) -> Any:
+    """PEFT's adapter on a tiny model, moved off its start."""
+    import peft
+
+    config = configure(tiny_model(family), method, None, ARGUMENTS.get(method, {}))
+    config.task_type = FAMILIES[family]
+    theirs = peft.get_peft_model(tiny_model(family), config).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.1)
+    return theirs
+
+
+def _head_parameters(tuning: petune.Tuning) -> int:
+    """How many parameters are those of a head that trains along."""
+    count = 0
+    for link in tuning.links:
+        if link.site.kind == "module":
+            count += sum(p.numel() for p in link.adapter.parameters())
+    return count
 
 
 def _outputs(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
@@ -196,32 +205,43 @@ def _count(file: Path) -> int:
 def _imported(file: Path, known: set[Path]) -> set[Path]:
     """Those known, with the files beside this one that it imports, and those that they import."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
-            for name in (
-                [node.module] if node.module else [alias.name for alias in node.names]
-            ):
-                if (found := file.with_name(f"{name}.py")) not in known:
-                    known.add(found)
-                    _imported(found, known)
+        if not isinstance(node, ast.ImportFrom) or node.level != 1:
+            continue
+        names = [alias.name for alias in node.names]
+        for name in [node.module] if node.module else names:
+            found = file.with_name(f"{name}.py")
+            if found not in known:
+                known.add(found)
+                _imported(found, known)
     return known
 
 
 def row(method: str, cells: list[Cell]) -> str:
     """The method's line of the table."""
     held = [cell for cell in cells if cell.refused is None]
-    gradients = [cell.gradients for cell in held if cell.gradients is not None]
     first = held[0] if held else cells[0]
     own, shared, peft = lines(method)
     figures = [
-        "–" if cell.refused else f"{cell.logits:.0e}" if cell.logits else "0"
-        for cell in cells
-    ]
-    figures += [
-        f"{max(gradients):.0e}" if any(gradients) else "0" if gradients else "–",
+        method,
+        *("–" if cell.refused else _small(cell.logits) for cell in cells),
+        _largest_gradient(held),
         f"{first.ours:,}",
         f"{first.theirs:,}",
+        f"{own} + {shared}" if shared else f"{own}",
+        f"{peft:,}",
     ]
-    return f"| {' | '.join([method, *figures, f'{own}' + (f' + {shared}' if shared else ''), f'{peft:,}'])} |"
+    return f"| {' | '.join(figures)} |"
+
+
+def _largest_gradient(cells: list[Cell]) -> str:
+    """The largest difference of gradients over the cells that have one."""
+    gradients = [cell.gradients for cell in cells if cell.gradients is not None]
+    return _small(max(gradients)) if gradients else "–"
+
+
+def _small(difference: float) -> str:
+    """A difference by its order of magnitude."""
+    return f"{difference:.0e}" if difference else "0"
 
 
 def page(methods: list[str]) -> str:

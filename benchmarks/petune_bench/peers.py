@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from petune.core.frozen.site import Site
 from petune.core.frozen.where import select
 from petune.core.method.arguments import arguments
+from petune.core.method.twin import PeftTwin
 from petune.core.registry.plugins import registry
 from petune.core.registry.sites import find_sites
 from petune.errors import UnsupportedError
@@ -81,17 +83,26 @@ def configure(
     ours = {**known, **given}
     if missing := given.keys() - {*twin.arguments.values(), *twin.roles.values()}:
         raise UnsupportedError(f"PEFT's {method!r} has no {min(missing)!r}.")
-    options = {key: allowed[0] for key, allowed in twin.neutral.items()} | dict(
-        twin.training
-    )
-    options |= {theirs: ours[name] for theirs, name in twin.arguments.items()}
     sites = select(find_sites(model), where or cls.where, strict=False)
-    if all(
-        site.kind in ("linear", "block") for site in sites
-    ):  # embeddings and prompts it finds itself
-        options["target_modules"] = [site.name for site in sites]
-    for theirs, name in twin.roles.items():
-        options[theirs] = [
-            site.name for site in sites if site.role in ours[name].split()
-        ]
+    options = {**_values(twin, ours), **_modules(twin, ours, sites)}
     return peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(twin.kind)](**options)
+
+
+def _values(twin: PeftTwin, ours: Mapping[str, Any]) -> dict[str, Any]:
+    """PEFT's options that have a value of petune's, or one that changes nothing."""
+    neutral = {key: allowed[0] for key, allowed in twin.neutral.items()}
+    carried = {theirs: ours[name] for theirs, name in twin.arguments.items()}
+    return {**neutral, **twin.training, **carried}
+
+
+def _modules(
+    twin: PeftTwin, ours: Mapping[str, Any], sites: Iterable[Site]
+) -> dict[str, list[str]]:
+    """PEFT's options that name modules; embeddings and prompts it finds itself."""
+    found = {}
+    if all(site.kind in ("linear", "block") for site in sites):
+        found["target_modules"] = [site.name for site in sites]
+    for theirs, name in twin.roles.items():
+        roles = ours[name].split()
+        found[theirs] = [site.name for site in sites if site.role in roles]
+    return found

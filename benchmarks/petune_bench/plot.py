@@ -42,40 +42,65 @@ RC: Any = {
 def draw(cells: Sequence[Summary], title: str = "") -> Figure | None:
     """The figure, or None where no cell has both figures."""
     import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    points = [
-        cell
-        for cell in cells
-        if cell.score is not None and "peak_memory_bytes" in cell.figures
-    ]
+    points = [cell for cell in cells if _has_both(cell)]
     if not points:
         return None
     with mpl.rc_context(RC):
         figure = Figure(figsize=(8, 5), layout="constrained")
+        FigureCanvasAgg(figure)  # becomes the figure's own: it measures the names
         axes: Any = figure.add_subplot()
-        for group, (legend, marker, color) in GROUPS.items():
-            chosen = [cell for cell in points if cell.group == group]
-            if chosen:
-                doubts = [
-                    cell.error_bar or 0.0 if cell.spread is None else cell.spread
-                    for cell in chosen
-                ]
-                axes.errorbar(
-                    [_mib(cell) for cell in chosen], [cell.score for cell in chosen], doubts,
-                    fmt=marker, color=color, markersize=8, elinewidth=1, alpha=0.95, label=legend,
-                )  # fmt: skip
-        axes.set_xlabel("peak memory of a training step, MiB  (less is better)")
-        axes.set_ylabel(f"{points[0].metric} on the test split  (more is better)")
-        axes.set_title(title, loc="left", fontsize=12)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color=INK, alpha=0.12, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.margins(0.14, 0.12)
-        axes.legend(frameon=False, loc="best", fontsize=10)
+        for group in GROUPS:
+            _draw_group(axes, group, points)
+        _dress(axes, title, points[0].metric)
         figure.draw_without_rendering()  # settles the layout that labels are placed in
         _label(axes, points)
     return figure
+
+
+def _has_both(cell: Summary) -> bool:
+    """Whether the cell has a place on both axes."""
+    return cell.score is not None and "peak_memory_bytes" in cell.figures
+
+
+def _draw_group(axes: Any, group: str, points: Sequence[Summary]) -> None:
+    """The points of one group with their error bars, if it has any."""
+    chosen = [cell for cell in points if cell.group == group]
+    if not chosen:
+        return
+    legend, marker, color = GROUPS[group]
+    axes.errorbar(
+        [_mib(cell) for cell in chosen],
+        [cell.score for cell in chosen],
+        [_doubt(cell) for cell in chosen],
+        fmt=marker,
+        color=color,
+        markersize=8,
+        elinewidth=1,
+        alpha=0.95,
+        label=legend,
+    )
+
+
+def _doubt(cell: Summary) -> float:
+    """Half the length of the point's error bar."""
+    if cell.spread is not None:
+        return cell.spread
+    return cell.error_bar or 0.0
+
+
+def _dress(axes: Any, title: str, metric: str | None) -> None:
+    """Everything around the points."""
+    axes.set_xlabel("peak memory of a training step, MiB  (less is better)")
+    axes.set_ylabel(f"{metric} on the test split  (more is better)")
+    axes.set_title(title, loc="left", fontsize=12)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color=INK, alpha=0.12, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.margins(0.14, 0.12)
+    axes.legend(frameon=False, loc="best", fontsize=10)
 
 
 def save(figure: Figure, out: Path) -> None:
@@ -116,49 +141,63 @@ def _mib(cell: Summary) -> float:
 def _label(axes: Axes, points: Sequence[Summary]) -> None:
     """Names beside the points, each where it covers the least of points and names already there."""
     figure: Any = axes.figure
-    renderer = figure._get_renderer()
-    marks = [
-        axes.transData.transform((_mib(cell), cell.score or 0.0)) for cell in points
-    ]
+    marks = [axes.transData.transform(_place(cell)) for cell in points]
     taken: list[Bbox] = []
     legend = axes.get_legend()
     if legend is not None:
-        taken.append(legend.get_window_extent(renderer))
+        taken.append(legend.get_window_extent(figure.canvas.get_renderer()))
     for cell in points:
-        best: tuple[float, Any, Bbox] | None = None
-        for cost, (dx, dy, ha, va) in enumerate(_PLACES):
-            text = axes.annotate(
-                cell.name,
-                (_mib(cell), cell.score or 0.0),
-                (dx, dy),
-                textcoords="offset points",
-                ha=ha,
-                va=va,
-                fontsize=10,
-                arrowprops={
-                    "arrowstyle": "-",
-                    "color": INK,
-                    "alpha": 0.4,
-                    "linewidth": 0.7,
-                }
-                if cost >= _NEAR
-                else None,
-            )
-            box = text.get_window_extent(renderer).padded(2)
-            covered = (
-                sum(box.overlaps(other) for other in taken) * 10
-                + sum(box.contains(*mark) for mark in marks) * 6
-            )
-            covered += 0 if _inside(axes.bbox, box) else 8
-            total = covered + cost * 0.2
-            if best is None or total < best[0]:
-                if best:
-                    best[1].remove()
-                best = (total, text, box)
-            else:
-                text.remove()
-        assert best is not None
-        taken.append(best[2])
+        taken.append(_name_beside(axes, cell, marks, taken))
+
+
+def _place(cell: Summary) -> tuple[float, float]:
+    """The cell's coordinates."""
+    return _mib(cell), cell.score or 0.0
+
+
+def _name_beside(
+    axes: Axes, cell: Summary, marks: Sequence[Any], taken: Sequence[Bbox]
+) -> Bbox:
+    """Write the cell's name at the cheapest of its places; the box that it then takes."""
+    figure: Any = axes.figure
+    renderer = figure.canvas.get_renderer()
+    tried: list[tuple[float, Any, Bbox]] = []
+    for rank in range(len(_PLACES)):
+        text = _annotate(axes, cell, rank)
+        box = text.get_window_extent(renderer).padded(2)
+        cost = _covered(axes, box, marks, taken) + rank * 0.2
+        tried.append((cost, text, box))
+    best = min(tried, key=lambda one: one[0])
+    for one in tried:
+        if one is not best:
+            one[1].remove()
+    return best[2]
+
+
+def _annotate(axes: Axes, cell: Summary, rank: int) -> Any:
+    """The cell's name at one of the places around its point."""
+    dx, dy, horizontal, vertical = _PLACES[rank]
+    line = {"arrowstyle": "-", "color": INK, "alpha": 0.4, "linewidth": 0.7}
+    return axes.annotate(
+        cell.name,
+        _place(cell),
+        (dx, dy),
+        textcoords="offset points",
+        ha=horizontal,
+        va=vertical,
+        fontsize=10,
+        arrowprops=line if rank >= _NEAR else None,
+    )
+
+
+def _covered(
+    axes: Axes, box: Bbox, marks: Sequence[Any], taken: Sequence[Bbox]
+) -> float:
+    """What a box costs for the names, the points and the border that it covers."""
+    names = sum(box.overlaps(other) for other in taken)
+    points = sum(box.contains(*mark) for mark in marks)
+    border = 0 if _inside(axes.bbox, box) else 8
+    return names * 10 + points * 6 + border
 
 
 def _inside(outer: Bbox, inner: Bbox) -> bool:

@@ -40,27 +40,39 @@ def write_report(
         about=about,
         command=command,
         plot=inline(figure) if figure else "",
-        plot_text="; ".join(_spoken(cell) for cell in cells if cell.score is not None),
         facts=_facts(rows),
-        metric=next((cell.metric for cell in cells if cell.metric), "score"),
-        columns=list(COLUMNS),
-        cells=[
-            (
-                cell,
-                figures(cell),
-                [cell.figures.get(key) for key, _ in COLUMNS.values()],
-            )
-            for cell in cells
-        ],
-        several_seeds=any(cell.spread is not None for cell in cells),
-        error_bar=max((cell.error_bar or 0.0 for cell in cells), default=0.0),
-        test_rows=max(
-            (row["environment"].get("test_rows") or 0 for row in rows), default=0
-        ),
+        test_rows=_test_rows(rows),
+        **_shown(cells),
     )
     path = out / "report.html"
     write_text(path, text)
     return path
+
+
+def _shown(cells: Sequence[Summary]) -> dict[str, Any]:
+    """What the template shows of the cells."""
+    scored = [cell for cell in cells if cell.score is not None]
+    metrics = [cell.metric for cell in cells if cell.metric]
+    error_bars = [cell.error_bar or 0.0 for cell in cells]
+    return {
+        "plot_text": "; ".join(map(_spoken, scored)),
+        "metric": metrics[0] if metrics else "score",
+        "columns": list(COLUMNS),
+        "cells": [(cell, figures(cell), _numbers(cell)) for cell in cells],
+        "several_seeds": any(cell.spread is not None for cell in cells),
+        "error_bar": max(error_bars, default=0.0),
+    }
+
+
+def _numbers(cell: Summary) -> list[float | None]:
+    """The cell's figures by which the columns sort."""
+    return [cell.figures.get(key) for key, _ in COLUMNS.values()]
+
+
+def _test_rows(rows: Sequence[Row]) -> int:
+    """How many test rows the scores are means over, at most."""
+    counts = [row["environment"].get("test_rows") or 0 for row in rows]
+    return max(counts, default=0)
 
 
 def _spoken(cell: Summary) -> str:
@@ -69,26 +81,34 @@ def _spoken(cell: Summary) -> str:
 
 def _facts(rows: Sequence[Row]) -> dict[str, str]:
     """What was run, on what and with what; several values where rows differ."""
-
-    def said(values: Iterable[Any]) -> str:
-        return ", ".join(
-            dict.fromkeys(str(value) for value in values if value is not None)
-        )
-
-    def noted(key: str) -> str:
-        return said(row["environment"].get(key) for row in rows)
-
-    packages = [key for key in (*PACKAGES, "python") if noted(key)]
+    packages = [key for key in (*PACKAGES, "python") if _noted(rows, key)]
+    machine = f"{_noted(rows, 'cpu')}, {_noted(rows, 'cores')} cores"
     facts = {
-        "model": said(row["model"] for row in rows),
-        "precision": said(row["precision"] for row in rows),
-        "data": said(row["data"] for row in rows),
-        "task": said(row["task"] for row in rows),
-        "steps": said(row["steps"] for row in rows),
-        "seeds": said(sorted({row["seed"] for row in rows})),
-        "test rows": noted("test_rows"),
-        "machine": f"{noted('cpu')}, {noted('cores')} cores, {noted('platform')}",
-        "device": said(row["device"] for row in rows),
-        "versions": "; ".join(f"{key} {noted(key)}" for key in packages),
+        "model": _told(rows, "model"),
+        "precision": _told(rows, "precision"),
+        "data": _told(rows, "data"),
+        "task": _told(rows, "task"),
+        "steps": _told(rows, "steps"),
+        "seeds": _said(sorted({row["seed"] for row in rows})),
+        "test rows": _noted(rows, "test_rows"),
+        "machine": f"{machine}, {_noted(rows, 'platform')}",
+        "device": _told(rows, "device"),
+        "versions": "; ".join(f"{key} {_noted(rows, key)}" for key in packages),
     }
     return {key: value for key, value in facts.items() if value}
+
+
+def _told(rows: Sequence[Row], key: str) -> str:
+    """The values that the rows have under a key."""
+    return _said(row[key] for row in rows)
+
+
+def _noted(rows: Sequence[Row], key: str) -> str:
+    """The values that the rows' environments have under a key."""
+    return _said(row["environment"].get(key) for row in rows)
+
+
+def _said(values: Iterable[Any]) -> str:
+    """Each value once, in the order of their coming."""
+    texts = [str(value) for value in values if value is not None]
+    return ", ".join(dict.fromkeys(texts))

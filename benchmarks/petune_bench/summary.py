@@ -67,7 +67,7 @@ def summarize(rows: Sequence[Row]) -> list[Summary]:
 
 def _summary(rows: list[Row]) -> Summary:
     good = [row for row in rows if row["status"] == "ok"]
-    bad = next((row for row in rows if row["status"] != "ok"), None)
+    status, error = _worst(rows)
     first = (good or rows)[0]
     scores = [row["score"] for row in good]
     score = statistics.mean(scores) if scores else None
@@ -76,8 +76,8 @@ def _summary(rows: list[Row]) -> Summary:
         method=first["method"],
         implementation=first["implementation"],
         precision=first["precision"],
-        status=bad["status"] if bad else "ok",
-        error=bad["error"] if bad else None,
+        status=status,
+        error=error,
         seeds=[row["seed"] for row in good],
         metric=first["metric"],
         score=score,
@@ -85,10 +85,23 @@ def _summary(rows: list[Row]) -> Summary:
         error_bar=_binomial(first, score),
         learning_rate=first["environment"]["training"]["learning_rate"],
         method_args=first["method_args"],
-        figures={key: statistics.mean(row[key] for row in good) for key in AVERAGED}
-        if good
-        else {},
+        figures=_means(good),
     )
+
+
+def _worst(rows: Sequence[Row]) -> tuple[str, str | None]:
+    """(status, error) of the first row that went wrong, else of one that did not."""
+    for row in rows:
+        if row["status"] != "ok":
+            return row["status"], row["error"]
+    return "ok", None
+
+
+def _means(rows: Sequence[Row]) -> dict[str, float]:
+    """The figures' means over the rows; none where there are no rows."""
+    if not rows:
+        return {}
+    return {key: statistics.mean(row[key] for row in rows) for key in AVERAGED}
 
 
 def _binomial(row: Row, score: float | None) -> float | None:

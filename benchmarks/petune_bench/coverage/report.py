@@ -49,55 +49,56 @@ def page(rows: Sequence[Row]) -> str:
     holds = [row for row in run if row["status"] == "holds"]
     cannot = [row for row in run if _impossible(row)]
     holes = [row for row in run if row["status"] != "holds" and not _impossible(row)]
-    types = {row["architecture"] for row in run}
-    head = HEAD.format(
+    types = sorted({row["architecture"] for row in run})
+    by_method = [_counted(method, (holds, cannot, holes, run)) for method in METHODS]
+    columns = ("method", "architecture", "heads", "reason")
+    parts = [
+        _head(rows, run, len(holds), len(cannot)),
+        _table(("method", "holds", "impossible", "holes", "cells"), by_method),
+        "## Holes\n",
+        _table(columns, _grouped(holes)),
+        "## Impossible\n",
+        _table(columns, _grouped(cannot, IMPOSSIBLE)),
+        f"## Not built\n\n{NOT_BUILT}\n",
+        _table(("architecture", "reason"), _not_built(rows)),
+        "## By architecture\n\n`+` holds with every head, `-` is impossible, `!` is a hole with one head at least.\n",
+        _table(
+            ("architecture", "heads", *METHODS), [_line(kind, run) for kind in types]
+        ),
+    ]
+    return "\n".join(parts)
+
+
+def _head(rows: Sequence[Row], run: Sequence[Row], holds: int, cannot: int) -> str:
+    """What stands above the tables, with the counts in it."""
+    return HEAD.format(
         transformers=transformers.__version__,
         torch=torch.__version__.partition("+")[0],
-        holds=len(holds),
+        holds=holds,
         cells=len(run),
-        share=len(holds) / max(1, len(run)),
-        impossible=len(cannot),
-        rest=len(holds) / max(1, len(run) - len(cannot)),
-        built=len(types),
+        share=holds / max(1, len(run)),
+        impossible=cannot,
+        rest=holds / max(1, len(run) - cannot),
+        built=len({row["architecture"] for row in run}),
         mapped=len({row["architecture"] for row in rows}),
         heads=len({(row["architecture"], row["head"]) for row in run}),
     )
-    by_method = [
-        (
-            m,
-            *(
-                sum(row["method"] == m for row in part)
-                for part in (holds, cannot, holes, run)
-            ),
-        )
-        for m in METHODS
-    ]
+
+
+def _counted(method: str, parts: Iterable[Sequence[Row]]) -> tuple[Any, ...]:
+    """The method, and how many rows of each part are its."""
+    counts = [sum(row["method"] == method for row in part) for part in parts]
+    return method, *counts
+
+
+def _not_built(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """(architecture, the last reason) of those that could not be built."""
     missing = {
         row["architecture"]: row["reason"]
         for row in rows
         if row["status"] == "not built"
     }
-    parts = [
-        head,
-        _table(("method", "holds", "impossible", "holes", "cells"), by_method),
-        "## Holes\n",
-        _table(("method", "architecture", "heads", "reason"), _grouped(holes)),
-        "## Impossible\n",
-        _table(
-            ("method", "architecture", "heads", "reason"), _grouped(cannot, IMPOSSIBLE)
-        ),
-        f"## Not built\n\n{NOT_BUILT}\n",
-        _table(
-            ("architecture", "reason"),
-            [(kind, _cell(why)) for kind, why in missing.items()],
-        ),
-        "## By architecture\n\n`+` holds with every head, `-` is impossible, `!` is a hole with one head at least.\n",
-        _table(
-            ("architecture", "heads", *METHODS),
-            [_line(kind, run) for kind in sorted(types)],
-        ),
-    ]
-    return "\n".join(parts)
+    return [(kind, _cell(why)) for kind, why in missing.items()]
 
 
 def _impossible(row: Row) -> bool:
@@ -108,12 +109,19 @@ def _impossible(row: Row) -> bool:
 
 def _line(kind: str, run: Sequence[Row]) -> tuple[str, ...]:
     own = [row for row in run if row["architecture"] == kind]
+    heads = dict.fromkeys(row["head"] for row in own)
     marks = []
     for method in METHODS:
         cells = [row for row in own if row["method"] == method]
-        holds = all(row["status"] == "holds" for row in cells)
-        marks.append("+" if holds else "-" if all(map(_impossible, cells)) else "!")
-    return kind, ", ".join(dict.fromkeys(row["head"] for row in own)), *marks
+        marks.append(_mark(cells))
+    return kind, ", ".join(heads), *marks
+
+
+def _mark(cells: Sequence[Row]) -> str:
+    """What one method does on one architecture, over its heads."""
+    if all(row["status"] == "holds" for row in cells):
+        return "+"
+    return "-" if all(map(_impossible, cells)) else "!"
 
 
 def _grouped(
