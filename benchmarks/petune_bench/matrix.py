@@ -8,7 +8,7 @@ import importlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
 from itertools import product
@@ -187,17 +187,14 @@ def source() -> str:
 
 def page(found: dict[Cell, list[Row]]) -> str:
     """The results as Markdown: a row a method, a column a precision, the families folded."""
-    methods = list(dict.fromkeys(method for method, _, _ in found))
-    families = list(dict.fromkeys(family for _, family, _ in found))
-    precisions = list(dict.fromkeys(precision for _, _, precision in found))
+    methods, families, precisions = (_different(found, i) for i in range(3))
     notes: dict[str, int] = {}
     lines = [
         f"| method | {' | '.join(precisions)} |",
         f"| --- |{' :-: |' * len(precisions)}",
     ]
     for method in methods:
-        own = {cell: rows for cell, rows in found.items() if cell[0] == method}
-        marks = [_mark(method, precision, own, notes) for precision in precisions]
+        marks = [_mark(method, precision, found, notes) for precision in precisions]
         lines.append(f"| {method} | {' | '.join(marks)} |")
     numbered = [f"{number}. {note}" for note, number in notes.items()]
     installed = [f"{name} {number}" for name, number in versions().items()]
@@ -213,6 +210,11 @@ def page(found: dict[Cell, list[Row]]) -> str:
     )
 
 
+def _different(cells: Iterable[Cell], part: int) -> list[str]:
+    """The different methods, families or precisions of the cells, in their order."""
+    return list(dict.fromkeys(cell[part] for cell in cells))
+
+
 def _mark(
     method: str,
     precision: str,
@@ -221,8 +223,8 @@ def _mark(
 ) -> str:
     """A method's cell at a precision, over the families; its reasons get the next numbers among the notes."""
     rows: list[Row] = []
-    for (_, _, its_precision), own in found.items():
-        if its_precision == precision:
+    for cell, own in found.items():
+        if cell[0] == method and cell[2] == precision:
             rows += own
     numbers = []
     for why in reasons(rows):

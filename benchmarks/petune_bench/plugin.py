@@ -18,6 +18,31 @@ Methods = Annotated[
         help="Compare this method too; keys are its arguments or those of training. Repeatable.",
     ),
 ]
+Suite = Annotated[
+    str,
+    typer.Argument(metavar="SUITE", help="A suite's name (quickstart) or a YAML file."),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Where results and report go; bench/SUITE by default."),
+]
+Cells = Annotated[
+    str,
+    typer.Option(
+        metavar="PATTERN", help="Run only the cells so named, such as 'lora*'."
+    ),
+]
+Seeds = Annotated[
+    int | None, typer.Option(min=1, help="Run each cell with so many seeds.")
+]
+Executor = Annotated[
+    str, typer.Option(help="local: one cell at a time; ray: on a cluster.")
+]
+Fresh = Annotated[
+    bool,
+    typer.Option("--fresh", help="Run all cells anew, also those that are done."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")]
 
 
 @petune.hookimpl
@@ -27,36 +52,14 @@ def petune_commands() -> Mapping[str, Callable[..., Any]]:
 
 
 def bench(
-    suite: Annotated[
-        str,
-        typer.Argument(
-            metavar="SUITE", help="A suite's name (quickstart) or a YAML file."
-        ),
-    ],
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Where results and report go; bench/SUITE by default."),
-    ] = None,
+    suite: Suite,
+    out: Out = None,
     method: Methods = None,
-    cells: Annotated[
-        str,
-        typer.Option(
-            metavar="PATTERN", help="Run only the cells so named, such as 'lora*'."
-        ),
-    ] = "*",
-    seeds: Annotated[
-        int | None, typer.Option(min=1, help="Run each cell with so many seeds.")
-    ] = None,
-    executor: Annotated[
-        str, typer.Option(help="local: one cell at a time; ray: on a cluster.")
-    ] = "local",
-    fresh: Annotated[
-        bool,
-        typer.Option("--fresh", help="Run all cells anew, also those that are done."),
-    ] = False,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print the rows as JSON.")
-    ] = False,
+    cells: Cells = "*",
+    seeds: Seeds = None,
+    executor: Executor = "local",
+    fresh: Fresh = False,
+    json: Json = False,
 ) -> None:
     """Compare methods on memory, speed and score. A run that was interrupted goes on where it was."""
     from petune_bench.runner import run

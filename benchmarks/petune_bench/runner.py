@@ -6,12 +6,13 @@ import inspect
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from petune.core.registry.plugins import registry
 from petune.errors import PetuneError, unknown
+from petune.training.recipe import Recipe
 from petune_bench import cluster, local, results
 from petune_bench.cell import Cell, Row, configuration, folder_of
 from petune_bench.environment import machine, versions
@@ -41,10 +42,7 @@ def run(
         raise PetuneError(f"--executor: {unknown('executor', executor, EXECUTORS)}")
     loaded, name, source = load_suite(suite)
     out = out or Path("bench") / name
-    if executor == "ray":
-        cluster.load()
-    else:
-        local.warm_up()
+    _make_ready(executor)
     specs = _specs(loaded, source, methods, cells)
     with waiting("checking the suite"):
         todo = plan(loaded, specs, name, source, out, seeds)
@@ -53,23 +51,36 @@ def run(
         (out / results.FILE).unlink(missing_ok=True)
         shutil.rmtree(out / "runs", ignore_errors=True)
     configurations = {cell.name: cell.configuration for cell in todo}
-    kept = results.current(results.read(out), configurations)
-    done = {
-        (row["cell"], row["seed"])
-        for row in kept
-        if row["status"] in ("ok", "unsupported")
-    }
+    _run_missing(todo, configurations, out, executor)
+    rows = results.current(results.read(out), configurations)
+    order = {cell.name: i for i, cell in enumerate(todo)}
+    rows.sort(key=lambda row: order.get(row["cell"], len(order)))
+    _show(rows, loaded, name, out, json)
+    return [row for row in rows if row["cell"] in order]
+
+
+def _make_ready(executor: str) -> None:
+    """Find what is not installed, or begin to import, before anything is checked."""
+    if executor == "ray":
+        cluster.load()
+    else:
+        local.warm_up()
+
+
+def _run_missing(
+    todo: Sequence[Cell], configurations: Mapping[str, str], out: Path, executor: str
+) -> None:
+    """Run the cells that have no result yet, each into a row of the results."""
+    done = set()
+    for row in results.current(results.read(out), configurations):
+        if row["status"] in ("ok", "unsupported"):
+            done.add((row["cell"], row["seed"]))
     missing = [cell for cell in todo if (cell.name, cell.seed) not in done]
     out.mkdir(parents=True, exist_ok=True)
     with Progress(len(todo), len(todo) - len(missing)) as progress:
         for row in EXECUTORS[executor](missing, progress.started, progress.step):
             results.append(out, row)
             progress.finished(row)
-    rows = results.current(results.read(out), configurations)
-    order = {cell.name: i for i, cell in enumerate(todo)}
-    rows.sort(key=lambda row: order.get(row["cell"], len(order)))
-    _show(rows, loaded, name, out, json)
-    return [row for row in rows if row["cell"] in order]
 
 
 def plan(
@@ -89,32 +100,26 @@ def plan(
     cells = []
     for seed in range(seeds) if seeds else suite.seeds:
         for spec in specs:
-            recipe = suite.recipe(
-                spec, seed, folder_of(out, spec.label, seed), source
-            ).resolved()
+            folder = folder_of(out, spec.label, seed)
+            recipe = suite.recipe(spec, seed, folder, source).resolved()
             recipe.check(source=f"{source}: {spec.label}")
-            training = recipe.training.model_dump(exclude={"seed"}, exclude_none=True)
-            key = configuration(
-                recipe, spec.implementation, versions(), _code(spec.method)
-            )
-            environment = {
-                **versions(),
-                **machine(),
-                "configuration": key,
-                "training": training,
-            }
-            cells.append(
-                Cell(
-                    name,
-                    spec.label,
-                    spec.implementation,
-                    recipe,
-                    files,
-                    key,
-                    environment,
-                )
-            )
+            cells.append(_planned(name, spec, recipe, files))
     return cells
+
+
+def _planned(
+    suite: str, spec: CellSpec, recipe: Recipe, files: tuple[str, ...]
+) -> Cell:
+    """The cell of a checked recipe."""
+    code = _code(spec.method)
+    key = configuration(recipe, spec.implementation, versions(), code)
+    environment = {
+        **versions(),
+        **machine(),
+        "configuration": key,
+        "training": recipe.training.model_dump(exclude={"seed"}, exclude_none=True),
+    }
+    return Cell(suite, spec.label, spec.implementation, recipe, files, key, environment)
 
 
 def _specs(

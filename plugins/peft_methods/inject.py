@@ -31,68 +31,106 @@ def inject(
         PetuneError: PEFT refuses the options.
         UnsupportedError: the method is none of layers, or PEFT has none for these.
     """
-    import peft
-    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+    name = f"peft:{kind.lower()}"
+    make = _tuner_of_layers(kind, name)
+    _check_linear(name, sites)
+    paths = {site.name: _path(site.name) for site in sites}
+    stubs = {site.name: Stub(site) for site in sites}
+    first = sites[0].name
+    box = nn.Module()
+    nothing = torch.zeros(0, device=stubs[first].weight.device)
+    box.register_parameter(
+        "device", nn.Parameter(nothing, requires_grad=False)
+    )  # PEFT asks
+    for at, stub in stubs.items():
+        _put(box, paths[at], stub)
+    made = _made(kind, name, make, box, list(paths.values()), options)
+    layers = {at: box.get_submodule(path) for at, path in paths.items()}
+    _check_trained(name, layers)
+    _try(name, layers[first], stubs[first])
+    for stub in stubs.values():
+        stub.last = None
+    return layers, _shared(made, layers)
 
-    name, make = f"peft:{kind.lower()}", tuner(kind)
+
+def _tuner_of_layers(kind: str, name: str) -> Any:
+    """PEFT's class, if it puts layers into the model."""
+    from peft.tuners.tuners_utils import BaseTuner
+
+    make = tuner(kind)
     if not isinstance(make, type) or not issubclass(make, BaseTuner):
         raise petune.UnsupportedError(
             f"{name} acts on the whole model, which only PEFT's own can."
         )
-    if other := next((site.name for site in sites if site.kind != "linear"), None):
-        raise petune.UnsupportedError(
-            f"{name} acts on linear layers, which {other} is not."
-        )
-    box, paths = (
-        nn.Module(),
-        {
-            site.name: site.name.replace("[", ".").rstrip("]").replace("#", ".")
-            for site in sites
-        },
-    )
-    stubs = {site.name: Stub(site) for site in sites}
-    device = stubs[sites[0].name].weight.device
-    box.register_parameter(
-        "device", nn.Parameter(torch.zeros(0, device=device), requires_grad=False)
-    )  # PEFT asks
+    return make
+
+
+def _check_linear(name: str, sites: list[petune.Site]) -> None:
+    """Refuse sites that are no linear layers."""
     for site in sites:
-        _put(box, paths[site.name], stubs[site.name])
+        if site.kind != "linear":
+            raise petune.UnsupportedError(
+                f"{name} acts on linear layers, which {site.name} is not."
+            )
+
+
+def _path(site: str) -> str:
+    """A site's name as the name of a module."""
+    return site.replace("[", ".").rstrip("]").replace("#", ".")
+
+
+def _made(
+    kind: str,
+    name: str,
+    make: Any,
+    box: nn.Module,
+    targets: list[str],
+    options: dict[str, Any],
+) -> Any:
+    """PEFT's tuner around the box, whose layers it has replaced."""
+    import peft
+
     try:
-        config: Any = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)](
-            **options
-        )
-        config.target_modules = list(paths.values())
-        made = make(box, config, "default")
+        configuration = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)]
+        config: Any = configuration(**options)
+        config.target_modules = targets
+        return make(box, config, "default")
     except AttributeError as missing:
         raise petune.UnsupportedError(
             f"{name} asks for more of the model than its layers ({missing})."
         ) from missing
     except Exception as refusal:
         raise _refused(name, refusal) from refusal
-    layers = {at: box.get_submodule(path) for at, path in paths.items()}
+
+
+def _check_trained(name: str, layers: dict[str, nn.Module]) -> None:
+    """Refuse a method that leaves a layer without anything to train."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     for at, layer in layers.items():
-        if not isinstance(layer, BaseTunerLayer) or not any(
-            p.requires_grad for p in layer.parameters()
-        ):
+        trains = any(p.requires_grad for p in layer.parameters())
+        if not isinstance(layer, BaseTunerLayer) or not trains:
             raise petune.UnsupportedError(
                 f"{name}: PEFT has nothing to train at a linear layer such as {at}."
             )
-    _try(name, layers[sites[0].name], stubs[sites[0].name])
-    for stub in stubs.values():
-        stub.last = None
-    owned = {id(p) for layer in layers.values() for p in layer.parameters()}
-    others = {
-        n: p
-        for n, p in made.named_parameters()
+
+
+def _shared(made: nn.Module, layers: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """What trains and belongs to no layer."""
+    owned: set[int] = set()
+    for layer in layers.values():
+        owned.update(id(p) for p in layer.parameters())
+    return {
+        name.replace(".", "_"): p
+        for name, p in made.named_parameters()
         if id(p) not in owned and p.requires_grad
     }
-    return layers, {n.replace(".", "_"): p for n, p in others.items()}
 
 
 def _put(box: nn.Module, path: str, stub: Stub) -> None:
     *parents, last = path.split(".")
     for name in parents:
-        if name not in box._modules:
+        if name not in dict(box.named_children()):
             box.add_module(name, nn.Module())
         box = box.get_submodule(name)
     box.add_module(last, stub)

@@ -48,22 +48,39 @@ def cell(model: PreTrainedModel, inputs: dict[str, Tensor], method: str) -> None
         assert not idle, (
             f"{len(idle)} adapters stay idle though their modules run: {idle[0]}"
         )
-        assert not _same(output(model, inputs), base), (
-            "a changed tuning does not change the output"
-        )
-        with tuning.disabled():
-            assert torch.equal(output(model, inputs), base), (
-                "switched off it is not the base"
-            )
-        if model.can_generate() and _generates(model, tuning, inputs):
-            assert torch.equal(
-                *(_generate(model, inputs, cache) for cache in (True, False))
-            ), "cached differs"
+        _check_switched(model, tuning, inputs, base)
+        _check_generation(model, tuning, inputs)
     finally:
         tuning.detach()
     assert type(model) is cls, "detach leaves another class"
     assert list(model.state_dict()) == keys, "detach leaves other keys"
     assert torch.equal(output(model, inputs), base), "detached it is not the base"
+
+
+def _check_switched(
+    model: PreTrainedModel,
+    tuning: petune.Tuning,
+    inputs: dict[str, Tensor],
+    base: Tensor,
+) -> None:
+    """On it changes the output, off it gives the base's."""
+    assert not _same(output(model, inputs), base), (
+        "a changed tuning does not change the output"
+    )
+    with tuning.disabled():
+        assert torch.equal(output(model, inputs), base), (
+            "switched off it is not the base"
+        )
+
+
+def _check_generation(
+    model: PreTrainedModel, tuning: petune.Tuning, inputs: dict[str, Tensor]
+) -> None:
+    """The cache changes nothing where it changes nothing for the base."""
+    if model.can_generate() and _generates(model, tuning, inputs):
+        cached = _generate(model, inputs, True)
+        plain = _generate(model, inputs, False)
+        assert torch.equal(cached, plain), "cached differs"
 
 
 def repeatable(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
@@ -140,34 +157,12 @@ def _gradients(
     """Adapters that did not run though their module did, and how many ran. Those that ran must get gradients, as far
     as the base's own parameters there would.
     """
-    seen: set[int] = set()
-    modules = {m for link in tuning.links for m in (link.site.module, link.adapter)}
-    hooks = [m.register_forward_hook(lambda m, *_: seen.add(id(m))) for m in modules]
-    try:
-        out = _forward(model, inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    out, seen = _watched(tuning, model, inputs)
     _backward(out)
     ran = [link for link in tuning.links if id(link.adapter) in seen]
-    # a trained copy has to act even where its module's parameters are read by another
-    acting = [
-        link for link in tuning.links if link in ran or link.site.kind == "module"
-    ]
-    own = {
-        link: link.site.module.parameters(recurse=link.site.kind != "module")
-        for link in acting
-    }
-    due = [link for link in acting if any(id(p) in reached for p in own[link])]
-    without = [
-        link.site.name
-        for link in due
-        if all(p.grad is None for p in link.adapter.parameters())
-    ]
-    assert not without, f"no gradient reaches {without[0]}"
-    assert any(
-        p.grad is not None and bool(p.grad.any()) for p in tuning.parameters()
-    ), "all gradients are zero"
+    _check_due(tuning, ran, reached)
+    changed = [p.grad is not None and bool(p.grad.any()) for p in tuning.parameters()]
+    assert any(changed), "all gradients are zero"
     idle = [
         link.site.name
         for link in tuning.links
@@ -176,6 +171,33 @@ def _gradients(
     for p in tuning.parameters():
         p.grad = None
     return idle, len(ran)
+
+
+def _watched(
+    tuning: petune.Tuning, model: PreTrainedModel, inputs: dict[str, Tensor]
+) -> tuple[Tensor, set[int]]:
+    """The output, and the ids of the adapters and of their modules that ran."""
+    seen: set[int] = set()
+    modules = {m for link in tuning.links for m in (link.site.module, link.adapter)}
+    hooks = [m.register_forward_hook(lambda m, *_: seen.add(id(m))) for m in modules]
+    try:
+        return _forward(model, inputs), seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _check_due(tuning: petune.Tuning, ran: list[Any], reached: set[int]) -> None:
+    """Adapters get gradients where the base's own parameters would."""
+    for link in tuning.links:
+        whole = link.site.kind == "module"
+        # a trained copy has to act even where its module's parameters are read by another
+        if link not in ran and not whole:
+            continue
+        own = link.site.module.parameters(recurse=not whole)
+        if any(id(p) in reached for p in own):
+            without = all(p.grad is None for p in link.adapter.parameters())
+            assert not without, f"no gradient reaches {link.site.name}"
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -48,7 +48,7 @@ def page(rows: Sequence[Row]) -> str:
     run = [row for row in rows if row["status"] != "not built"]
     holds = [row for row in run if row["status"] == "holds"]
     cannot = [row for row in run if _impossible(row)]
-    holes = [row for row in run if row["status"] != "holds" and not _impossible(row)]
+    holes = [row for row in run if _hole(row)]
     types = sorted({row["architecture"] for row in run})
     by_method = [_counted(method, (holds, cannot, holes, run)) for method in METHODS]
     columns = ("method", "architecture", "heads", "reason")
@@ -105,6 +105,10 @@ def _impossible(row: Row) -> bool:
     return row["status"] == "refused" and row["architecture"] in IMPOSSIBLE.get(
         row["method"], {}
     )
+
+
+def _hole(row: Row) -> bool:
+    return row["status"] != "holds" and not _impossible(row)
 
 
 def _line(kind: str, run: Sequence[Row]) -> tuple[str, ...]:

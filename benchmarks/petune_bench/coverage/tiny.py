@@ -57,18 +57,26 @@ def small(plain: PretrainedConfig) -> dict[str, Any]:
             found[key] = kinds
         elif kinds and re.fullmatch(r"num_hidden_layers|n_layers?|num_layers", key):
             found[key] = len(kinds)
-        elif (
-            key == "num_key_value_heads"
-            and value is not None
-            and value == vars(plain).get("num_attention_heads")
-        ):
+        elif key == "num_key_value_heads" and _one_for_each_head(plain):
             found[key] = small_size("num_attention_heads")
-        elif (type(value) is int and value > 2) or re.fullmatch(
-            r"(pad|bos|eos)_token_id", key
-        ):
+        elif _is_size(key, value):
             size = small_size(key)
             found |= {} if size is None else {key: size}
     return found | MORE.get(plain.model_type, {})
+
+
+def _one_for_each_head(plain: PretrainedConfig) -> bool:
+    """Whether every head of the queries has keys and values of its own."""
+    known = vars(plain)
+    count = known["num_key_value_heads"]
+    return count is not None and bool(count == known.get("num_attention_heads"))
+
+
+def _is_size(key: str, value: Any) -> bool:
+    """Whether a value may be a size, or a token's id that has to fit the vocabulary."""
+    if type(value) is int and value > 2:
+        return True
+    return re.fullmatch(r"(pad|bos|eos)_token_id", key) is not None
 
 
 def _layer_kinds(plain: PretrainedConfig) -> tuple[str, list[str]]:
@@ -81,6 +89,22 @@ def _layer_kinds(plain: PretrainedConfig) -> tuple[str, list[str]]:
     return "", []
 
 
+def _whole(cls: Any, kind: str, head: str) -> Any:
+    """The small configuration that a class of models takes."""
+    whole: Any = config(kind)
+    if not isinstance(whole, cls.config_class):
+        # a text model under the type of a model of several towers
+        parts = vars(whole).values()
+        inside = [part for part in parts if isinstance(part, cls.config_class)]
+        whole = inside[0] if inside else whole.get_text_config()
+    if whole.is_encoder_decoder:
+        if getattr(whole, "decoder_start_token_id", None) is None:
+            whole.decoder_start_token_id = 1
+    elif head == "causal-lm" and hasattr(whole, "is_decoder"):
+        whole.is_decoder = True
+    return whole
+
+
 def build(kind: str, head: str, name: str) -> PreTrainedModel:
     """A tiny model of a type by its class, in evaluation mode, with weights large enough to matter.
 
@@ -88,27 +112,7 @@ def build(kind: str, head: str, name: str) -> PreTrainedModel:
         Exception: whatever stops transformers from building it small and offline.
     """
     cls: Any = getattr(transformers, name)
-    whole = config(kind)
-    if not isinstance(
-        whole, cls.config_class
-    ):  # a text model under the type of a model of several towers
-        inside = [
-            value
-            for value in vars(whole).values()
-            if isinstance(value, cls.config_class)
-        ]
-        whole = inside[0] if inside else whole.get_text_config()
-    if (
-        head == "causal-lm"
-        and not whole.is_encoder_decoder
-        and hasattr(whole, "is_decoder")
-    ):
-        whole.is_decoder = True
-    if (
-        whole.is_encoder_decoder
-        and getattr(whole, "decoder_start_token_id", None) is None
-    ):
-        whole.decoder_start_token_id = 1
+    whole = _whole(cls, kind, head)
     with torch.device("meta"):
         count = sum(p.numel() for p in cls._from_config(whole).parameters())
     if count > MOST:

@@ -41,19 +41,23 @@ def share(times: list[float], other: list[float]) -> float:
     )
 
 
-def attach_and_switch() -> dict[str, list[float]]:
-    """Seconds on a small Llama of 224 linear layers."""
-    import peft
-
+def _small_llama() -> Any:
+    """A Llama of many narrow layers."""
     sizes: dict[str, Any] = {
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     }
-    model: Any = LlamaForCausalLM(
-        LlamaConfig(vocab_size=512, num_hidden_layers=LAYERS, **sizes)
-    )
+    config = LlamaConfig(vocab_size=512, num_hidden_layers=LAYERS, **sizes)
+    return LlamaForCausalLM(config)
+
+
+def attach_and_switch() -> dict[str, list[float]]:
+    """Seconds on a small Llama of 224 linear layers."""
+    import peft
+
+    model = _small_llama()
     config = peft.LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
 
     def attach() -> float:
