@@ -49,7 +49,7 @@ def page(rows: Sequence[Row]) -> str:
     holds = [row for row in run if row["status"] == "holds"]
     cannot = [row for row in run if _impossible(row)]
     holes = [row for row in run if _hole(row)]
-    types = sorted({row["architecture"] for row in run})
+    lines = _by_architecture(run)
     by_method = [_counted(method, (holds, cannot, holes, run)) for method in METHODS]
     columns = ("method", "architecture", "heads", "reason")
     parts = [
@@ -62,9 +62,7 @@ def page(rows: Sequence[Row]) -> str:
         f"## Not built\n\n{NOT_BUILT}\n",
         _table(("architecture", "reason"), _not_built(rows)),
         "## By architecture\n\n`+` holds with every head, `-` is impossible, `!` is a hole with one head at least.\n",
-        _table(
-            ("architecture", "heads", *METHODS), [_line(kind, run) for kind in types]
-        ),
+        _table(("architecture", "heads", *METHODS), lines),
     ]
     return "\n".join(parts)
 
@@ -105,6 +103,12 @@ def _impossible(row: Row) -> bool:
     return row["status"] == "refused" and row["architecture"] in IMPOSSIBLE.get(
         row["method"], {}
     )
+
+
+def _by_architecture(run: Sequence[Row]) -> list[tuple[str, ...]]:
+    """A line for each architecture that could be built."""
+    types = sorted({row["architecture"] for row in run})
+    return [_line(kind, run) for kind in types]
 
 
 def _hole(row: Row) -> bool:
