@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from petune.loading.models import DTYPES
 from petune.training.memory import measure_step, resident_bytes
 from petune.training.order import EpochSampler
 from petune.training.recipe import Recipe, parse
+from petune.training.recorder import Recorder
 from petune.training.setup import make_splits, make_task
 from petune.training.tasks import Example, Task
-from petune.training.trainer import AdapterTrainer, Recorder, arguments
+from petune.training.trainer import AdapterTrainer, arguments
 
 MODEL, RANK = "smollm2-135m", 16
 Batch = dict[str, Tensor]
@@ -150,9 +152,9 @@ def contend(
         tuning,
         task,
         recorder,
-        args=arguments(told, folder, 1, quiet=True),
+        args=arguments(told, Path(folder), 1, quiet=True),
         train_dataset=[],
-    )  # type: ignore[arg-type]
+    )
     return Contender(name, ours, model, precision)
 
 
