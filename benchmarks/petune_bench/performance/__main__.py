@@ -12,7 +12,7 @@ import torch
 
 from petune.training.setup import quietly
 from petune_bench.environment import machine, versions
-from petune_bench.performance import measure, serving
+from petune_bench.performance import decoding, measure, serving
 from petune_bench.performance.contenders import rows
 from petune_bench.performance.race import apart, ratios, sgemm_rate
 
@@ -63,6 +63,14 @@ SERVING = """## Attach, switch, route
 Attaching to and switching on a Llama of 224 linear layers; a forward of 8 × 128 tokens through SmolLM2 with one LoRA
 for all rows and with another for each of the 8.
 """
+DECODING = """## Decoding
+
+One token at a time by `generate` with a cache, greedily, from a prompt of {prompt} tokens: SmolLM2-135M in fp32 with
+{threads} threads, and on it LoRA of rank {rank} on all linear layers, OFT, and prompts and prefixes at their defaults.
+{turns} turns of {tokens} new tokens each, models in turns; the first token, which is the prompt's, is left out. A
+turn's time is the median over its tokens; *token* and the shares are medians over the turns. *Quick* is what one token
+in ten stays under, which tells more where other programs share the machine.
+"""
 
 
 def main() -> None:
@@ -81,22 +89,59 @@ def main() -> None:
         "--only", choices=list(PARTS), action="append", help="these parts alone"
     )
     given = parser.parse_args()
-    began, page = time.perf_counter(), []
+    began = time.perf_counter()
+    sections: dict[str, str] = {}
     with quietly():
         for name in given.only or PARTS:
-            for line in PARTS[name](given):
-                print(line, flush=True)
-                page.append(line)
-            page.append("")
-    minutes = (time.perf_counter() - began) / 60
-    facts = machine()
-    page.append(
-        f"On {facts['cpu']}, {facts['cores']} cores ({torch.get_num_threads()} threads), {minutes:.0f} minutes. "
-        f"Versions: {', '.join(f'{name} {version}' for name, version in versions().items())}."
-    )
-    print(page[-1])
+            sections[name] = _section(PARTS[name](given))
+    ran_on = _ran_on((time.perf_counter() - began) / 60)
+    print(ran_on)
     if given.out:
-        given.out.write_text("\n".join([HEAD, *page, ""]), encoding="utf-8")
+        write(given.out, sections, ran_on)
+
+
+def write(out: Path, sections: dict[str, str], ran_on: str) -> None:
+    """The page; where only some parts were measured, their sections alone change, each with a line on its run."""
+    if set(sections) == set(PARTS) or not out.exists():
+        text = "\n".join([HEAD, *sections.values(), ran_on, ""])
+    else:
+        text = out.read_text(encoding="utf-8")
+        for section in sections.values():
+            text = replaced(text, f"{section}\nIn a run of its own: {ran_on}\n")
+    out.write_text(text, encoding="utf-8")
+
+
+def replaced(page: str, section: str) -> str:
+    """The page with this section in place of the one under the same heading, or before its last line if it has none."""
+    heading = section.partition("\n")[0]
+    body, last = page.rstrip("\n").rsplit("\n\n", 1)
+    head, *others = f"{body}\n".split("\n## ")
+    known = [f"## {other.strip()}\n" for other in others]
+    headings = [other.partition("\n")[0] for other in known]
+    if heading in headings:
+        known[headings.index(heading)] = section
+    else:
+        known.append(section)
+    return "\n".join([f"{head.strip()}\n", *known, f"{last}\n"])
+
+
+def _section(lines: Iterable[str]) -> str:
+    """A part's lines as text, each printed as soon as it is known."""
+    found = []
+    for line in lines:
+        print(line, flush=True)
+        found.append(line)
+    return "\n".join([*found, ""])
+
+
+def _ran_on(minutes: float) -> str:
+    """The machine, the time and the versions, as a sentence."""
+    facts, threads = machine(), torch.get_num_threads()
+    installed = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return (
+        f"On {facts['cpu']}, {facts['cores']} cores ({threads} threads), {minutes:.0f} minutes. "
+        f"Versions: {installed}."
+    )
 
 
 def first(given: argparse.Namespace) -> Iterator[str]:
@@ -176,7 +221,25 @@ def serve(given: argparse.Namespace) -> Iterator[str]:
     yield from rows_of(["", "petune", "PEFT", "share"], table)
 
 
-PARTS = {"step": first, "memory": kept, "settings": settings, "serving": serve}
+def decode(given: argparse.Namespace) -> Iterator[str]:
+    yield DECODING.format(
+        prompt=decoding.PROMPT,
+        threads=decoding.THREADS,
+        rank=decoding.RANK,
+        turns=decoding.TURNS,
+        tokens=decoding.TOKENS,
+    )
+    heads = ["", "token, s", "of the base", "of PEFT's LoRA"]
+    yield from rows_of([*heads, "quick, s", "of the base"], decoding.measured())
+
+
+PARTS = {
+    "step": first,
+    "memory": kept,
+    "settings": settings,
+    "serving": serve,
+    "decode": decode,
+}
 
 
 def rows_of(heads: list[str], table: Iterable[list[str]]) -> Iterator[str]:
