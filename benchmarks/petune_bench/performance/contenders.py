@@ -121,14 +121,14 @@ def contend(
     dropout: float = 0.0,
 ) -> Contender:
     """PEFT where `settings` is None, else petune with these training settings; all start from the same weights."""
-    model = _shared_copy(base(precision))
+    model = shared_copy(base(precision))
     folder = Path(tempfile.mkdtemp())
     torch.manual_seed(0)
     tuning = petune.attach(model, "lora", rank=RANK, dropout=dropout)
     if settings is None:
         weights = {name: tensor.detach() for name, tensor in tuning.state()}
         tuning.detach()
-        model = _peft(model, weights, dropout)
+        model = peft_lora(model, weights, dropout)
         defaults = TrainingArguments(
             str(folder), report_to="none", disable_tqdm=True, learning_rate=5e-4
         )
@@ -153,19 +153,21 @@ def batches(task: Task, examples: list[Example], size: int = 8) -> Iterator[Batc
         yield task.pad(examples[start : start + size])
 
 
-def _shared_copy(model: Any) -> Any:
+def shared_copy(model: Any) -> Any:
     """A model of its own around the same frozen tensors."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(t): t for t in tensors})
 
 
-def _peft(model: Any, weights: Mapping[str, Tensor], dropout: float) -> Any:
+def peft_lora(
+    model: Any, weights: Mapping[str, Tensor], dropout: float = 0.0, rank: int = RANK
+) -> Any:
     """PEFT's LoRA with the weights that petune's started from."""
     import peft
 
     targets = sorted({name.rpartition(".")[0] for name in weights})
     config = peft.LoraConfig(
-        r=RANK,
+        r=rank,
         lora_alpha=16,
         lora_dropout=dropout,
         target_modules=targets,
