@@ -41,6 +41,8 @@ class WeightOnly:
         from transformers import TorchAoConfig
 
         kind: Any = Int8WeightOnlyConfig
+        # version 2 stores an Int8Tensor; torchao before 0.18 has version 1 by default
+        told = {"version": 2} if "version" in signature(kind).parameters else {}
         place = (
             {"device_map": {"": torch.cuda.current_device()}}
             if torch.cuda.is_available()
@@ -48,7 +50,7 @@ class WeightOnly:
         )
         return {
             "quantization_config": TorchAoConfig(
-                kind(), modules_to_not_convert=list(skip)
+                kind(**told), modules_to_not_convert=list(skip)
             ),
             **place,
         }

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from shaken import shaken
 from torch import nn
 
@@ -63,6 +64,8 @@ def test_labels_end_the_prompt():
     labels = torch.tensor([[-100, -100, 12, 13, -100], [10, 11, 12, 13, 14]])
     model(input_ids=IDS, labels=labels)
     assert places(seen[-1]) == [[0, 1, -1, -1, -1], [0, 1, 2, 3, 4]]
+    if Version(transformers.__version__) < Version("5.21"):
+        return  # a mask of logits to keep is not known there
     keep = torch.tensor(
         [[False, True, True, False, False], [False, False, False, True, False]]
     )
