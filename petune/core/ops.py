@@ -34,7 +34,7 @@ class _LowRankUpdate(torch.autograd.Function):
         low = flat @ a.to(y.dtype).T  # (tokens, rank)
         out = torch.addmm(y.reshape(-1, y.shape[-1]), low, b.to(y.dtype).T, alpha=scale)
         # no view, since models change it in place; host/torch_modules.py has the check
-        return torch.ops.aten._unsafe_view(out, y.shape)
+        return torch.ops.aten._unsafe_view(out, y.shape)  # noqa: SLF001
 
     @staticmethod
     @once_differentiable
