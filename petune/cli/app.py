@@ -153,7 +153,8 @@ def _usage(error: Any) -> str:
         return message
     option = getattr(error, "option_name", None)
     if option and message.startswith("No such option"):
-        own = [name for parameter in context.command.params for name in parameter.opts]
-        known = [name for name in own if name.startswith("-")]
+        known: list[str] = []
+        for parameter in context.command.params:
+            known += [name for name in parameter.opts if name.startswith("-")]
         message = unknown("option", option, [*known, "--plugin", "--debug", "--help"])
     return f"{context.command_path}: {message}"

@@ -100,14 +100,17 @@ def _print(report: dict[str, Any]) -> None:
         if seam["trouble"] is not None:
             print(seam["trouble"])
     print()
-    columns = ("name", "package", "version", "error")
-    plugins = [[plugin[key] for key in columns] for plugin in report["plugins"]]
-    table(("plugin", *columns[1:]), plugins)
+    plugins = [_plugin_row(plugin) for plugin in report["plugins"]]
+    table(("plugin", "package", "version", "error"), plugins)
 
 
 def _seam_row(seam: dict[str, Any]) -> tuple[str, ...]:
     holds = "yes" if seam["holds"] else "NO"
     return seam["library"], seam["name"], seam["since"], holds
+
+
+def _plugin_row(plugin: dict[str, Any]) -> tuple[str | None, ...]:
+    return plugin["name"], plugin["package"], plugin["version"], plugin["error"]
 
 
 def _device_row(device: dict[str, Any]) -> tuple[str, ...]:

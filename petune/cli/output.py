@@ -14,11 +14,15 @@ class Stopped(Exception):  # noqa: N818
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """A table: drawn on a terminal, elsewhere plain text in columns, never cut."""
-    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    cells = [list(map(_written, row)) for row in rows]
     if sys.stdout.isatty():
         _draw(columns, cells)
     else:
         _print([[column.upper() for column in columns], *cells])
+
+
+def _written(cell: object) -> str:
+    return "" if cell is None else str(cell)
 
 
 def _draw(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
