@@ -92,10 +92,13 @@ def code_lines(text: str, tree: ast.Module) -> int:
         if token.type not in SILENT:
             found.update(range(token.start[0], token.end[0] + 1))
     for node in ast.walk(tree):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            if isinstance(node.value.value, str):
-                found -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+        if isinstance(node, ast.Expr) and _is_text(node.value):
+            found -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     return len(found)
+
+
+def _is_text(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
 def mean_complexity() -> float:

@@ -10,3 +10,14 @@ import transformers
 
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
+
+from samples import (  # noqa: E402, F401
+    decoder,
+    defaults,
+    encoder,
+    file,
+    generation,
+    recipe,
+    single_files,
+    suite,
+)

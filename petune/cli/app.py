@@ -6,13 +6,14 @@ import contextlib
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import typer
 import typer.main
 
-from petune.cli import doctor, environment, inspect, runs
+from petune.cli import environment, inspect, runs
+from petune.cli.doctor import doctor
 from petune.cli.output import Stopped, complain
 from petune.core.registry.plugins import registry
 from petune.errors import PetuneError, unknown
@@ -20,9 +21,9 @@ from petune.errors import PetuneError, unknown
 COMMANDS = {
     "methods": inspect.methods,
     "plugins": inspect.plugins,
-    "doctor": doctor.doctor,
     "sites": inspect.sites,
     "check": inspect.check,
+    "doctor": doctor,
     "install": environment.install,
     "uninstall": environment.uninstall,
     "train": runs.train,
@@ -36,13 +37,11 @@ _PASS_ON = {"ignore_unknown_options": True}  # options that are pip's
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `petune` with these arguments (the process's own by default) and return its exit code."""
+    words = sys.argv[1:] if argv is None else argv
     debug = False
     try:
-        rest, files, debug = _common(list(sys.argv[1:] if argv is None else argv))
-        with warnings.catch_warnings():
-            if not debug and not sys.warnoptions:
-                # a library's word to programmers, not to users
-                warnings.simplefilter("ignore")
+        rest, files, debug = _common(words)
+        with _warnings_hidden(unless=debug):
             for file in files:
                 registry().add_file(file)
             return _run(rest)
@@ -50,12 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exception(error)
         message, code = _ending(error)
-    complain(message)
-    return code
+        complain(message)
+        return code
 
 
 def _ending(error: BaseException) -> tuple[str, int]:
-    """(what the user reads, the exit code) of a command that an error has ended."""
+    """What to tell the user about an error, and the exit code."""
     if isinstance(error, PetuneError):
         return str(error), 2
     if isinstance(error, KeyboardInterrupt | Stopped):
@@ -64,6 +63,17 @@ def _ending(error: BaseException) -> tuple[str, int]:
     if hasattr(error, "format_message"):
         return _usage(error), 2
     return f"{type(error).__name__}: {error} (--debug shows where.)", 1
+
+
+@contextlib.contextmanager
+def _warnings_hidden(unless: bool) -> Iterator[None]:
+    """Within the context no warnings are shown: they are a library's word to programmers, not to users. Python's own
+    option -W still shows them.
+    """
+    with warnings.catch_warnings():
+        if not unless and not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        yield
 
 
 def build() -> Any:
@@ -79,9 +89,8 @@ def build() -> Any:
     brought = registry().all("petune_commands")
     for name, function in {**brought, **COMMANDS}.items():
         passes_on = function in (environment.install, environment.uninstall)
-        app.command(
-            name, epilog=note, context_settings=_PASS_ON if passes_on else None
-        )(function)
+        settings = _PASS_ON if passes_on else None
+        app.command(name, epilog=note, context_settings=settings)(function)
     return typer.main.get_command(app)
 
 
@@ -107,22 +116,27 @@ def _top(
         print(context.get_help())
 
 
-def _run(argv: list[str]) -> int:
+def _run(words: list[str]) -> int:
+    """Run a command and return its exit code."""
     program = build()
-    name = next((word for word in argv if not word.startswith("-")), None)
+    name = next((word for word in words if not word.startswith("-")), None)
     if name is not None and name not in program.commands:
         raise PetuneError(unknown("command", name, program.commands))
-    with contextlib.suppress(
-        AttributeError, ValueError
-    ):  # a stream that is no text file, in tests
-        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    done = program.main(argv, prog_name="petune", standalone_mode=False)
+    _replace_what_cannot_be_printed()
+    done = program.main(words, prog_name="petune", standalone_mode=False)
     if done == 130:
         complain("interrupted.")
     return done if isinstance(done, int) else 0
 
 
-def _common(argv: list[str]) -> tuple[list[str], list[str], bool]:
+def _replace_what_cannot_be_printed() -> None:
+    """Let a terminal that lacks a letter show a question mark for it."""
+    no_text_file = (AttributeError, ValueError)  # what tests put in stdout's place
+    with contextlib.suppress(*no_text_file):
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+
+
+def _common(argv: Sequence[str]) -> tuple[list[str], list[str], bool]:
     """(the rest, plugin files, whether to debug): these two options may stand anywhere, and come before all else."""
     rest: list[str] = []
     files: list[str] = []
@@ -146,15 +160,20 @@ def _common(argv: list[str]) -> tuple[list[str], list[str], bool]:
 
 
 def _usage(error: Any) -> str:
-    """A usage error of typer's in one line, with the command that it is about and the options that it has."""
+    """What is wrong with a command line, after the name of the command that it was for."""
     message = " ".join(error.format_message().split())
     context = getattr(error, "ctx", None)
     if context is None:
         return message
     option = getattr(error, "option_name", None)
     if option and message.startswith("No such option"):
-        known: list[str] = []
-        for parameter in context.command.params:
-            known += [name for name in parameter.opts if name.startswith("-")]
-        message = unknown("option", option, [*known, "--plugin", "--debug", "--help"])
+        message = unknown("option", option, _options(context.command))
     return f"{context.command_path}: {message}"
+
+
+def _options(command: Any) -> list[str]:
+    """The options that a command takes, those of every command included."""
+    names: list[str] = []
+    for parameter in command.params:
+        names += [name for name in parameter.opts if name.startswith("-")]
+    return [*names, "--plugin", "--debug", "--help"]

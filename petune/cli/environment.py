@@ -33,7 +33,7 @@ def _pip(action: str, *words: str) -> None:
             f"this environment has no pip: run `uv pip {action} --python {sys.executable} {wanted}`."
         )
     command = [sys.executable, "-m", "pip", action, *words]
-    code = subprocess.run(command).returncode  # its own words reach the user
+    code = subprocess.run(command).returncode  # pip's own words reach the user
     if code:
         raise PetuneError(
             f"pip {action} failed (exit code {code}); its reason stands above."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,21 +17,10 @@ if TYPE_CHECKING:
     from petune.testing import Row
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-MethodNames = Annotated[
-    str, typer.Argument(help="A method's name, or several as one tuning: lora+ia3.")
-]
-Families = Annotated[str, typer.Option(help="The families of models to run on.")]
-Precisions = Annotated[str, typer.Option(help="The precisions to run at.")]
-Arguments = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="KEY=VALUE",
-        help="An argument of the method, such as rank=4; of one of several: 'lora={rank: 4}'.",
-    ),
-]
-
-
-SITE_KEYS = (
+ARGUMENT = (
+    "An argument of the method, such as rank=4; of one of several: 'lora={rank: 4}'."
+)
+SITE_FIELDS = (
     "name",
     "kind",
     "role",
@@ -42,6 +31,7 @@ SITE_KEYS = (
     "kv_heads",
     "head_dim",
 )
+"""What `petune sites --json` says of a site, besides its parts."""
 
 
 def methods(
@@ -52,32 +42,21 @@ def methods(
 ) -> None:
     """List the installed tuning methods with their arguments."""
     known = registry().all("petune_methods")
-    more = [] if json or everything else _with_a_prefix(known)
-    found = [_method(name, known[name]) for name in sorted(known) if name not in more]
+    left_out = [] if json or everything else _prefixed(known)
+    shown = sorted(known.keys() - set(left_out))
+    found = [_method(name, known[name]) for name in shown]
     warn_of_failures()
     if json:
         as_json(found)
         return
-    table(
-        ("method", "plugin", "hook points", "mergeable", "arguments"),
-        [_method_row(method) for method in found],
-    )
-    if more:
-        prefixes = sorted({f"{name.partition(':')[0]}:…" for name in more})
+    columns = ("method", "plugin", "hook points", "mergeable", "arguments")
+    table(columns, [_method_row(method) for method in found])
+    if left_out:
+        prefixes = {name.partition(":")[0] + ":…" for name in left_out}
         print(
-            f"And {len(more)} more as {', '.join(prefixes)}, such as {more[0]}; --all lists them."
+            f"And {len(left_out)} more as {', '.join(sorted(prefixes))}, "
+            f"such as {left_out[0]}; --all lists them."
         )
-
-
-def _with_a_prefix(names: Iterable[str]) -> list[str]:
-    """Names such as `peft:hra`: other packages' methods, of which some take seconds to import."""
-    return sorted(name for name in names if ":" in name)
-
-
-def _method_row(method: dict[str, Any]) -> tuple[str, ...]:
-    mergeable = "yes" if method["mergeable"] else "no"
-    arguments = _call(method["arguments"])
-    return method["name"], method["plugin"], method["where"], mergeable, arguments
 
 
 def plugins(
@@ -87,37 +66,15 @@ def plugins(
     ] = False,
 ) -> None:
     """List the installed plugins, and why one could not be loaded."""
-    found = plugins_with_names()
-    if requirements:
-        installed = [plugin for plugin, _ in found if plugin.version != "file"]
-        for line in sorted({f"{p.package}=={p.version}" for p in installed}):
-            print(line)
-    elif json:
-        as_json([{**vars(plugin), "brings": sorted(names)} for plugin, names in found])
-    else:
-        rows = [_plugin_row(plugin, names) for plugin, names in found]
-        table(("plugin", "package", "version", "brings"), rows)
-
-
-def plugins_with_names() -> list[tuple[Plugin, list[str]]]:
-    """The installed plugins, in the order of their names, each with the names of what it brings.
-
-    All are asked for all that they bring, since a plugin may fail only then.
-    """
-    from petune.core.registry import hookspecs
-
-    brought: dict[str, list[str]] = {}
-    for hook in vars(hookspecs):
-        if hook.startswith("petune_"):
-            for name in registry().all(hook):
-                brought.setdefault(registry().owner(hook, name), []).append(name)
+    brought = names_by_plugin()
     found = sorted(registry().plugins.values(), key=lambda plugin: plugin.name)
-    return [(plugin, brought.get(plugin.name, [])) for plugin in found]
-
-
-def _plugin_row(plugin: Plugin, brings: Sequence[str]) -> tuple[str, ...]:
-    said = f"not loaded: {plugin.error}" if plugin.error else ", ".join(brings)
-    return plugin.name, plugin.package, plugin.version, said
+    if requirements:
+        _print_requirements(found)
+    elif json:
+        as_json([{**vars(p), "brings": sorted(brought.get(p.name, []))} for p in found])
+    else:
+        rows = [_plugin_row(plugin, brought.get(plugin.name, [])) for plugin in found]
+        table(("plugin", "package", "version", "brings"), rows)
 
 
 def sites(
@@ -141,44 +98,30 @@ def sites(
         print_tree(model, found)
 
 
-def _site(site: Site) -> dict[str, Any]:
-    values = {key: getattr(site, key) for key in SITE_KEYS}
-    return {**values, "parts": sorted(site.parts)}
-
-
 def check(
-    method: MethodNames,
-    families: Families = "llama gpt2 bert t5",
-    precisions: Precisions = "fp32 nf4",
-    argument: Arguments = None,
+    method: Annotated[
+        str, typer.Argument(help="A method's name, or several as one tuning: lora+ia3.")
+    ],
+    families: Annotated[
+        str, typer.Option(help="The families of models to run on.")
+    ] = "llama gpt2 bert t5",
+    precisions: Annotated[
+        str, typer.Option(help="The precisions to run at.")
+    ] = "fp32 nf4",
+    argument: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help=ARGUMENT)
+    ] = None,
     device: Annotated[str, typer.Option(help="Where to run: cpu or cuda.")] = "cpu",
     json: AsJson = False,
 ) -> None:
     """Run the conformance kit on a method: one row a behaviour, one column a family and precision."""
-    import yaml
-    from rich.console import Console
-
-    from petune.testing import run_checks
-    from petune.training.setup import quietly
-
-    several = method.split("+")
-    pairs = [pair.partition("=") for pair in argument or []]
-    arguments = {key: yaml.safe_load(value) for key, _, value in pairs}
-    where: dict[str, Any] = {
-        "families": families.split(),
-        "precisions": precisions.split(),
-        "device": device,
-    }
-    rows = []
-    with (
-        quietly(),
-        Console(stderr=True).status("") as status,
-    ):  # nothing where there is no terminal
-        for row in run_checks(
-            several if len(several) > 1 else method, **where, **arguments
-        ):
-            rows.append(row)
-            status.update(f"{row.family} {row.precision}: {row.behaviour} {row.mark}")
+    rows = _run_checks(
+        method.split("+"),
+        _values(argument or []),
+        families=families.split(),
+        precisions=precisions.split(),
+        device=device,
+    )
     if json:
         as_json([vars(row) for row in rows])
     else:
@@ -187,37 +130,102 @@ def check(
         raise typer.Exit(1)
 
 
+def names_by_plugin() -> dict[str, list[str]]:
+    """What each plugin brings. Every hook is called, and the registry notes the plugins that fail only then."""
+    from petune.core.registry import hookspecs
+
+    hooks = [name for name in vars(hookspecs) if name.startswith("petune_")]
+    brought: dict[str, list[str]] = {}
+    for hook in hooks:
+        for name in registry().all(hook):
+            owner = registry().owner(hook, name)
+            brought.setdefault(owner, []).append(name)
+    return brought
+
+
+def _plugin_row(plugin: Plugin, names: list[str]) -> tuple[str, ...]:
+    brings = f"not loaded: {plugin.error}" if plugin.error else ", ".join(names)
+    return (plugin.name, plugin.package, plugin.version, brings)
+
+
+def _print_requirements(found: list[Plugin]) -> None:
+    """One line a package; single files have none."""
+    packaged = [plugin for plugin in found if plugin.version != "file"]
+    lines = {f"{plugin.package}=={plugin.version}" for plugin in packaged}
+    for line in sorted(lines):
+        print(line)
+
+
+def _site(site: Site) -> dict[str, Any]:
+    fields = {key: getattr(site, key) for key in SITE_FIELDS}
+    return {**fields, "parts": sorted(site.parts)}
+
+
+def _values(pairs: list[str]) -> dict[str, Any]:
+    """The values of KEY=VALUE options, read as YAML."""
+    import yaml
+
+    split = [pair.partition("=") for pair in pairs]
+    return {key: yaml.safe_load(value) for key, _, value in split}
+
+
+def _run_checks(
+    methods: list[str], arguments: dict[str, Any], **where: Any
+) -> list[Row]:
+    """Run the conformance kit; a terminal shows the check that was last done."""
+    from rich.console import Console
+
+    from petune.testing import run_checks
+    from petune.training.setup import quietly
+
+    method = methods if len(methods) > 1 else methods[0]
+    rows = []
+    with quietly(), Console(stderr=True).status("") as status:
+        for row in run_checks(method, **where, **arguments):
+            rows.append(row)
+            status.update(f"{row.family} {row.precision}: {row.behaviour} {row.mark}")
+    return rows
+
+
 def _print_checks(rows: list[Row]) -> None:
     """The table, and under it each reason once with what it stands for."""
     from petune.testing import BEHAVIOURS, reasons
 
     columns = list(dict.fromkeys((row.family, row.precision) for row in rows))
     marks = {(row.behaviour, row.family, row.precision): row.mark for row in rows}
+    checked = {row.behaviour for row in rows}
     cells = []
     for name in BEHAVIOURS:
-        own = [marks.get((name, *column)) for column in columns]
-        if any(own):
-            cells.append((name, *own))
+        if name in checked:
+            found = [marks.get((name, *column)) for column in columns]
+            cells.append((name, *found))
     table(("behaviour", *map(" ".join, columns)), cells)
-    for what, found in reasons(rows).items():
-        stream = sys.stderr if found[0].error else sys.stdout
-        print(f"{found[0].mark} {what}", file=stream)
+    for what, told in reasons(rows).items():
+        stream = sys.stderr if told[0].error else sys.stdout
+        print(f"{told[0].mark} {what}", file=stream)
 
 
-def _method(name: str, cls: Any) -> dict[str, Any]:
+def _prefixed(known: Iterable[str]) -> list[str]:
+    """The names with a prefix, such as `peft:hra`. Some take seconds to import."""
+    return sorted(name for name in known if ":" in name)
+
+
+def _method(name: str, cls: type) -> dict[str, Any]:
     from petune.core.method.arguments import arguments
 
+    known: Any = cls
     return {
         "name": name,
         "plugin": registry().owner("petune_methods", name),
-        "where": cls.where,
-        "mergeable": cls.mergeable,
+        "where": known.where,
+        "mergeable": known.mergeable,
         "arguments": {key: _argument(p) for key, p in arguments(cls).items()},
         "about": (inspect.getdoc(cls) or "").partition("\n")[0],
     }
 
 
 def _argument(parameter: inspect.Parameter) -> dict[str, Any]:
+    """The type of an argument, and its default where it has one."""
     from petune.core.method.arguments import type_name
 
     found: dict[str, Any] = {"type": type_name(parameter.annotation)}
@@ -226,10 +234,19 @@ def _argument(parameter: inspect.Parameter) -> dict[str, Any]:
     return found
 
 
-def _call(arguments: dict[str, dict[str, Any]]) -> str:
-    """`rank: int = 8, ids: list[int]`"""
-    words = []
-    for name, argument in arguments.items():
-        default = f" = {argument['default']!r}" if "default" in argument else ""
-        words.append(f"{name}: {argument['type']}{default}")
-    return ", ".join(words)
+def _method_row(method: dict[str, Any]) -> tuple[str, ...]:
+    mergeable = "yes" if method["mergeable"] else "no"
+    shown = [_shown(key, a) for key, a in method["arguments"].items()]
+    return (
+        method["name"],
+        method["plugin"],
+        method["where"],
+        mergeable,
+        ", ".join(shown),
+    )
+
+
+def _shown(name: str, argument: dict[str, Any]) -> str:
+    """An argument as Python writes it: `rank: int = 8`."""
+    default = f" = {argument['default']!r}" if "default" in argument else ""
+    return f"{name}: {argument['type']}{default}"

@@ -14,18 +14,19 @@ class Stopped(Exception):  # noqa: N818
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """A table: drawn on a terminal, elsewhere plain text in columns, never cut."""
-    cells = [list(map(_written, row)) for row in rows]
+    cells = [[_text(cell) for cell in row] for row in rows]
     if sys.stdout.isatty():
         _draw(columns, cells)
     else:
-        _print([[column.upper() for column in columns], *cells])
+        _print_aligned([[column.upper() for column in columns], *cells])
 
 
-def _written(cell: object) -> str:
+def _text(cell: object) -> str:
     return "" if cell is None else str(cell)
 
 
-def _draw(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _draw(columns: Sequence[str], rows: list[list[str]]) -> None:
+    """A table for a terminal; a cell that is too wide is folded."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -38,11 +39,11 @@ def _draw(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     Console().print(drawn)
 
 
-def _print(lines: Sequence[Sequence[str]]) -> None:
-    """Lines of cells, each column as wide as its longest cell."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        padded = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+def _print_aligned(rows: list[list[str]]) -> None:
+    """A table as plain text, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        padded = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         print("  ".join(padded).rstrip())
 
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json as jsonlib
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
 from petune.cli.inspect import AsJson
 from petune.cli.output import Stopped, as_json, number, table, warn_of_failures
-
-if TYPE_CHECKING:
-    from petune.training.result import Result
 
 RunFolder = Annotated[
     Path,
@@ -48,21 +46,13 @@ def train(
         result = run(loaded, resume=resume, overwrite=overwrite, quiet=quiet)
     except Interrupted as stop:
         raise Stopped(str(stop)) from None
-    _show(result, loaded.output, json)
-
-
-def _show(result: Result, folder: Path | str, json: bool) -> None:
     values = asdict(result)
-    metrics = values.pop("metrics")
+    figures = {**values.pop("metrics"), **values}
     if json:
-        as_json({**metrics, **values, "run": str(folder)})
-        return
-    figures = dict(metrics)
-    for key, value in values.items():
-        if key not in ("score", "metric"):  # it is among the metrics by its own name
-            figures[key] = value
-    table(("figure", "value"), [(key, number(value)) for key, value in figures.items()])
-    print(f"The run is in {folder}.")
+        as_json({**figures, "run": str(loaded.output)})
+    else:
+        _print_figures(figures)
+        print(f"The run is in {loaded.output}.")
 
 
 def evaluate(
@@ -80,14 +70,17 @@ def evaluate(
     if json:
         as_json(metrics)
     else:
-        table(
-            ("figure", "value"),
-            [
-                (k, number(v))
-                for k, v in metrics.items()
-                if k not in ("score", "metric")
-            ],
-        )
+        _print_figures(metrics)
+
+
+def _print_figures(figures: Mapping[str, Any]) -> None:
+    """A table of them. The score is left out: it is the main metric once more."""
+    rows = [
+        (name, number(value))
+        for name, value in figures.items()
+        if name not in ("score", "metric")
+    ]
+    table(("figure", "value"), rows)
 
 
 def predict(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import sys
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Console
 from rich.text import Text
@@ -13,51 +11,51 @@ from rich.tree import Tree
 
 from petune.core.frozen.site import Site
 
-
-class Entry(NamedTuple):
-    """One site as a line: where it is in its layer (empty for the layer itself), its role and its sizes."""
-
-    path: str
-    role: str
-    sizes: str
-
-
-Branch = tuple[str, list[Entry]]
-"""The name of a layer, or of a site outside all layers, and what is in it."""
+Row = tuple[str, str, str]  # where in its layer, the role, the sizes
+Branch = tuple[str, list[Row]]  # a layer's name and the sites in it
 
 
 def print_tree(title: str, sites: Sequence[Site]) -> None:
     """Draw the sites; each with its role, and its sizes as (in → out)."""
     tree = Tree(Text(title, style="bold"), guide_style="dim")
-    for name, entries in _alike(_branches(sites)):
-        _draw(tree, name, entries)
+    for name, rows in _alike(_branches(sites)):
+        _add_branch(tree, name, rows)
     Console(width=None if sys.stdout.isatty() else 10_000).print(tree)
 
 
-def _draw(tree: Tree, name: str, entries: Sequence[Entry]) -> None:
-    """Add one branch; a site goes below the site that it lies in."""
-    own = next((entry for entry in entries if entry.path == ""), None)
-    first = Text(name) if own is None else _line(own._replace(path=name))
-    opened = [("", tree.add(first))]
-    for entry in entries:
-        if entry.path == "":
-            continue
-        while not _lies_in(entry.path, opened[-1][0]):
-            opened.pop()
-        outer, node = opened[-1]
-        shown = entry.path.removeprefix(outer).lstrip(".")
-        added = node.add(_line(entry._replace(path=shown)))
-        if entry.path != outer:
-            opened.append((entry.path, added))
+def _add_branch(tree: Tree, name: str, rows: list[Row]) -> None:
+    """Add a layer with the sites in it. The layer's own site, which has no path, stands beside its name."""
+    own = [row for row in rows if row[0] == ""]
+    if not own:
+        _add_rows(tree.add(Text(name)), rows)
+        return
+    _, role, sizes = own[0]
+    inside = [row for row in rows if row[0] != ""]
+    _add_rows(tree.add(_line((name, role, sizes))), inside)
+
+
+def _add_rows(branch: Tree, rows: list[Row]) -> None:
+    """Add the sites of a layer. One whose path continues another's becomes a branch of that one."""
+    around = [("", branch)]  # the paths that the last site lies in, the outermost first
+    for path, role, sizes in rows:
+        while not _lies_in(path, around[-1][0]):
+            around.pop()
+        outer, node = around[-1]
+        shown = path.removeprefix(outer).lstrip(".")
+        added = node.add(_line((shown, role, sizes)))
+        if path != outer:
+            around.append((path, added))
 
 
 def _lies_in(path: str, outer: str) -> bool:
+    """Whether a module is another one or stands in it; the empty path is around all."""
     return outer == "" or f"{path}.".startswith(f"{outer}.")
 
 
-def _line(entry: Entry) -> Text:
-    path = "" if entry.path in ("", entry.role) else f"{entry.path} "
-    return Text.assemble(path, (entry.role, "bold cyan"), "  ", (entry.sizes, "dim"))
+def _line(row: Row) -> Text:
+    path, role, sizes = row
+    shown = "" if path in ("", role) else f"{path} "
+    return Text.assemble(shown, (role, "bold cyan"), "  ", (sizes, "dim"))
 
 
 def _branches(sites: Sequence[Site]) -> Iterator[Branch]:
@@ -67,58 +65,57 @@ def _branches(sites: Sequence[Site]) -> Iterator[Branch]:
         name = site.name if site.layer is None else _layer_name(site, sites)
         layers.setdefault(name, []).append(site)
     for name, inside in layers.items():
-        yield name, [_entry(site, name) for site in inside]
+        yield name, [_row(site, name) for site in inside]
 
 
-def _entry(site: Site, layer: str) -> Entry:
+def _row(site: Site, layer: str) -> Row:
     module = site.name.partition("#")[0]
-    return Entry(module.removeprefix(layer).lstrip("."), site.role, _sizes(site))
+    path = module.removeprefix(layer).lstrip(".")
+    return path, site.role, _sizes(site)
 
 
 def _layer_name(site: Site, sites: Sequence[Site]) -> str:
-    """The name of the layer around a site; its own where there is none."""
-    for other in sites:
-        if other.role == "layer" and _lies_in(site.name, other.name):
-            return other.name
-    return site.name
+    """The name of the layer that a site is in; the site's own where no layer is a site."""
+    layers = [s.name for s in sites if s.role == "layer"]
+    around = (name for name in layers if _lies_in(site.name, name))
+    return next(around, site.name)
 
 
-def _alike(branches: Iterator[Branch]) -> Iterator[Branch]:
+def _alike(branches: Iterable[Branch]) -> Iterator[Branch]:
     """Neighbours that differ in nothing but their number as one: `model.layers.0-29`."""
     run: list[Branch] = []
-    for name, entries in branches:
-        if (
-            run
-            and entries
-            and (_stem(name), entries) != (_stem(run[-1][0]), run[-1][1])
-        ):
+    for name, rows in branches:
+        if run and rows and (_stem(name), rows) != (_stem(run[-1][0]), run[-1][1]):
             yield _run_name(run), run[0][1]
             run = []
-        run.append((name, entries))
+        run.append((name, rows))
     if run:
         yield _run_name(run), run[0][1]
 
 
-def _run_name(run: Sequence[Branch]) -> str:
+def _run_name(run: list[Branch]) -> str:
     first, last = run[0][0], run[-1][0].rpartition(".")[2]
     return first if len(run) == 1 else f"{first}-{last}"
 
 
 def _stem(name: str) -> str:
-    """The name without its number; a name without a number is like no other."""
-    stem = re.sub(r"\.\d+$", "", name)
-    return f"{name}#" if stem == name else stem
+    """A name without its number at the end; one without a number is like no other, which `#` stands for."""
+    stem, dot, end = name.rpartition(".")
+    return stem if dot and end.isdecimal() else f"{name}#"
 
 
 def _sizes(site: Site) -> str:
+    """The size of what goes in and of what comes out, or the heads of an attention."""
     if site.kind == "attention":
-        groups = (
-            f", {site.kv_heads} of keys and values"
-            if site.kv_heads != site.heads
-            else ""
-        )
-        return f"{site.heads} heads of {site.head_dim}{groups}"
+        return f"{site.heads} heads of {site.head_dim}{_groups(site)}"
     if site.kind in ("linear", "embedding"):
         parts = f" = {' + '.join(site.parts)}" if site.parts else ""
         return f"{site.in_features} → {site.out_features}{parts}"
     return "" if site.kind == "module" else str(site.out_features)
+
+
+def _groups(site: Site) -> str:
+    """The heads of keys and values, where there are fewer than of queries."""
+    if site.kv_heads == site.heads:
+        return ""
+    return f", {site.kv_heads} of keys and values"

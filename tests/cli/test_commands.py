@@ -334,7 +334,7 @@ def test_a_single_file_plugin(
 def test_an_interrupted_run_says_how_to_go_on(
     file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from petune.training.trainer import Recorder
+    from petune.training.recorder import Recorder
 
     begin = Recorder.on_step_begin
 
@@ -364,7 +364,7 @@ def test_install_is_pips(
         asked.append(command[1:])
         return subprocess.CompletedProcess(command, len(asked) - 1)
 
-    monkeypatch.setattr(environment.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     assert main(["install", "petune-x", "--upgrade"]) == 0
     assert asked == [["-m", "pip", "install", "petune-x", "--upgrade"]]
     assert main(["uninstall", "petune-x"]) == 2

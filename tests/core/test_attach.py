@@ -139,7 +139,7 @@ def test_the_dtype_policy_keeps_a_16_bit_base_16_bit():
         assert {p.dtype for p in tuning.parameters()} == {torch.float32}
         seen = []
         watch = model.model.layers[-1].self_attn.q_proj.register_forward_hook(
-            lambda _m, x, y: seen.extend((*x, y))
+            lambda _m, x, y, seen=seen: seen.extend((*x, y))
         )
         assert model(**batch).logits.dtype == torch.bfloat16
         assert {t.dtype for t in seen} == {torch.bfloat16}, method

@@ -50,7 +50,7 @@ class Pattern:
         found: dict[str, dict[str, Any]] = {}
         for word in reversed(list(self.values)):
             meant = self._meant(word, sites)
-            found.update(dict.fromkeys(meant, {argument: self.values[word]}))
+            found.update((name, {argument: self.values[word]}) for name in meant)
         return found
 
     def _meant(self, word: str, sites: Sequence[Site]) -> list[str]:

@@ -9,8 +9,7 @@ CROSS = re.compile(r"cross|enc_?dec|encoder_attn|crs", re.IGNORECASE)
 """What the name of an attention over another sequence has in it."""
 OUT = {"o", "out", "output", "wo", "dense", "c"}
 """Words of an attention's output."""
-OTHER = set(
-    [
+OTHER = {
         "pos",
         "position",
         "rel",
@@ -22,8 +21,7 @@ OTHER = set(
         "experts",
         "router",
         "conv",
-    ]
-)
+    }
 """Words of layers in an attention that are neither its projections nor its output."""
 LETTERS = {
     "q": "q",
