@@ -168,7 +168,8 @@ def check(cell: Cell, device: str = "cpu") -> tuple[Cell, list[Row], float]:
 def read(results: Path) -> dict[Cell, list[Row]]:
     """What was run with the code and the versions that are installed; the last of each cell."""
     found: dict[Cell, list[Row]] = {}
-    for text in results.read_text().splitlines() if results.exists() else ():
+    lines = results.read_text().splitlines() if results.exists() else []
+    for text in lines:
         line = json.loads(text)
         if line["ran_on"] == _here():
             method, family, precision = line["cell"]
@@ -222,7 +223,8 @@ def page(found: dict[Cell, list[Row]]) -> str:
 
 def _names(cells: Iterable[Cell]) -> list[list[str]]:
     """The methods, the families and the precisions that occur, each once."""
-    return [list(dict.fromkeys(cell[i] for cell in cells)) for i in range(3)]
+    columns = zip(*cells, strict=True)
+    return [list(dict.fromkeys(column)) for column in columns]
 
 
 def _rows(

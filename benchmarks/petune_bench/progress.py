@@ -26,6 +26,13 @@ def waiting(what: str) -> AbstractContextManager[object]:
     return console.status(what) if console.is_terminal else nullcontext()
 
 
+def _doing(step: int, steps: float | None) -> str:
+    """What a cell does that has trained so many of its steps."""
+    if step == 0:
+        return "loading"
+    return "scoring" if step == steps else "training"
+
+
 class Progress:
     """Two bars: the cells of the suite, and the steps of the present one."""
 
@@ -78,9 +85,7 @@ class Progress:
         """So many steps of the present cell are done."""
         task = self.bars.tasks[self.one]
         name = task.description.rpartition(": ")[0]
-        doing = (
-            "loading" if not step else "training" if step != task.total else "scoring"
-        )
+        doing = _doing(step, task.total)
         self.bars.update(self.one, completed=step, description=f"{name}: {doing}")
 
     def finished(self, row: Row) -> None:

@@ -84,11 +84,11 @@ def _facts(rows: Sequence[Row]) -> dict[str, str]:
     """What was run, on what and with what; several values where rows differ."""
     machine = f"{_noted(rows, 'cpu')}, {_noted(rows, 'cores')} cores, {_noted(rows, 'platform')}"
     facts = {
-        **{key: _said(row[key] for row in rows) for key in SHARED},
+        **{key: _values(rows, key) for key in SHARED},
         "seeds": _said(sorted({row["seed"] for row in rows})),
         "test rows": _noted(rows, "test_rows"),
         "machine": machine,
-        "device": _said(row["device"] for row in rows),
+        "device": _values(rows, "device"),
         "versions": _versions(rows),
     }
     return {key: value for key, value in facts.items() if value}
@@ -97,6 +97,10 @@ def _facts(rows: Sequence[Row]) -> dict[str, str]:
 def _versions(rows: Sequence[Row]) -> str:
     found = {key: _noted(rows, key) for key in (*PACKAGES, "python")}
     return "; ".join(f"{key} {version}" for key, version in found.items() if version)
+
+
+def _values(rows: Sequence[Row], key: str) -> str:
+    return _said(row[key] for row in rows)
 
 
 def _noted(rows: Sequence[Row], key: str) -> str:

@@ -103,7 +103,10 @@ def _means(rows: Sequence[Row]) -> dict[str, float]:
     """The means of what was measured; empty without rows."""
     if not rows:
         return {}
-    return {key: statistics.mean(row[key] for row in rows) for key in AVERAGED}
+    found = {}
+    for key in AVERAGED:
+        found[key] = statistics.mean(row[key] for row in rows)
+    return found
 
 
 def _binomial(row: Row, score: float | None) -> float | None:

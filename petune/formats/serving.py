@@ -119,9 +119,9 @@ def _joined(factors: Mapping[str, Factors]) -> dict[str, Factors]:
     for site, pair in factors.items():
         module = site.partition("[")[0]
         slices.setdefault(module, []).append(pair)
-    return {
-        module: Factors(
-            torch.cat([p.a for p in pairs]), torch.cat([p.b for p in pairs], 1)
-        )
-        for module, pairs in slices.items()
-    }
+    found = {}
+    for module, pairs in slices.items():
+        a = torch.cat([pair.a for pair in pairs])
+        b = torch.cat([pair.b for pair in pairs], 1)
+        found[module] = Factors(a, b)
+    return found

@@ -58,9 +58,8 @@ def _write_prefix(
         keys, values = tensors[site.name]["keys"], tensors[site.name]["values"]
         length = keys.shape[1]
         for tensor in (_moved(model, site, keys, length), values):
-            columns.append(
-                tensor.transpose(0, 1).flatten(1)
-            )  # (length, kv_heads · head_dim)
+            rows = tensor.transpose(0, 1)  # (length, kv_heads, head_dim)
+            columns.append(rows.flatten(1))
     return torch.cat(columns, 1)
 
 
@@ -104,9 +103,7 @@ def _moved(model: PreTrainedModel, site: Site, keys: Tensor, by: int) -> Tensor:
     rotary: Any = tables[0]
     device = rotary.inv_freq.device
     positions = torch.full((1, keys.shape[1]), by, device=device)
-    row = (
-        keys[None].detach().to(device, torch.float32)
-    )  # (1, kv_heads, length, head_dim)
+    row = keys[None].detach().to(device, torch.float32)  # a batch of one
     _, turned = rotate(row, row, *rotary(row, positions))
     return (turned[0] / rotary.attention_scaling).to(keys.device)
 

@@ -175,9 +175,8 @@ def _checkpoint_blocks(model: Any) -> None:
 
 def compiles(case: Case) -> None:
     """In one graph, switched on and off. (Without labels: transformers logs inside some losses.)"""
-    model, tuning = case.tuned(
-        layers=1
-    )  # tracing takes long, and what is traced in a block is the same in all
+    # tracing takes long, and what is traced in a block is the same in all
+    model, tuning = case.tuned(layers=1)
     batch = {k: v for k, v in case.batch.items() if k != "labels"}
     if model.config.is_encoder_decoder:
         batch["decoder_input_ids"] = case.batch["labels"]
@@ -280,7 +279,7 @@ def _two_trainer_steps(case: Case, model: Any) -> tuple[float, dict[str, Tensor]
     """(the loss, the checkpoint's tensors) of two steps of transformers' Trainer."""
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
-    rows = [{key: rows[i] for key, rows in case.batch.items()} for i in range(2)]
+    rows = [_row(case.batch, i) for i in range(2)]
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
@@ -297,6 +296,10 @@ def _two_trainer_steps(case: Case, model: Any) -> tuple[float, dict[str, Tensor]
         loss = trainer.train().training_loss
         saved = load_file(Path(folder, "checkpoint-2", "model.safetensors"))
     return loss, saved
+
+
+def _row(batch: dict[str, Tensor], i: int) -> dict[str, Tensor]:
+    return {key: rows[i] for key, rows in batch.items()}
 
 
 def _saved_storages(model: Any, saved: dict[str, Tensor]) -> set[int]:

@@ -128,11 +128,12 @@ def _impossible(row: Row) -> bool:
 def _line(kind: str, run: Sequence[Row]) -> tuple[str, ...]:
     own = [row for row in run if row["architecture"] == kind]
     heads = dict.fromkeys(row["head"] for row in own)
-    marks = [_mark([row for row in own if row["method"] == m]) for m in METHODS]
-    return kind, ", ".join(heads), *marks
+    return kind, ", ".join(heads), *(_mark(own, method) for method in METHODS)
 
 
-def _mark(rows: Sequence[Row]) -> str:
+def _mark(run: Sequence[Row], method: str) -> str:
+    """One mark for the rows of a method."""
+    rows = [row for row in run if row["method"] == method]
     if all(row["status"] == "holds" for row in rows):
         return "+"
     return "-" if all(map(_impossible, rows)) else "!"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from petune.training.tasks import Example, Task
@@ -23,6 +24,7 @@ WAYS: dict[str, dict[str, Any] | None] = {
     "petune": EAGER,
     "petune, compiled": COMPILED,
 }
+OURS = [name for name in WAYS if name != "PEFT"]
 SETTINGS: dict[str, dict[str, Any]] = {
     "recompute: false": {"recompute": False},
     "labelled_logits: false": {"labelled_logits": False},
@@ -74,11 +76,10 @@ def other_precisions(steps: int) -> Iterator[list[str]]:
         times = race(ways, batches(task, examples))
         _close(ways)
         peer = times["PEFT"]
-        shares = [f"{ratios(times[name], peer):.2f}" for name in list(WAYS)[1:]]
+        shares = [f"{ratios(times[name], peer):.2f}" for name in OURS]
+        # dropout draws other masks in each
         same = (
-            "–"
-            if dropout
-            else f"{max(apart(times[name], peer) for name in list(WAYS)[1:]):.0e}"
+            "–" if dropout else f"{max(apart(times[name], peer) for name in OURS):.0e}"
         )
         yield [what, f"{peer.median:.2f} s", *shares, same]
 
@@ -94,30 +95,24 @@ def kept(task: Task) -> Iterator[list[str]]:
             way.step(batch)
             found[name] = way.memory(batch)
             way.close()
-        peer = found["PEFT"]
-        row = [
-            f"{precision}, dropout {dropout}" if dropout else precision,
-            f"{peer[1] / tokens / 1000:,.0f}",
-        ]
-        row += [
-            f"{found[n][1] / tokens / 1000:,.0f} ({found[n][1] / peer[1]:.2f})"
-            for n in list(WAYS)[1:]
-        ]
-        row += [f"{peer[0] / 1e6:,.0f}"]
-        row += [
-            f"{found[n][0] / 1e6:,.0f} ({found[n][0] / peer[0]:.2f})"
-            for n in list(WAYS)[1:]
-        ]
-        yield row
+        what = f"{precision}, dropout {dropout}" if dropout else precision
+        peaks = {name: peak / 1e6 for name, (peak, _) in found.items()}
+        per_token = {name: kept / tokens / 1000 for name, (_, kept) in found.items()}
+        yield [what, *_beside_peft(per_token), *_beside_peft(peaks)]
+
+
+def _beside_peft(figures: Mapping[str, float]) -> list[str]:
+    """PEFT's figure, then those of petune with their shares of it."""
+    peer = figures["PEFT"]
+    shares = [f"{figures[name]:,.0f} ({figures[name] / peer:.2f})" for name in OURS]
+    return [f"{peer:,.0f}", *shares]
 
 
 def settings(steps: int) -> Iterator[list[str]]:
     """Rows of what each setting changes, beside the defaults, on rows of 60 to 192 tokens."""
     task, short = rows("nq-sample", 2 * (steps + WARM_UP), 192)
     _, long = rows("xsum-sample", 2 * (steps + WARM_UP), 192)
-    mixed: list[Example] = [
-        row for pair in zip(short, long, strict=True) for row in pair
-    ]
+    mixed: list[Example] = list(chain(*zip(short, long, strict=True)))
     for name, values in SETTINGS.items():
         ways = [contend("defaults", task, EAGER), contend(name, task, values)]
         given: list[Batch] = list(batches(task, mixed, 4))
@@ -138,9 +133,8 @@ def shares_of_sgemm(
     model = base("fp32")
     head = model.get_output_embeddings().weight.numel()
     blocks = sum(p.numel() for p in model.parameters() if p.dim() == 2) - head
-    floor = (
-        4 * (blocks * tokens + head * labelled) / rate
-    )  # forward, and the gradient of the activations
+    # two operations in the forward, and two for the gradient of the activations
+    floor = 4 * (blocks * tokens + head * labelled) / rate
     return floor, [f"{floor / found.median:.2f}" for found in times.values()]
 
 

@@ -30,9 +30,8 @@ def in_turns(
             began = time.perf_counter()
             own = function()
             taken[name].append(time.perf_counter() - began if own is None else own)
-    return {
-        name: found[1:] for name, found in taken.items()
-    }  # the first turn fills caches
+    # the first turn fills caches
+    return {name: found[1:] for name, found in taken.items()}
 
 
 def share(times: list[float], other: list[float]) -> float:
