@@ -35,6 +35,10 @@ class Generation:
         self.mask: Tensor | None = None
         self.columns = 0
 
+    def begin(self) -> ForwardPass:
+        """A forward pass of its own for one of its forwards."""
+        return replace(self.forward, inputs={}, notes={})
+
     def see(self, ids: Any, mask: Any) -> None:
         """Take what a step begins with: all ids so far, (rows, columns), and which of these columns hold tokens, None
         if all do.

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from torch import nn
 
+from petune.core.method.adapter import Adapter
 from petune.errors import PetuneError, unknown
 
 PATTERN = "_pattern"
@@ -71,7 +72,8 @@ def check_arguments(
         PetuneError: an argument is unknown, missing or of the wrong type.
     """
     known = arguments(method)
-    wanted = partial(_type_of, name, known)
+    by_site = known if issubclass(method, Adapter) else {}
+    wanted = partial(_type_of, name, known, by_site)
     checked = {key: _checked(name, key, given[key], wanted(key)) for key in given}
     for key in known.keys() - given.keys():
         parameter = known[key]
@@ -81,14 +83,19 @@ def check_arguments(
     return checked
 
 
-def _type_of(method: str, known: Mapping[str, inspect.Parameter], key: str) -> Any:
+def _type_of(
+    method: str,
+    known: Mapping[str, inspect.Parameter],
+    by_site: Mapping[str, inspect.Parameter],
+    key: str,
+) -> Any:
     """The type of an argument; of one that ends in `_pattern` a mapping to the type of the
     argument that it gives its values.
     """
     if key in known:
         return known[key].annotation
     plain = key.removesuffix(PATTERN)
-    if plain not in known:
+    if plain not in by_site:
         raise PetuneError(unknown(f"argument of method {method!r}:", key, known))
     return dict[str, known[plain].annotation] | None  # type: ignore[misc]
 

@@ -38,22 +38,24 @@ def petune_quantizers() -> Mapping[str, Quantizer]:
 
 @hookspec
 def petune_formats() -> Mapping[str, Any]:
-    """A `petune.Format` each: Folders of other programs, as `save(format=…)` writes and `petune.load` reads them."""
+    """Folders of other programs, as `save(format=…)` writes and `petune.load` reads them:
+    a `petune.Format` each.
+    """
 
 
 @hookspec
 def petune_models() -> Mapping[str, Any]:
-    """A `petune.Source` each: Model aliases: where each can be had."""
+    """Model aliases: where each can be had, a `petune.Source`."""
 
 
 @hookspec
 def petune_datasets() -> Mapping[str, Any]:
-    """Data set aliases: a `petune.tune.Dataset` each."""
+    """Data set aliases: a `petune.training.Dataset` each."""
 
 
 @hookspec
 def petune_tasks() -> Mapping[str, Any]:
-    """Tasks: a `petune.tune.Task` class each."""
+    """Tasks: a `petune.training.Task` class each."""
 
 
 @hookspec

@@ -51,7 +51,7 @@ class AdaptedModel(Generating, Checkpointing, Grafted):
         kwargs = under_its_name(kwargs, parameters)
         with _inside(board):
             generation = generation_of(board)
-            forward = board.begin() if generation is None else generation.forward
+            forward = board.begin() if generation is None else generation.begin()
             if _is_plain(board, forward):
                 with run(forward):
                     return base(*args, **kwargs)
