@@ -46,3 +46,9 @@ def cache_of(tuning: petune.Tuning, rows: int) -> DynamicCache:
             link.site.layer,
         )
     return cache
+
+
+def checkpoints(model, options=None):
+    """Turn gradient checkpointing on, by the name that this version of transformers has for it."""
+    newer = getattr(model, "activation_checkpointing_enable", None)
+    (newer or model.gradient_checkpointing_enable)(options)

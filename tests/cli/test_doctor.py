@@ -38,7 +38,7 @@ def test_all_is_well_here(capsys: Capture) -> None:
         "platform",
         *doctor.LIBRARIES,
     ]
-    assert found["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(found["versions"]["torch"].partition("+")[0])
     cpu = found["devices"][0]
     assert list(cpu) == ["device", "name", "cores", "memory_bytes", "avx512_bf16"]
     assert (cpu["device"], cpu["cores"] > 0) == ("cpu", True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from shaken import shaken
+from shaken import checkpoints, shaken
 from torch import nn
 
 import petune
@@ -199,6 +199,6 @@ def test_checkpointing_sees_the_batch_of_its_own_forward():
 
     model.train()
     plain = gradients()
-    model.activation_checkpointing_enable()
+    checkpoints(model)
     for got, want in zip(gradients(), plain, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

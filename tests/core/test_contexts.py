@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import transformers
-from shaken import shaken
+from shaken import checkpoints, shaken
 
 import petune
 from petune.testing import tiny_batch, tiny_model
@@ -177,22 +177,14 @@ def test_backward_runs_a_block_as_its_forward_did(reentrant):
 
     model.train()
     want = gradients()
-    enable = (
-        getattr(model, "activation_checkpointing_enable", None)
-        or model.gradient_checkpointing_enable
-    )
-    enable({"use_reentrant": reentrant})
+    checkpoints(model, {"use_reentrant": reentrant})
     for got, wanted in zip(gradients(), want, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_methods_whose_sites_share_notes_refuse_reentrant_checkpointing():
     model = tiny_model("llama")
-    enable = (
-        getattr(model, "activation_checkpointing_enable", None)
-        or model.gradient_checkpointing_enable
-    )
-    enable({"use_reentrant": True})
+    checkpoints(model, {"use_reentrant": True})
     with pytest.raises(petune.UnsupportedError, match="use_reentrant=False"):
         petune.attach(model, "ladder-side-tuning")
     assert not petune.tunings(model)
