@@ -11,7 +11,7 @@ from torch import nn
 
 from petune.core.frozen.modules import base_class
 
-STACKLEVEL = 7
+STACKLEVEL = 4
 """From a warning here up to whoever called `tuning.merge`."""
 
 
