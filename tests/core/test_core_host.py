@@ -25,6 +25,13 @@ def test_every_seam_holds(each):
     assert each.why
 
 
+def test_checking_draws_nothing_at_random():
+    """A first `attach` must start as any later one does under the same seed."""
+    before = torch.get_rng_state()
+    assert [each.trouble() for each in SEAMS.all] == [None] * len(SEAMS.all)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def renamed(cls, name):
     """A class without one of its methods, which goes by another name."""
 
