@@ -17,6 +17,8 @@ from petune.core.attached.folder import (
     read_config,
     read_tensors,
 )
+from petune.core.attached.tuning import Tuning
+from petune.core.registry.methods import Method
 from petune.core.registry.plugins import registry
 from petune.errors import PetuneError
 
@@ -24,9 +26,6 @@ if TYPE_CHECKING:
     from os import PathLike
 
     from transformers import PreTrainedModel
-
-    from petune.core.attached.tuning import Tuning
-    from petune.core.registry.methods import Method
 
 
 def load(

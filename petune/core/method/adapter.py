@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from annotated_types import Gt
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # they load transformers, which a module of methods does without
     from petune.core.frozen.site import Site
     from petune.core.method.twin import PeftTwin
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # they load torch, which `petune --help` does without
     from torch import nn
 
     from petune.core.frozen.site import Site
