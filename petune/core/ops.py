@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -83,30 +84,25 @@ def lowrank_update(
     Raises:
         RuntimeError: a second derivative is asked for.
     """
+    autocast = torch.is_autocast_enabled(y.device.type)
+    if not (autocast or dropout or torch.is_grad_enabled()):
+        # by `linear`, which takes any number of dimensions: where a token is decoded at
+        # a time, reshaping for `addmm` costs as much as the products
+        dtype = y.dtype
+        if not (x.dtype is a.dtype is b.dtype is dtype):
+            x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
+        low = F.linear(x, a)  # (…, rank)
+        return torch.add(y, F.linear(low, b), alpha=scale)
     # drawn by the generator that checkpointing restores
     seed = torch.randint(2**62, ()) if dropout else None
-    with _as_they_are(y.device.type):
-        if seed is None and not torch.is_grad_enabled():
-            return _without_backward(y, x, a, b, scale)
+    with _as_they_are(y.device.type, autocast):
         out: Tensor = _LowRankUpdate.apply(y, x, a, b, scale, dropout, seed)  # type: ignore[no-untyped-call]
     return out
 
 
-def _as_they_are(device: str) -> AbstractContextManager[object]:
+def _as_they_are(device: str, autocast: bool) -> AbstractContextManager[object]:
     """Without autocast, which would cast more than is cast here by hand."""
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
-
-
-def _without_backward(
-    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float
-) -> Tensor:
-    """The same where no gradient is asked for, as in decoding a token at a time."""
-    flat = x.reshape(-1, x.shape[-1]).to(y.dtype)
-    low = flat @ a.to(y.dtype).T  # (tokens, rank)
-    rows = y.reshape(-1, y.shape[-1])
-    return torch.addmm(rows, low, b.to(y.dtype).T, alpha=scale).view(y.shape)
+    return torch.autocast(device, enabled=False) if autocast else nullcontext()
 
 
 def _drop(x: Tensor, p: float, seed: Tensor | None, *, again: bool = False) -> Tensor:

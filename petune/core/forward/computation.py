@@ -80,11 +80,9 @@ class ModuleForward(Computation):
         kwargs: dict[str, Any],
         first: str,
     ) -> None:
-        self.base = base
-        self.kwargs = dict(kwargs)
-        self.args = args[1:]
+        super().__init__(forward, (args[0] if args else kwargs.pop(first),))
+        self.base, self.args, self.kwargs = base, args[1:], kwargs
         self.rest: tuple[Any, ...] | list[Any] | None = None
-        super().__init__(forward, (args[0] if args else self.kwargs.pop(first),))
 
     def __call__(self, x: Tensor, *_: Any) -> Tensor:
         out = self.base(x, *self.args, **self.kwargs)

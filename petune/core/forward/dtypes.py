@@ -18,9 +18,10 @@ def apply(adapter: Call, inner: Call, x: Tensor, *rest: Tensor | None) -> Tensor
     In 16 bits the adapter runs under autocast, which casts its small parameters, so that no float32 copy of an
     activation is kept for backward; the base within does not.
     """
-    device, dtype = x.device.type, x.dtype
-    if dtype in PLAIN or torch.is_autocast_enabled(device):
+    dtype = x.dtype
+    if dtype in PLAIN or torch.is_autocast_enabled(x.device.type):
         return adapter(inner, x, *rest)
+    device = x.device.type
     with torch.autocast(device, dtype=dtype):
         out = adapter(partial(_without_autocast, inner, device, dtype), x, *rest)
     return out.to(dtype)

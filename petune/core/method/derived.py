@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 Value = TypeVar("Value")
-_kept: ContextVar[dict[tuple[int, str], Any] | None] = ContextVar(
+_kept: ContextVar[dict[tuple[int, Callable[..., Any]], Any] | None] = ContextVar(
     "petune_derived", default=None
 )
 
@@ -31,10 +31,11 @@ def derived(make: Callable[[Any], Value]) -> Callable[[Any], Value]:
         kept = _kept.get()
         if kept is None:
             return make(self)
-        key = id(self), make.__qualname__
-        if key not in kept:
-            kept[key] = make(self)
-        found: Value = kept[key]
+        key = id(self), make
+        try:
+            found: Value = kept[key]
+        except KeyError:
+            found = kept[key] = make(self)
         return found
 
     return once
