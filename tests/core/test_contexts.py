@@ -48,7 +48,8 @@ def answers(model, batch):
     )
 
 
-def test_threads_route_for_themselves(served):
+@pytest.mark.parametrize("rounds", [50, pytest.param(200, marks=pytest.mark.slow)])
+def test_threads_route_for_themselves(served, rounds):
     """Four threads, each with a tuning of its own and mixed batches: every row as in the single run."""
     batch = tiny_batch("llama", padding=0)
     routes = [[name, None] for name in METHODS]
@@ -58,7 +59,7 @@ def test_threads_route_for_themselves(served):
             want.append(answers(served, batch))
 
     def work(i):
-        for _ in range(50):
+        for _ in range(rounds):
             with petune.route(served, routes[i]):
                 got = answers(served, batch)
             assert torch.equal(got[0], want[i][0])
