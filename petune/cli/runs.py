@@ -37,6 +37,7 @@ def train(
     """Fine-tune a model as a recipe says."""
     from petune.training.loop import Interrupted
     from petune.training.loop import train as run
+    from petune.training.processes import Processes
     from petune.training.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
@@ -46,6 +47,8 @@ def train(
         result = run(loaded, resume=resume, overwrite=overwrite, quiet=quiet)
     except Interrupted as stop:
         raise Stopped(str(stop)) from None
+    if not Processes.joined().writes:
+        return
     values = asdict(result)
     figures = {**values.pop("metrics"), **values}
     if json:

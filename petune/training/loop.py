@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from petune.errors import PetuneError
 from petune.files import write_text
 from petune.training import run_folder
+from petune.training.processes import Processes
 from petune.training.recipe import Recipe, load_recipe
 from petune.training.result import Result, write_json
 from petune.training.setup import make_model, make_splits, make_task, quietly, sample
@@ -65,18 +66,37 @@ def train(
     SEAMS.require()
     check_every(int(recipe.training.gradient_checkpointing))
     run = Path(recipe.output)
-    run_folder.make_room(run, recipe, resume=resume, overwrite=overwrite)
+    processes = Processes.joined()
+    check_shares(recipe, processes)
+    with processes.first_alone():
+        run_folder.make_room(run, recipe, resume=resume, overwrite=overwrite)
     if resume and (run / run_folder.RESULT).exists():
         return Result.read(run)
     with quietly():
-        return _Session(recipe, run, resume, adapt, quiet).run(final_eval)
+        session = _Session(recipe, run, resume, adapt, quiet, processes)
+        return session.run(final_eval)
+
+
+def check_shares(recipe: Recipe, processes: Processes) -> None:
+    """See that every process gets rows of a batch."""
+    size = recipe.training.batch_size
+    if size < processes.count:
+        raise PetuneError(
+            f"training.batch_size {size}: {processes.count} processes share a batch; it needs a row for each."
+        )
 
 
 class _Session:
     """One process's share of a run."""
 
     def __init__(
-        self, recipe: Recipe, run: Path, resume: bool, adapt: Adapt | None, quiet: bool
+        self,
+        recipe: Recipe,
+        run: Path,
+        resume: bool,
+        adapt: Adapt | None,
+        quiet: bool,
+        processes: Processes,
     ) -> None:
         import datasets
         import transformers
@@ -84,12 +104,14 @@ class _Session:
         from petune.training.checkpoints import last_checkpoint
 
         began = time.perf_counter()
-        self.recipe, self.path, self.quiet = recipe, run, quiet
+        self.recipe, self.path, self.processes = recipe, run, processes
+        self.quiet = quiet = quiet or not processes.writes
         self.checkpoint = (
             last_checkpoint(run / run_folder.CHECKPOINTS) if resume else None
         )
-        self.splits = make_splits(recipe)
-        self.task = make_task(recipe)
+        with processes.first_alone():  # it fetches
+            self.splits = make_splits(recipe)
+            self.task = make_task(recipe)
         self.task.quiet = quiet
         self.task.fit(self.splits["train"])
         transformers.set_seed(recipe.training.seed)
@@ -104,9 +126,22 @@ class _Session:
         """Train, score, measure, and write the run's folder."""
         caching = getattr(self.model.config, "use_cache", True)
         loop = self._loop()
-        run_folder.write_recipe(self.path, self.recipe)
-        write_json(self.path / run_folder.TASK, self.task.state())
+        if self.processes.writes:
+            run_folder.write_recipe(self.path, self.recipe)
+            write_json(self.path / run_folder.TASK, self.task.state())
         steps, tokens = self._train(loop)
+        if self.processes.writes:
+            result = self._result(loop, steps, tokens, final_eval)
+            result.write(self.path)
+        # Trainer turns it off, and who brought `adapt` has the model still
+        self.model.config.use_cache = caching
+        self.processes.wait()
+        return result if self.processes.writes else Result.read(self.path)
+
+    def _result(
+        self, loop: AdapterTrainer, steps: int, tokens: int, final_eval: bool
+    ) -> Result:
+        """Save the adapter, score it, and measure a step."""
         self.tuning.save(self.path / run_folder.ADAPTER)
         began = time.perf_counter()
         metrics = (
@@ -114,10 +149,8 @@ class _Session:
         )
         eval_seconds = time.perf_counter() - began
         peak, saved = self._measure(loop)
-        # Trainer turns it off, and who brought `adapt` has the model still
-        self.model.config.use_cache = caching
         recorder = loop.recorder
-        result = Result(
+        return Result(
             score=metrics.get(self.task.metric),
             metric=self.task.metric,
             metrics=metrics,
@@ -135,8 +168,6 @@ class _Session:
             eval_seconds=eval_seconds,
             device=_device_name(self.acting),
         )
-        result.write(self.path)
-        return result
 
     def _attached(self) -> Adapted:
         """The recipe's tuning on the model, as the checkpoint has it if there is one."""
@@ -197,8 +228,15 @@ class _Session:
             self.acting,
             self.tuning,
             self.task,
-            Recorder(self.path / run_folder.METRICS, sampler, updates),
-            args=arguments(self.recipe, checkpoints, self.steps, quiet=self.quiet),
+            Recorder(self.path / run_folder.METRICS, sampler, updates, self.processes),
+            self.processes,
+            args=arguments(
+                self.recipe,
+                checkpoints,
+                self.steps,
+                quiet=self.quiet,
+                several=self.processes.count > 1,
+            ),
             train_dataset=self.examples,
             eval_dataset=self._scored("validation"),
         )
@@ -215,7 +253,7 @@ class _Session:
             if done >= self.steps:  # only what comes after training is missing
                 return done, tokens_seen(folder)
             begin_at = str(folder)
-        else:
+        elif self.processes.writes:
             write_text(self.path / run_folder.METRICS, "")
         with stop_on_signal(loop.recorder), loop.lean():
             loop.train(resume_from_checkpoint=begin_at)

@@ -19,6 +19,7 @@ from transformers import (
 from petune.files import read_json, write_text
 from petune.training.checkpoints import CLOCK
 from petune.training.order import EpochSampler
+from petune.training.processes import Processes
 from petune.training.result import finite
 
 LOGGED = ("loss", "learning_rate", "grad_norm")
@@ -31,9 +32,14 @@ class Recorder(TrainerCallback):
     """Times every step, writes metrics.jsonl, and stops the training at a step's end when told to."""
 
     def __init__(
-        self, path: Path, sampler: EpochSampler, updates_per_epoch: int
+        self,
+        path: Path,
+        sampler: EpochSampler,
+        updates_per_epoch: int,
+        processes: Processes,
     ) -> None:
         self.path = path
+        self.processes = processes
         self.sampler = sampler
         self.updates_per_epoch = updates_per_epoch
         self.seconds = 0.0
@@ -54,7 +60,8 @@ class Recorder(TrainerCallback):
             else []
         )
         kept = [row for row in rows if _step(row) <= step]
-        write_text(self.path, "".join(row + "\n" for row in kept))
+        if self.processes.writes:
+            write_text(self.path, "".join(row + "\n" for row in kept))
 
     def clock(self) -> dict[str, float]:
         """What `resume` needs back."""
@@ -120,7 +127,8 @@ class Recorder(TrainerCallback):
         self.seconds += spent
         self._tokens = seen
         is_last = state.global_step >= state.max_steps
-        if self.stopping and not is_last:
+        # a signal reaches processes at different moments, and they have to stop at the same step
+        if self.processes.sum(self.stopping) and not is_last:
             control.should_save = True
             control.should_training_stop = True
         # a row at every checkpoint: the mean loss in it starts anew there, whether or not the run is stopped
@@ -141,6 +149,8 @@ class Recorder(TrainerCallback):
         self.loss = told.get("loss", self.loss)
         tokens = int(state.num_input_tokens_seen)
         counted = {"tokens": tokens, "seconds": round(self.seconds, 6)}
+        if not self.processes.writes:
+            return
         row = {"step": state.global_step, **told, **counted}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite(row)) + "\n")

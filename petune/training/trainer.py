@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.data import DataLoader
@@ -33,6 +34,14 @@ from petune.training.host_model import checkpointing_arguments, plain_input
 from petune.training.lean import recomputed
 from petune.training.logits import labelled_logits
 from petune.training.packing import flatten, is_padded, packed, refusal
+from petune.training.processes import (
+    LONGEST_WAIT,
+    ROWS,
+    Processes,
+    SharedCollate,
+    Shares,
+    on_cpu,
+)
 from petune.training.progress import Progress
 from petune.training.recipe import Recipe
 from petune.training.recorder import Recorder
@@ -64,9 +73,12 @@ class AdapterTrainer(ResumesWithoutWeights, Trainer):
         tuning: Adapted,
         task: Task,
         recorder: Recorder,
+        processes: Processes,
         **kwargs: Any,
     ) -> None:
         SEAMS.require()
+        self.processes = processes
+        self.row_weight = 1.0
         self.settings = task.recipe.training
         self.acting = model
         self.task = task
@@ -85,8 +97,10 @@ class AdapterTrainer(ResumesWithoutWeights, Trainer):
             self.add_callback(Progress)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """The training rows in the recorder's order."""
+        """The training rows in the recorder's order, of which each process gets its share."""
         rows: Any = self.train_dataset
+        if self.processes.count > 1:
+            return self._shared_rows(rows)
         loader: DataLoader[Any] = DataLoader(
             rows,
             batch_size=self.args.train_batch_size,
@@ -95,6 +109,27 @@ class AdapterTrainer(ResumesWithoutWeights, Trainer):
             pin_memory=self.args.dataloader_pin_memory,
         )
         prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
+
+    def _shared_rows(self, rows: Any) -> DataLoader[Any]:
+        batches = Shares(
+            self.recorder.sampler, self.settings.batch_size, self.processes
+        )
+        by_token = self.task.token_loss
+        loader: DataLoader[Any] = DataLoader(
+            rows,
+            batch_sampler=batches,
+            collate_fn=SharedCollate(self.data_collator, rows[0], by_token=by_token),
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        # accelerate would share each batch out once more
+        prepared: DataLoader[Any] = prepare_data_loader(
+            loader,
+            self.args.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+        )
         return prepared
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -155,8 +190,22 @@ class AdapterTrainer(ResumesWithoutWeights, Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        with self.laid_out(inputs) as batch:
+        with self._weighed(inputs), self.laid_out(inputs) as batch:
             return super().training_step(model, batch, *args, **kwargs)
+
+    @contextmanager
+    def _weighed(self, inputs: dict[str, Any]) -> Iterator[None]:
+        """Let the rows of this process count as much as those of the others, where the loss is a mean over rows."""
+        rows = inputs.pop(ROWS, None)
+        if rows is not None and not self.task.token_loss:
+            of_all = self.processes.sum(int(rows))
+            self.row_weight = int(rows) * self.processes.count / of_all
+        yield
+        self.row_weight = 1.0
+        if (
+            rows is not None and not rows
+        ):  # the tokens of a row that stands in are not seen
+            inputs["attention_mask"] = torch.zeros_like(inputs["attention_mask"])
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
@@ -166,11 +215,15 @@ class AdapterTrainer(ResumesWithoutWeights, Trainer):
                 stack.enter_context(labelled_logits(self.acting))
             if self.settings.offload:
                 stack.enter_context(torch.autograd.graph.save_on_cpu(pin_memory=True))
-            return super().compute_loss(model, inputs, *args, **kwargs)
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+        return loss if self.row_weight == 1 else loss * self.row_weight
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The task's own metrics on the validation rows, each `eval_<name>`."""
-        scores = self.task.score(self.acting, self.eval_dataset)
+        scores = None
+        if self.processes.writes:
+            scores = self.task.score(self.acting, self.eval_dataset)
+        scores = self.processes.told(scores)
         metrics = {f"eval_{key}": value for key, value in scores.items()}
         self.log(dict(metrics))
         tell_scores(self, metrics)
@@ -210,9 +263,9 @@ class OneDevice(TrainingArguments):
 
 
 def arguments(
-    recipe: Recipe, folder: Path, steps: int, *, quiet: bool
+    recipe: Recipe, folder: Path, steps: int, *, quiet: bool, several: bool = False
 ) -> TrainingArguments:
-    """A recipe in Trainer's words."""
+    """A recipe in Trainer's words, for one process or for several that train together."""
     t = recipe.training
     schedule = (
         "constant_with_warmup" if t.schedule == "constant" and t.warmup else t.schedule
@@ -244,5 +297,8 @@ def arguments(
         report_to="none",
         disable_tqdm=quiet or not sys.stderr.isatty(),
         dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=several and on_cpu(),
+        ddp_timeout=int(LONGEST_WAIT.total_seconds()),
+        ddp_broadcast_buffers=False,  # they are the frozen base's
         **checkpointing_arguments(int(t.gradient_checkpointing)),
     )

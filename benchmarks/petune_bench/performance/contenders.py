@@ -20,6 +20,7 @@ from petune.loading.models import DTYPES
 from petune.training.host_model import checkpoint_blocks
 from petune.training.memory import measure_step, resident_bytes
 from petune.training.order import EpochSampler
+from petune.training.processes import Processes
 from petune.training.recipe import Recipe, parse
 from petune.training.recorder import Recorder
 from petune.training.setup import make_splits, make_task
@@ -135,12 +136,14 @@ def contend(
         return Contender(name, Trainer(model, defaults), model, precision)
     told = recipe("nq-sample", settings, precision.partition(" ")[0])
     nothing: Any = []  # the batches are given to `step`
-    recorder = Recorder(folder, EpochSampler(nothing, 1, 0, False), 1)
+    alone = Processes()
+    recorder = Recorder(folder, EpochSampler(nothing, 1, 0, False), 1, alone)
     ours = AdapterTrainer(
         model,
         tuning,
         type(task)(task.tokenizer, told),
         recorder,
+        alone,
         args=arguments(told, folder, 1, quiet=True),
         train_dataset=nothing,
     )

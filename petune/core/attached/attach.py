@@ -12,6 +12,7 @@ from petune.core.attached.arguments import arguments_at
 from petune.core.attached.copying import trained_copies
 from petune.core.attached.install import install
 from petune.core.attached.parts import Part, Where, parts
+from petune.core.attached.sharded import check_whole, whole
 from petune.core.attached.tuning import Tuning, tunings
 from petune.core.forward.link import Link
 from petune.core.frozen.site import KIND_OF, Site
@@ -54,8 +55,11 @@ def attach(
     wanted = parts(method, arguments, where)
     _check_name(model, name)
     heads = getattr(model, "petune_fresh", ()) if train is None else train
+    check_whole(model)
     sites = find_sites(model)
-    tuning = _linked(model, name, [_made(part, sites) for part in wanted], tuple(heads))
+    with whole(model):
+        made = [_made(part, sites) for part in wanted]
+        tuning = _linked(model, name, made, tuple(heads))
     install(model, tuning)
     return tuning
 

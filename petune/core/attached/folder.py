@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from petune.core.attached.parts import Part, Where
+from petune.core.attached.sharded import gathered, is_sharded, write_once
 from petune.core.registry.plugins import registry
 from petune.errors import PetuneError
 from petune.files import read_json
@@ -69,7 +71,8 @@ class Format:
 
 
 def save(tuning: Kept, path: str | PathLike[str], format: str = "petune") -> None:
-    """Write a tuning into a folder, each file whole or not at all.
+    """Write a tuning into a folder, each file whole or not at all. Of a model that is spread over processes all of
+    them call it, and one writes.
 
     Raises:
         PetuneError: no such format, or one that has no place for this tuning; nothing is written then.
@@ -80,10 +83,18 @@ def save(tuning: Kept, path: str | PathLike[str], format: str = "petune") -> Non
         else registry().get("petune_formats", format, "petune")
     )
     tensors, config = form.export(tuning)
+    spread = any(map(is_sharded, tensors.values()))
     tensors = {
-        key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()
+        key: tensor.detach().cpu().contiguous()
+        for key, tensor in gathered(tensors).items()
     }
-    folder = Path(path)
+    write = partial(_write, Path(path), form, tensors, config)
+    write_once(write) if spread else write()
+
+
+def _write(
+    folder: Path, form: Format, tensors: dict[str, Tensor], config: Mapping[str, Any]
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
         save_file(tensors, Path(scratch, form.weights), metadata={"format": "pt"})

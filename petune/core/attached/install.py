@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from petune.core.attached.sharded import mesh_of, shard
 from petune.core.forward.link import Acting, Link
 from petune.core.frozen.computes import calls_attention_interface
 from petune.core.frozen.modules import base_class, walk
@@ -42,8 +43,11 @@ def install(model: Any, tuning: Acting) -> None:
             _begin(model, board)
         hold(model, board, AdaptedModel)
         place_stacks(model, tuning)
+        mesh = mesh_of(model.parameters())
         for link in tuning.links:
             _put(model, link, board)
+        if mesh is not None:
+            shard(tuning.links, mesh)
         board.tunings[tuning.name] = tuning
         remember(model)
 

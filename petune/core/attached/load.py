@@ -17,6 +17,7 @@ from petune.core.attached.folder import (
     read_config,
     read_tensors,
 )
+from petune.core.attached.sharded import scattered
 from petune.core.attached.tuning import Tuning
 from petune.core.registry.methods import Method
 from petune.core.registry.plugins import registry
@@ -107,4 +108,4 @@ def fill(tuning: Tuning, tensors: Mapping[str, Tensor], source: Path) -> None:
             raise PetuneError(f"{source} does not fit this model: {key!r} is {shapes}.")
     with torch.no_grad():
         for key, tensor in own.items():
-            tensor.copy_(tensors[key])
+            tensor.copy_(scattered(tensors[key], tensor))

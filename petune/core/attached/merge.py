@@ -11,6 +11,7 @@ from torch import nn
 
 from petune.core.attached.cost import Merged
 from petune.core.attached.quantized import forget_if_dense
+from petune.core.attached.sharded import check_mergeable
 from petune.core.attached.targets import target_of
 from petune.core.forward.link import Acting, Link
 from petune.core.frozen.modules import is_norm
@@ -32,6 +33,7 @@ def merge(model: Any, tuning: Acting, quantize: bool = False) -> Merged:
         PetuneError: the merged weights would not be finite, or another tuning stands inside this one at a site
             and the two do not commute. Nothing is changed then.
     """
+    check_mergeable(model)
     for link in tuning.links:
         _check_mergeable(tuning, link)
     links_of: dict[nn.Module, list[Link]] = {}

@@ -13,6 +13,7 @@ from petune.core.attached.cost import Merged
 from petune.core.attached.install import attached_board, uninstall
 from petune.core.attached.merge import merge
 from petune.core.attached.parts import Part, Where
+from petune.core.attached.sharded import at_rest
 from petune.core.forward.link import Acting, Link
 from petune.core.forward.settings import setting, settings_of
 from petune.core.frozen.config import declare
@@ -82,6 +83,7 @@ class Tuning(Acting):
 
     def parameters(self) -> list[nn.Parameter]:
         """What trains, each tensor once."""
+        at_rest(self.model)
         found: dict[int, nn.Parameter] = {}
         for link in self.links:
             found |= {id(p): p for p in link.adapter.parameters() if p.requires_grad}
@@ -89,6 +91,7 @@ class Tuning(Acting):
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
         """What trains as an optimizer takes it: a group for each learning rate that the method asks for."""
+        at_rest(self.model)
         factors: dict[int, float] = {}
         for link in self.links:
             for name, factor in link.adapter.learning_rates().items():
@@ -114,6 +117,7 @@ class Tuning(Acting):
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """What is saved, `<site>.<tensor>`, each tensor once; of several methods, `<method>:<site>.<tensor>`."""
+        at_rest(self.model)
         seen: set[int] = set()
         for link in self.links:
             for key, tensor in link.adapter.state_dict(keep_vars=True).items():

@@ -21,6 +21,7 @@ from petune.core.forward.link import Call, Link
 from petune.core.forward.routed import run_routed
 from petune.core.frozen.modules import base_class, set_hooked_forward
 from petune.core.graft.board import Board
+from petune.core.host.parallel import NotReplicated
 
 
 @dataclass(eq=False)
@@ -67,7 +68,7 @@ class Adapters(nn.ModuleDict):
     }  # any may share tensors with others: transformers' `save_pretrained` writes one
 
 
-class Grafted(nn.Module):
+class Grafted(NotReplicated, nn.Module):
     """The mixin of every adapted module but the model itself."""
 
     signed: ClassVar[dict[str, str]] = {"forward": "forward"}
