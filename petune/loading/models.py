@@ -84,8 +84,7 @@ def from_pretrained(
             options = {**quantizer.arguments(kept, options["dtype"]), **options}
         model, info = _loaded(loader, place, options, seed)
     model.petune_fresh = _fresh(model, info)
-    _check_has_weights(model, name)
-    check_complete(model, info, name)
+    _check_has_weights(model, info, name)
     _prepare(model, name, precision)
     check_finite(model, name, precision)
     return model
@@ -152,12 +151,13 @@ def _seeded(
     return model, info
 
 
-def _check_has_weights(model: Any, name: str | Path) -> None:
-    """Refuse a checkpoint of another architecture, which leaves the base model as it was drawn."""
+def _check_has_weights(model: Any, info: Mapping[str, Any], name: str | Path) -> None:
+    """Refuse a checkpoint of another architecture, which leaves the base model as it was drawn, or a part of it."""
     fresh = model.petune_fresh
     if "" in fresh or model.base_model_prefix in fresh:
         kind = type(model.base_model).__name__
         raise PetuneError(f"{name}: the checkpoint has no weights of a {kind}.")
+    check_complete(model, info, name)
 
 
 def _prepare(model: PreTrainedModel, name: str | Path, precision: str) -> None:

@@ -170,7 +170,9 @@ def _picked(part: Part, cls: type[Adapter], sites: list[Site]) -> list[Site]:
         PetuneError: none, or some of a kind that the method has no form for.
     """
     try:
-        picked = select(sites, part.where or cls.where, strict=part.where is not None)
+        picked = select(
+            sites, part.where or part.own_roles, strict=part.where is not None
+        )
     except PetuneError as none:
         raise type(none)(f"method {part.name!r}: {none}") from None
     accepted = _accepted_kinds(cls)

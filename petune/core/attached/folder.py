@@ -99,6 +99,7 @@ def _export(tuning: Kept) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "method": tuning.method if len(names) == 1 else names,
         "arguments": arguments[names[0]] if len(names) == 1 else arguments,
         "where": tuning.where,
+        "roles": {part.name: part.own_roles for part in tuning.parts},
         "train": list(tuning.heads),
         "base": getattr(tuning.model.config, "name_or_path", "") or None,
         "architecture": tuning.model.config.model_type,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +61,6 @@ def load(
     config = read_config(folder)
     forms = read_forms(folder / WEIGHTS)
     wanted = _parts(config, method, folder / CONFIG)
-    _say_differences(config, wanted, folder / CONFIG)
     _check_planned(model, wanted, forms, folder / WEIGHTS)
     tensors = read_tensors(folder / WEIGHTS)
     with room_for(model, forms, folder / CONFIG):
@@ -71,6 +71,7 @@ def load(
     except BaseException:
         tuning.detach()
         raise
+    _say_differences(config, wanted, folder / CONFIG)
     return tuning
 
 
@@ -91,7 +92,8 @@ def _parts(
     for part in found:
         said = config.arguments if is_one else config.arguments.get(part.name, {})
         _check_as_said(part, said, file)
-    return found
+    roles = config.roles or {}
+    return tuple(replace(part, roles=roles.get(part.name)) for part in found)
 
 
 def _check_as_said(part: Part, said: Mapping[str, Any], file: Path) -> None:

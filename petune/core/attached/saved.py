@@ -22,10 +22,10 @@ from petune.files import read_json
 
 @dataclass(frozen=True)
 class Config:
-    """What `adapter.json` says. The files of earlier versions have no `plugins` and no `version`.
+    """What `adapter.json` says. The files of earlier versions have no `roles`, no `plugins` and no `version`.
 
     `arguments` are those of the method, with its defaults as they were; of several methods those of each by its name,
-    as `where` then is. `plugins` says for each method what brought it.
+    as `where` then is. `roles` says for each method where it acted by itself, `plugins` what brought it.
     """
 
     petune: int
@@ -36,6 +36,7 @@ class Config:
     base: str | None = None
     architecture: str | None = None
     weight: float = 1.0
+    roles: dict[str, str] | None = None
     plugins: dict[str, str | None] | None = None
     version: str | None = None
 
