@@ -223,6 +223,33 @@ def test_nor_does_one_whose_shapes_are_not_known_before(tmp_path, monkeypatch):
         petune.load(tiny_model("llama"), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("method", "key", "shape"),
+    [
+        ("lora", "r", r"\(1000000000, 64\)"),
+        ("prompt-tuning", "num_virtual_tokens", r"\(1000000000,\)"),
+    ],
+)
+def test_nor_does_a_folder_of_pefts(tmp_path, method, key, shape):
+    moved(method)[1].save(tmp_path, format="peft")
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: 10**9}))
+    model = tiny_model("llama")
+    with pytest.raises(
+        petune.PetuneError, match=rf"adapter_config\.json.* of shape {shape}"
+    ):
+        petune.load(model, tmp_path)
+    assert petune.tunings(model) == {}
+
+
+def test_nan_in_a_folder_of_pefts_is_refused_by_its_name(tmp_path):
+    moved("lora")[1].save(tmp_path, format="peft")
+    name = f"base_model.model.{Q}.lora_A.weight"
+    tensor(name, put(float("nan")))(tmp_path)
+    with pytest.raises(petune.PetuneError, match=f"'{name}' holds NaN"):
+        petune.load(tiny_model("llama"), tmp_path)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
 def test_another_architecture_is_refused(lora, family):
     model = tiny_model(family)

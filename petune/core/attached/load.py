@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,9 +55,9 @@ def load(
     """
     check_name(model, name)
     folder = Path(path)
-    read = _reader(folder)
-    if read is not None:
-        return read(model, folder, name)
+    form = _format(folder)
+    if form is not None:
+        return _loaded_by(form, model, folder, name)
     config = read_config(folder)
     forms = read_forms(folder / WEIGHTS)
     wanted = _parts(config, method, folder / CONFIG)
@@ -154,8 +154,8 @@ def _attached(
         raise PetuneError(f"{file}: {what}.") from bad
 
 
-def _reader(folder: Path) -> Callable[[PreTrainedModel, Path, str], Tuning] | None:
-    """What reads a folder that is not petune's: the first format with both its files there, else with the JSON."""
+def _format(folder: Path) -> Format | None:
+    """The format of a folder that is not petune's: the first with both its files there, else with the JSON."""
     if (folder / CONFIG).exists():
         return None
     known: list[Format] = [
@@ -165,7 +165,17 @@ def _reader(folder: Path) -> Callable[[PreTrainedModel, Path, str], Tuning] | No
     ]
     found = [form for form in known if (folder / form.config).exists()]
     found.sort(key=lambda form: not (folder / form.weights).exists())
-    return found[0].load if found else None
+    return found[0] if found else None
+
+
+def _loaded_by(form: Format, model: PreTrainedModel, folder: Path, name: str) -> Tuning:
+    """What the plugin of a format makes of a folder; it gets no memory for what the folder does not hold."""
+    assert form.load is not None
+    weights = folder / form.weights
+    saved = read_forms(weights) if weights.is_file() else {}
+    with room_for(model, saved, folder / form.config):
+        tuning: Tuning = form.load(model, folder, name)
+    return tuning
 
 
 def fill(tuning: Tuning, tensors: Mapping[str, Tensor], source: Path) -> None:
