@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import petune
 from petune.cli.app import main
+from petune.core.host.seams import SEAMS
 from petune.core.registry.plugins import Plugin, registry
 from petune.errors import PetuneWarning
 from petune.testing import tiny_batch, tiny_model
@@ -360,6 +361,12 @@ def test_a_file_of_the_older_form_loads(lora, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", PetuneWarning)
         assert torch.equal(loaded_logits(folder), expected)
+
+
+def test_the_first_load_of_a_process_is_as_any_other(lora, tmp_path, monkeypatch):
+    monkeypatch.setattr(SEAMS, "checked", False)
+    expected = loaded_logits(lora)
+    assert torch.equal(loaded_logits(lora), expected)
 
 
 def test_a_loaded_tuning_saves_the_same_bytes(lora, tmp_path):

@@ -26,6 +26,7 @@ from petune.core.attached.saved import (
 )
 from petune.core.attached.settled import differences
 from petune.core.attached.tuning import Tuning
+from petune.core.host.seams import SEAMS
 from petune.core.registry.methods import Method
 from petune.core.registry.plugins import registry
 from petune.errors import PetuneError, PetuneWarning
@@ -52,7 +53,9 @@ def load(
     Raises:
         PetuneError: no tuning there, its method is not installed, or it does not fit the model; the model is
             left as it was.
+        MovedError: a library has changed something that petune leans on.
     """
+    SEAMS.require()  # here, since a check may ask for more memory than the tuning may
     check_name(model, name)
     folder = Path(path)
     form = _format(folder)
