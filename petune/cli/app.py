@@ -16,7 +16,7 @@ from petune.cli import environment, inspect, runs
 from petune.cli.doctor import doctor
 from petune.cli.output import Stopped, complain
 from petune.core.registry.plugins import registry
-from petune.errors import PetuneError, unknown
+from petune.errors import PetuneError, PetuneWarning, unknown
 
 COMMANDS = {
     "methods": inspect.methods,
@@ -67,13 +67,20 @@ def _ending(error: BaseException) -> tuple[str, int]:
 
 @contextlib.contextmanager
 def _warnings_hidden(unless: bool) -> Iterator[None]:
-    """Within the context no warnings are shown: they are a library's word to programmers, not to users. Python's own
-    option -W still shows them.
+    """Within the context no warnings are shown but petune's own, each as one line: others are a library's word to
+    programmers, not to users. Python's own option -W still shows them.
     """
     with warnings.catch_warnings():
         if not unless and not sys.warnoptions:
             warnings.simplefilter("ignore")
+            warnings.simplefilter("always", PetuneWarning)
+            warnings.showwarning = _say
         yield
+
+
+def _say(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Show a warning, in place of `warnings.showwarning`."""
+    complain(str(message))
 
 
 def build() -> Any:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from petune.core.attached.attach import attach
-from petune.core.attached.folder import read_tensors
 from petune.core.attached.load import fill
+from petune.core.attached.saved import read_tensors
 from petune.core.frozen.where import select
 from petune.core.registry.sites import find_sites
 from petune.errors import PetuneError, UnsupportedError

@@ -129,9 +129,30 @@ def _unpacked(file: Path) -> Path:
             )
             AutoTokenizer.from_pretrained(file.parent, **where).save_pretrained(folder)
 
-    return once(
-        cache_folder() / "gguf" / f"{file.stem}-{key}", make, f"unpacking {file.name}"
-    )
+    place = cache_folder() / "gguf" / f"{file.stem}-{key}"
+    if not place.is_dir():
+        _check_gguf(file)
+    return once(place, make, f"unpacking {file.name}")
+
+
+def _check_gguf(file: Path) -> None:
+    """See that a GGUF file is whole and of an architecture that transformers reads, before it is said to be unpacked.
+
+    Raises:
+        PetuneError: it is not.
+    """
+    # its import takes a while, and few models are GGUF files
+    from gguf import GGUFReader
+
+    try:
+        GGUFReader(file)
+    except (
+        Exception
+    ) as error:  # whatever a reader meets in a file that is something else
+        said = " ".join(str(error).split())
+        raise PetuneError(f"{file}: damaged, or no GGUF file ({said}).") from error
+    with plainly(file):
+        AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
 
 
 @contextmanager
@@ -149,7 +170,7 @@ def plainly(name: str | Path) -> Iterator[None]:
             yield
     except PetuneError:
         raise
-    except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as error:
+    except Exception as error:
         said = _in_words(error)
         if said is None:
             raise
@@ -161,10 +182,13 @@ def plainly(name: str | Path) -> Iterator[None]:
 def _in_words(error: Exception) -> str | None:
     """What is wrong with a checkpoint and what to do, None where it is no mistake of a user's."""
     said = " ".join(str(error).split())
-    if isinstance(error, RuntimeError):
-        if "ignore_mismatched" not in said:
-            return None
-        return "its head has another size; give its num_labels, or ignore_mismatched_sizes=True for a new one."
+    if isinstance(error, RecursionError):
+        return "one of its JSON files is nested too deeply."
+    if isinstance(error, RuntimeError | MemoryError | AssertionError):
+        return None
     if "safetensors" in said and "file named" in said:
         return "no .safetensors file, and nothing is ever unpickled; save the weights as safetensors."
-    return said
+    if isinstance(error, OSError | ValueError | ImportError | SafetensorError):
+        return said
+    # whatever transformers meets in files that say something else than they should
+    return f"transformers can't load it ({type(error).__name__}: {said})."

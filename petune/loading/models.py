@@ -20,6 +20,7 @@ from petune.core.registry.plugins import registry
 from petune.core.registry.quantizer import Quantizer
 from petune.errors import PetuneError, unknown
 from petune.loading.checkpoint import plainly, resolve
+from petune.loading.checks import check_complete, check_finite, mismatch
 from petune.loading.host import SEAMS, built
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -67,7 +68,8 @@ def from_pretrained(
             computes in `dtype`: by default bfloat16 on a GPU that has it, and float32 on a CPU, faster there.
 
     Raises:
-        PetuneError: no such model, head or precision, no weights of this architecture, or none but pickled ones.
+        PetuneError: no such model, head or precision, no weights of this architecture, some missing, of another shape
+            or not finite, or none but pickled ones.
         MovedError: the installed transformers has changed something that loading leans on.
     """
     SEAMS.require()
@@ -80,16 +82,20 @@ def from_pretrained(
         if quantizer and getattr(config, "quantization_config", None) is None:
             kept = _kept_dense(loader, place, options)
             options = {**quantizer.arguments(kept, options["dtype"]), **options}
-        model, info = _seeded(loader, place, options, seed)
+        model, info = _loaded(loader, place, options, seed)
     model.petune_fresh = _fresh(model, info)
-    _check_has_weights(model, name)
+    _check_has_weights(model, info, name)
     _prepare(model, name, precision)
+    check_finite(model, name, precision)
     return model
 
 
 def _options(precision: str, told: Mapping[str, Any]) -> dict[str, Any]:
     """What transformers is told for a load, `told` by the user included."""
     options = {"trust_remote_code": False, "use_safetensors": True, **told}
+    if not options["use_safetensors"]:
+        remedy = "nothing is ever unpickled; save the weights as safetensors"
+        raise PetuneError(f"use_safetensors={told['use_safetensors']}: {remedy}.")
     options["output_loading_info"] = True
     dtype = DTYPES.get(precision) or _compute_dtype(told.get("device_map"))
     options.setdefault("dtype", dtype)
@@ -116,6 +122,25 @@ def _kept_dense(loader: Any, place: str, options: Mapping[str, Any]) -> list[str
     return sorted({*_outside(dry), *_fresh(dry, info)})
 
 
+def _loaded(
+    loader: Any, place: str, options: Mapping[str, Any], seed: int | None
+) -> tuple[Any, Mapping[str, Any]]:
+    """The model, and what transformers tells of its weights.
+
+    Raises:
+        PetuneError: a weight has another shape than its configuration says.
+    """
+    try:
+        return _seeded(loader, place, options, seed)
+    except RuntimeError as error:
+        if "ignore_mismatched" not in str(error):
+            raise
+        found = mismatch(loader, place, options)
+        if found is None:
+            raise
+        raise PetuneError(f"{place}: {found}.") from error
+
+
 def _seeded(
     loader: Any, place: str, options: Mapping[str, Any], seed: int | None
 ) -> tuple[Any, Mapping[str, Any]]:
@@ -126,12 +151,13 @@ def _seeded(
     return model, info
 
 
-def _check_has_weights(model: Any, name: str | Path) -> None:
-    """Refuse a checkpoint of another architecture, which leaves the base model as it was drawn."""
+def _check_has_weights(model: Any, info: Mapping[str, Any], name: str | Path) -> None:
+    """Refuse a checkpoint of another architecture, which leaves the base model as it was drawn, or a part of it."""
     fresh = model.petune_fresh
     if "" in fresh or model.base_model_prefix in fresh:
         kind = type(model.base_model).__name__
         raise PetuneError(f"{name}: the checkpoint has no weights of a {kind}.")
+    check_complete(model, info, name)
 
 
 def _prepare(model: PreTrainedModel, name: str | Path, precision: str) -> None:
@@ -200,8 +226,9 @@ def _loader(config: Any, head: str | None) -> Any:
         if head not in has:
             raise PetuneError(unknown(f"{config.model_type} head", head, has))
         return HEADS[head]
-    for name in config.architectures or ():
-        saved = getattr(transformers, name, None)
+    named = config.architectures if isinstance(config.architectures, list) else ()
+    for name in named:
+        saved = getattr(transformers, str(name), None)
         if isinstance(saved, type) and issubclass(saved, PreTrainedModel):
             return saved
     return HEADS[(*has, "base")[0]]

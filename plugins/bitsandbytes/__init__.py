@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -44,13 +45,27 @@ class FourBit:
         """Keep the weights as they are.
 
         On a CPU with AVX512-BF16 a forward in evaluation mode without gradients packs them for inference, and nothing
-        packs them back: the next training step would read them wrong.
-        """
-        from bitsandbytes.nn.modules import Linear4bit
+        packs them back: the next training step would read them wrong. Packing rounds the scales, so that of weights
+        packed already the stored ones can't be had again.
 
-        for module in model.modules():
-            if isinstance(module, Linear4bit):
-                module.support_avx512bf16_for_cpu = False
+        Raises:
+            UnsupportedError: the weights are packed.
+        """
+        if "bitsandbytes" not in sys.modules:
+            return  # none of its layers can be here
+        kind = _layers().Linear4bit
+        layers = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, kind)
+        }
+        for name, layer in layers.items():
+            if _is_packed(layer):
+                what = f"{name}: an evaluation has packed its 4-bit weights for inference alone"
+                remedy = "load the model anew, and attach before it is evaluated"
+                raise petune.UnsupportedError(f"{what}; {remedy}.")
+        for layer in layers.values():
+            layer.support_avx512bf16_for_cpu = False
 
     def requantize(
         self, module: Any, weight: torch.Tensor, bias: torch.Tensor | None
@@ -125,6 +140,11 @@ def _layers() -> Any:
     from bitsandbytes import nn
 
     return nn
+
+
+def _is_packed(layer: Any) -> bool:
+    state = getattr(layer.weight, "quant_state", None)
+    return bool(getattr(state, "packing_format_for_cpu", False))
 
 
 def _dressed(

@@ -27,7 +27,7 @@ class BOFT(petune.Adapter):
     ) -> None:
         super().__init__()
         width = site.in_features
-        parts, left = divmod(width, 2 ** (factors - 1))
+        parts, left = divmod(width, 1 << min(factors - 1, width.bit_length()))
         size = None if left else nearest(range(2, parts + 1, 2), parts, block)
         if size is None:
             raise petune.UnsupportedError(

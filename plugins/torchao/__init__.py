@@ -57,16 +57,19 @@ class WeightOnly:
         }
 
     def prepare(self, model: Any) -> None:
-        """Give the layers a forward that keeps codes alone for backward."""
+        """Give the layers a forward that keeps codes alone for backward. The transposed layers that transformers
+        leaves dense are stored in codes if petune has loaded the model; another's stays what it computes.
+        """
         config: Any = getattr(model.config, "quantization_config", None)
         if getattr(config, "quant_method", None) != "torchao":
             return
         from petune_plugins.torchao.layers import adopt
 
         skip = config.modules_to_not_convert or ()
+        ours = hasattr(model, "petune_fresh")
         for name, module in model.named_modules():
             if not any(name == kept or name.startswith(f"{kept}.") for kept in skip):
-                adopt(module)
+                adopt(module, convert=ours)
 
     def requantize(
         self, module: Any, weight: torch.Tensor, bias: torch.Tensor | None

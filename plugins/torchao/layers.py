@@ -42,14 +42,14 @@ class QuantizedConv1D(Conv1D):
         return y + self.bias
 
 
-def adopt(module: nn.Module) -> None:
-    """Make a layer that transformers has quantized, or has no way to, one of these."""
+def adopt(module: nn.Module, convert: bool) -> None:
+    """Make a layer that transformers has quantized one of these, and with `convert` one that it has no way to."""
     if type(module) is nn.Linear and isinstance(module.weight, Int8Tensor):
         module.__class__ = QuantizedLinear
         vars(module).pop(
             "extra_repr", None
         )  # torchao's is bound to the module: a copy would show the original's
-    elif type(module) is Conv1D:
+    elif type(module) is Conv1D and (convert or isinstance(module.weight, Int8Tensor)):
         if not isinstance(module.weight, Int8Tensor):
             module.weight = _codes(module.weight, 1)
         module.__class__ = QuantizedConv1D

@@ -1,5 +1,7 @@
 """The core's seams: each holds here, and a change planted in one ends in the error that names it."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import transformers
@@ -88,6 +90,10 @@ def modules_elsewhere(monkeypatch):
     monkeypatch.setattr(torch_modules, "children_of", lambda module: {})
 
 
+def memory_after_all(monkeypatch):
+    monkeypatch.setattr(torch_modules, "FakeTensorMode", lambda **_: nullcontext())
+
+
 PLANTED = {
     "AttentionInterface.get_interface": another_signature,
     "PreTrainedConfig._attn_implementation": implementation_elsewhere,
@@ -102,6 +108,7 @@ PLANTED = {
     "nn.Module._parameters": parameters_elsewhere,
     "nn.Module._modules": modules_elsewhere,
     "_unsafe_view": views_as_views,
+    "FakeTensorMode": memory_after_all,
     "_hf_peft_config_loaded": flag_gone,
 }
 

@@ -30,7 +30,16 @@ def test_two_files_and_nothing_else(saved):
     ]
     config = json.loads((saved / "adapter.json").read_text())
     assert config["method"] == "lora"
-    assert config["arguments"] == {"rank": 4, "alpha": 3.0}
+    assert config["arguments"] == {
+        "rank": 4,
+        "alpha": 3.0,
+        "dropout": 0.0,
+        "rslora": False,
+        "init": "default",
+        "lr_ratio": 1.0,
+    }
+    assert config["plugins"] == {"lora": f"lowrank {petune.__version__}"}
+    assert config["version"] == petune.__version__
     assert config["where"] == "q v"
     tensors = load_file(saved / "adapter.safetensors")
     assert tensors["model.layers.0.self_attn.q_proj.A"].shape == (4, 64)
@@ -60,7 +69,7 @@ def test_over_an_older_one(saved):
         (lambda p: edit(p, where="q"), "which this model has no place for"),
         (lambda p: edit(p, where="q v o"), "it has no 'model.layers"),
         (
-            lambda p: edit(p, arguments={"rank": 8}),
+            lambda p: edit_argument(p, rank=8),
             r"is \(4, 64\), the model needs \(8, 64\)",
         ),
     ],
@@ -78,6 +87,11 @@ def test_a_folder_that_does_not_fit(saved, spoil, message):
 def edit(folder, **changes):
     path = folder / "adapter.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_argument(folder, **changes):
+    old = json.loads((folder / "adapter.json").read_text())["arguments"]
+    edit(folder, arguments=old | changes)
 
 
 @pytest.fixture

@@ -2,68 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from samples import IDS
+from samples import IDS, write_gguf
 from transformers import LlamaForCausalLM
 
 import petune
 from petune import PetuneError
-
-
-def write_gguf(path: Path) -> dict[str, torch.Tensor]:
-    """A Llama of two layers in Q4_1 blocks, as llama.cpp writes one; returns what its numbers say."""
-    import numpy as np
-    from gguf import GGMLQuantizationType, GGUFWriter, dequantize, quantize
-
-    writer = GGUFWriter(path, "llama")
-    writer.add_block_count(2)
-    writer.add_context_length(64)
-    writer.add_embedding_length(64)
-    writer.add_feed_forward_length(128)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_vocab_size(96)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(
-        ["<|endoftext|>", "<s>", "</s>", "w", "0", "w0", *(f"x{i}" for i in range(90))]
-    )
-    writer.add_token_types([3, 3, 3] + [1] * 93)
-    writer.add_token_merges(["w 0"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    random = np.random.default_rng(0)
-    shapes = {"token_embd": (96, 64), "output_norm": (64,), "output": (96, 64)}
-    for layer in range(2):
-        block = {
-            "attn_norm": (64,),
-            "ffn_norm": (64,),
-            "ffn_up": (128, 64),
-            "ffn_gate": (128, 64),
-            "ffn_down": (64, 128),
-        }
-        block |= {f"attn_{part}": (64, 64) for part in ("q", "k", "v", "output")}
-        shapes |= {f"blk.{layer}.{name}": shape for name, shape in block.items()}
-    exact = {}
-    for name, shape in shapes.items():
-        values = random.standard_normal(shape).astype(np.float32)
-        if len(shape) > 1:
-            packed = quantize(values, GGMLQuantizationType.Q4_1)
-            writer.add_tensor(
-                f"{name}.weight", packed, raw_dtype=GGMLQuantizationType.Q4_1
-            )
-            values = dequantize(packed, GGMLQuantizationType.Q4_1)
-        else:
-            writer.add_tensor(f"{name}.weight", values)
-        exact[name] = torch.from_numpy(values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return exact
 
 
 def test_a_gguf_file_is_unpacked_once_and_exactly_and_takes_any_precision(

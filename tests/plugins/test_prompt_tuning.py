@@ -23,6 +23,7 @@ def test_rows_start_as_those_of_the_text(which, request, tmp_path):
     tuning.save(tmp_path)
     assert json.loads((tmp_path / "adapter.json").read_text())["arguments"] == {
         "length": 4,
+        "text": None,
         "init": ids,
     }
     tuning.detach()

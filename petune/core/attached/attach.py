@@ -8,15 +8,19 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from petune.core.attached.arguments import arguments_at
 from petune.core.attached.copying import trained_copies
 from petune.core.attached.install import install
 from petune.core.attached.parts import Part, Where, parts
+from petune.core.attached.quantized import prepare
 from petune.core.attached.sharded import check_whole, whole
 from petune.core.attached.tuning import Tuning, tunings
 from petune.core.forward.link import Link
 from petune.core.frozen.site import KIND_OF, Site
 from petune.core.frozen.where import select
+from petune.core.host.torch_modules import without_memory
 from petune.core.method.adapter import Adapter, Unfreeze
 from petune.core.registry.methods import Method
 from petune.core.registry.sites import find_sites
@@ -53,14 +57,35 @@ def attach(
         UnsupportedError: the method can't act on this model.
     """
     wanted = parts(method, arguments, where)
-    _check_name(model, name)
     heads = getattr(model, "petune_fresh", ()) if train is None else train
+    return attach_parts(model, wanted, name, heads)
+
+
+def attach_parts(
+    model: PreTrainedModel, wanted: Sequence[Part], name: str, heads: Sequence[str]
+) -> Tuning:
+    """Adapt a model in place by methods whose arguments have been checked; see `attach`."""
+    check_name(model, name)
     check_whole(model)
+    prepare(model)
     sites = find_sites(model)
     with whole(model):
         made = [_made(part, sites) for part in wanted]
         tuning = _linked(model, name, made, tuple(heads))
     install(model, tuning)
+    return tuning
+
+
+def planned(model: PreTrainedModel, wanted: Sequence[Part]) -> Tuning:
+    """The tuning that the methods would come to, without what trains of the base's: attached to nothing, and its
+    tensors have shapes and no memory.
+    """
+    prepare(model)
+    sites = find_sites(model)
+    tuning = Tuning(model, "planned", wanted, ())
+    with without_memory():
+        for part in wanted:
+            tuning.links += _made(part, sites).links(tuning)
     return tuning
 
 
@@ -78,10 +103,28 @@ def _linked(
     if not tuning.links:
         what = f"method {made[0].part.name!r}"
         raise UnsupportedError(f"{what}: this model has no blocks with linear layers.")
+    _check_apart(tuning)
     return tuning
 
 
-def _check_name(model: PreTrainedModel, name: str) -> None:
+def _check_apart(tuning: Tuning) -> None:
+    """See that no module is both adapted and trained along: its state could not tell one from the other."""
+    taken: set[tuple[nn.Module, str]] = set()
+    for link in tuning.links:
+        place = link.site.module, link.key
+        if place in taken:
+            what = "is adapted, and among what trains along"
+            remedy = "leave it out of where=… or of train=…"
+            raise PetuneError(f"{link.site.name} {what}; {remedy}.")
+        taken.add(place)
+
+
+def check_name(model: PreTrainedModel, name: str) -> None:
+    """See that a tuning can have a name on this model.
+
+    Raises:
+        PetuneError: another has it, or it is none.
+    """
     if name in tunings(model):
         raise PetuneError(
             f"a tuning named {name!r} is attached already; give this one another name=…"
@@ -131,7 +174,9 @@ def _picked(part: Part, cls: type[Adapter], sites: list[Site]) -> list[Site]:
         PetuneError: none, or some of a kind that the method has no form for.
     """
     try:
-        picked = select(sites, part.where or cls.where, strict=part.where is not None)
+        picked = select(
+            sites, part.where or part.own_roles, strict=part.where is not None
+        )
     except PetuneError as none:
         raise type(none)(f"method {part.name!r}: {none}") from None
     accepted = _accepted_kinds(cls)

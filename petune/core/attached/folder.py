@@ -1,4 +1,4 @@
-"""A tuning on disk: tensors as safetensors, everything else as JSON. Nothing is ever unpickled."""
+"""A tuning is written: tensors as safetensors, everything else as JSON."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from petune.core.attached.parts import Part, Where
+from petune.core.attached.settled import brought_by, own_version, settled
 from petune.core.attached.sharded import gathered, is_sharded, write_once
 from petune.core.registry.plugins import registry
 from petune.errors import PetuneError
-from petune.files import read_json
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -40,9 +39,6 @@ class Kept(Protocol):
 
     @property
     def method(self) -> str: ...
-
-    @property
-    def arguments(self) -> dict[str, Any]: ...
 
     @property
     def where(self) -> Where: ...
@@ -95,7 +91,10 @@ def save(tuning: Kept, path: str | PathLike[str], format: str = "petune") -> Non
 def _write(
     folder: Path, form: Format, tensors: dict[str, Tensor], config: Mapping[str, Any]
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PetuneError(f"{folder}: {error.strerror or error}.") from None
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
         save_file(tensors, Path(scratch, form.weights), metadata={"format": "pt"})
         Path(scratch, form.config).write_text(json.dumps(config, indent=2) + "\n")
@@ -105,14 +104,18 @@ def _write(
 
 def _export(tuning: Kept) -> tuple[dict[str, Tensor], dict[str, Any]]:
     names = [part.name for part in tuning.parts]
+    arguments = {part.name: settled(part) for part in tuning.parts}
     config = {
         "petune": VERSION,
         "method": tuning.method if len(names) == 1 else names,
-        "arguments": tuning.arguments,
+        "arguments": arguments[names[0]] if len(names) == 1 else arguments,
         "where": tuning.where,
+        "roles": {part.name: part.own_roles for part in tuning.parts},
         "train": list(tuning.heads),
         "base": getattr(tuning.model.config, "name_or_path", "") or None,
         "architecture": tuning.model.config.model_type,
+        "plugins": {part.name: brought_by(part) for part in tuning.parts},
+        "version": own_version(),
     }
     if tuning.weight != 1:
         config["weight"] = tuning.weight
@@ -120,39 +123,3 @@ def _export(tuning: Kept) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 OWN = Format(_export, WEIGHTS, CONFIG)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """`adapter.json`, checked.
-
-    Raises:
-        PetuneError: the folder holds no tuning, or one of a later version.
-    """
-    if not (folder / CONFIG).is_file():
-        raise PetuneError(f"{folder}: no {CONFIG} there, so no tuning.")
-    config = read_json(folder / CONFIG)
-    missing = {"petune", "method", "arguments", "where", "train"} - config.keys()
-    if missing:
-        raise PetuneError(
-            f"{folder / CONFIG} is not a tuning's: it has no {min(missing)!r}."
-        )
-    if config["petune"] > VERSION:
-        raise PetuneError(
-            f"{folder / CONFIG}: format {config['petune']} is newer than this petune; upgrade it."
-        )
-    return config
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
-
-    Raises:
-        PetuneError: the file is missing or damaged.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise PetuneError(f"{path}: no such file.") from None
-    except (SafetensorError, OSError) as bad:
-        raise PetuneError(f"{path} is damaged: {bad}.") from None

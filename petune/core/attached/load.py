@@ -1,27 +1,36 @@
-"""A tuning on disk: tensors as safetensors, everything else as JSON. Nothing is ever unpickled."""
+"""A tuning is read and attached. Nothing of it is ever unpickled."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from petune.core.attached.attach import attach
-from petune.core.attached.folder import (
-    CONFIG,
-    WEIGHTS,
-    Format,
+from petune.core.attached.attach import attach_parts, check_name, planned
+from petune.core.attached.folder import CONFIG, WEIGHTS, Format
+from petune.core.attached.parts import Part, parts
+from petune.core.attached.room import room_for
+from petune.core.attached.saved import (
+    Config,
+    Form,
+    check_fits,
     read_config,
+    read_forms,
     read_tensors,
 )
+from petune.core.attached.settled import differences
 from petune.core.attached.sharded import scattered
 from petune.core.attached.tuning import Tuning
+from petune.core.host.seams import SEAMS
 from petune.core.registry.methods import Method
 from petune.core.registry.plugins import registry
-from petune.errors import PetuneError
+from petune.errors import PetuneError, PetuneWarning
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -45,32 +54,112 @@ def load(
     Raises:
         PetuneError: no tuning there, its method is not installed, or it does not fit the model; the model is
             left as it was.
+        MovedError: a library has changed something that petune leans on.
     """
+    SEAMS.require()  # here, since a check may ask for more memory than the tuning may
+    check_name(model, name)
     folder = Path(path)
-    read = _reader(folder)
-    if read is not None:
-        return read(model, folder, name)
+    form = _format(folder)
+    if form is not None:
+        return _loaded_by(form, model, folder, name)
     config = read_config(folder)
+    forms = read_forms(folder / WEIGHTS)
+    wanted = _parts(config, method, folder / CONFIG)
+    _check_planned(model, wanted, forms, folder / WEIGHTS)
     tensors = read_tensors(folder / WEIGHTS)
-    tuning = attach(
-        model,
-        method or config["method"],
-        name=name,
-        where=config["where"],
-        train=config["train"],
-        **config["arguments"],
-    )
+    with room_for(model, forms, folder / CONFIG):
+        tuning = _attached(model, wanted, name, config, folder / CONFIG)
     try:
-        fill(tuning, tensors, folder)
-        tuning.weight = config.get("weight", 1.0)
-    except PetuneError:
+        fill(tuning, tensors, folder / WEIGHTS)
+        tuning.weight = config.weight
+    except BaseException:
         tuning.detach()
         raise
+    _say_differences(config, wanted, folder / CONFIG)
     return tuning
 
 
-def _reader(folder: Path) -> Callable[[PreTrainedModel, Path, str], Tuning] | None:
-    """What reads a folder that is not petune's: the first format with both its files there, else with the JSON."""
+def _parts(
+    config: Config, method: Method | Sequence[str | Method] | None, file: Path
+) -> tuple[Part, ...]:
+    """The saved methods with their saved arguments.
+
+    Raises:
+        PetuneError: a method is not installed, or an argument is not what it takes.
+    """
+    chosen = method or config.method
+    try:
+        found = parts(chosen, config.arguments, config.where)
+    except PetuneError as wrong:
+        raise type(wrong)(f"{file}: {wrong}") from None
+    is_one = isinstance(chosen, str | type)
+    for part in found:
+        said = config.arguments if is_one else config.arguments.get(part.name, {})
+        _check_as_said(part, said, file)
+    roles = config.roles or {}
+    return tuple(replace(part, roles=roles.get(part.name)) for part in found)
+
+
+def _check_as_said(part: Part, said: Mapping[str, Any], file: Path) -> None:
+    """A file's arguments have the types that they were saved with: no text stands for a number, no truth for one."""
+    for key, value in part.arguments.items():
+        is_same = said[key] == json.loads(json.dumps(value, default=str))
+        if not is_same or isinstance(said[key], bool) != isinstance(value, bool):
+            what = f"{key}={said[key]!r} is no {type(value).__name__}"
+            raise PetuneError(f"{file}: method {part.name!r}: {what}.")
+
+
+def _say_differences(config: Config, wanted: Sequence[Part], file: Path) -> None:
+    """One line where what is installed is not what the tuning was saved with."""
+    if config.plugins is None:
+        return
+    found = differences(wanted, config.plugins, config.version)
+    if found:
+        what = f"{file}: {found}; see that it still computes the same."
+        warnings.warn(what, PetuneWarning, stacklevel=3)
+
+
+def _check_planned(
+    model: PreTrainedModel,
+    wanted: Sequence[Part],
+    saved: Mapping[str, Form],
+    file: Path,
+) -> None:
+    """Compare the saved tensors with those that the arguments ask for, before there is memory for any."""
+    try:
+        plan = planned(model, wanted)
+        places = {key: Form.of(tensor) for key, tensor in plan.state()}
+    except Exception:  # a method that needs values: what it makes is compared by `fill`
+        return
+    check_fits(places, saved, file)
+
+
+def _attached(
+    model: PreTrainedModel,
+    wanted: Sequence[Part],
+    name: str,
+    config: Config,
+    file: Path,
+) -> Tuning:
+    """The methods on the model, with fresh tensors.
+
+    Raises:
+        PetuneError: they can't act there, or not with these arguments.
+    """
+    try:
+        return attach_parts(model, wanted, name, config.train)
+    except PetuneError as wrong:
+        raise type(wrong)(f"{file}: {wrong}") from None
+    except torch.OutOfMemoryError:
+        raise
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as bad:
+        # values of the right types that the method can't work with
+        what = f"arguments {config.arguments}: {' '.join(str(bad).split())}"
+        raise PetuneError(f"{file}: {what}.") from bad
+
+
+def _format(folder: Path) -> Format | None:
+    """The format of a folder that is not petune's: the first with both its files there, else with the JSON."""
     if (folder / CONFIG).exists():
         return None
     known: list[Format] = [
@@ -80,14 +169,24 @@ def _reader(folder: Path) -> Callable[[PreTrainedModel, Path, str], Tuning] | No
     ]
     found = [form for form in known if (folder / form.config).exists()]
     found.sort(key=lambda form: not (folder / form.weights).exists())
-    return found[0].load if found else None
+    return found[0] if found else None
+
+
+def _loaded_by(form: Format, model: PreTrainedModel, folder: Path, name: str) -> Tuning:
+    """What the plugin of a format makes of a folder; it gets no memory for what the folder does not hold."""
+    assert form.load is not None
+    weights = folder / form.weights
+    saved = read_forms(weights) if weights.is_file() else {}
+    with room_for(model, saved, folder / form.config):
+        tuning: Tuning = form.load(model, folder, name)
+    return tuning
 
 
 def fill(tuning: Tuning, tensors: Mapping[str, Tensor], source: Path) -> None:
     """Copy saved tensors into a tuning.
 
     Raises:
-        PetuneError: a tensor is missing, left over or of another shape; nothing was copied then.
+        PetuneError: a tensor is missing, left over, of another shape or of integers; nothing was copied then.
     """
     own = dict(tuning.state())
     missing, extra = own.keys() - tensors.keys(), tensors.keys() - own.keys()
@@ -100,12 +199,11 @@ def fill(tuning: Tuning, tensors: Mapping[str, Tensor], source: Path) -> None:
         raise PetuneError(
             f"{source} does not fit this model: it {what}. Was it tuned on another architecture?"
         )
-    for key, tensor in own.items():
-        if tensor.shape != tensors[key].shape:
-            shapes = (
-                f"{tuple(tensors[key].shape)}, the model needs {tuple(tensor.shape)}"
-            )
-            raise PetuneError(f"{source} does not fit this model: {key!r} is {shapes}.")
+    check_fits(
+        {key: Form.of(tensor) for key, tensor in own.items()},
+        {key: Form.of(tensor) for key, tensor in tensors.items()},
+        source,
+    )
     with torch.no_grad():
         for key, tensor in own.items():
             tensor.copy_(scattered(tensors[key], tensor))

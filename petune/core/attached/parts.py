@@ -18,12 +18,22 @@ Where = str | Mapping[str, str | None] | None
 class Part:
     """One method of a tuning: its name and class, its arguments, and the sites that the
     user picked for it.
+
+    Args:
+        roles: the method's own choice of sites when the tuning was saved, where that is
+            read from a file.
     """
 
     name: str
     cls: Method
     arguments: dict[str, Any]
     where: str | None
+    roles: str | None = None
+
+    @property
+    def own_roles(self) -> str:
+        """Where the method acts if the user has picked nothing."""
+        return self.cls.where if self.roles is None else self.roles
 
 
 def parts(

@@ -15,6 +15,18 @@ from petune.core.registry.plugins import registry
 from petune.errors import UnsupportedError
 
 
+def prepare(model: nn.Module) -> None:
+    """Let the quantizers' plugins see to a model with quantized layers, which petune may not have loaded; to one that
+    they have seen to, they do nothing.
+
+    Raises:
+        PetuneError: the layers can't be trained through as they are.
+    """
+    if _has_quantized(model):
+        for quantizer in registry().all("petune_quantizers").values():
+            quantizer.prepare(model)
+
+
 def requantized(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """A layer with this weight, (out, in) in float32, stored as `module` is, by whichever quantizer knows how.
 
@@ -41,8 +53,12 @@ def dequantize(model: nn.Module) -> None:
 
 def forget_if_dense(model: nn.Module) -> None:
     """Let transformers take the model for a dense one if nothing in it is quantized any more."""
-    if not any(is_quantized(module) for _, module in walk(model)):
+    if not _has_quantized(model):
         forget_quantization(model)
+
+
+def _has_quantized(model: nn.Module) -> bool:
+    return any(map(is_quantized, dict(walk(model)).values()))
 
 
 def replace_module(model: nn.Module, name: str, old: nn.Module, new: nn.Module) -> None:

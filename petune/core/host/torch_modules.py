@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from petune.core.host.seam import Seams
 
@@ -61,3 +65,23 @@ def unsafe_view(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The tensor in another shape, which autograd does not take for a view of it: `tensor` must not be used again."""
     out: Tensor = torch.ops.aten._unsafe_view(tensor, shape)
     return out
+
+
+@SEAMS.lean(
+    "torch",
+    "torch._subclasses.fake_tensor.FakeTensorMode(allow_non_fake_inputs)",
+    since="2.0",
+    why="know the shapes of an adapter's tensors before there is memory for them",
+)
+def _tensors_can_be_without_memory() -> bool:
+    one = torch.ones(1)
+    with without_memory():
+        made = torch.empty(1 << 60) + one
+    return made.shape == (1 << 60,) and one.item() == 1
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Within the context tensors have a shape and a dtype, and no values; those made before may be read."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
