@@ -23,7 +23,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from petune.errors import PetuneError, unknown
-from petune.training.recipe import Recipe, Training, parse
+from petune.training.recipe import Recipe, parse
+from petune.training.settings import Training
 
 SHARED = [key for key in Recipe.model_fields if key != "output"]
 

@@ -170,6 +170,19 @@ def skeleton(
             return built(loader, config)
 
 
+def heads(name: str | Path, **kwargs: Any) -> tuple[str, list[str]]:
+    """The type of a model, such as `t5`, and which of `HEADS` its architecture has.
+
+    Raises:
+        PetuneError: no such model.
+    """
+    options = {"trust_remote_code": False, **kwargs}
+    with plainly(name):
+        place = resolve(name, options, weights=False)
+        config = AutoConfig.from_pretrained(place, **options)
+    return config.model_type, [key for key in HEADS if _has_head(config, key)]
+
+
 def load_tokenizer(name: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
     """The tokenizer that goes with a model's name. Padding falls back on the end-of-text token; none is added.
 

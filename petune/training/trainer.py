@@ -34,6 +34,7 @@ from petune.training.lean import recomputed
 from petune.training.logits import labelled_logits
 from petune.training.packing import flatten, is_padded, packed, refusal
 from petune.training.progress import Progress
+from petune.training.rates import schedule_of
 from petune.training.recipe import Recipe
 from petune.training.recorder import Recorder
 from petune.training.regions import compiled
@@ -214,16 +215,14 @@ def arguments(
 ) -> TrainingArguments:
     """A recipe in Trainer's words."""
     t = recipe.training
-    schedule = (
-        "constant_with_warmup" if t.schedule == "constant" and t.warmup else t.schedule
-    )
     return OneDevice(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=t.batch_size,
         gradient_accumulation_steps=t.gradient_accumulation,
         learning_rate=t.learning_rate,
-        lr_scheduler_type=schedule,
+        lr_scheduler_type=schedule_of(t),
+        lr_scheduler_kwargs=dict(t.schedule_args),
         warmup_steps=t.warmup if t.warmup < 1 else int(t.warmup),
         weight_decay=t.weight_decay,
         max_grad_norm=t.max_grad_norm,

@@ -35,6 +35,14 @@ class Classification(Task):
                               f"classification needs 2 to {MOST}.")  # fmt: skip
         self.labels = sorted(found)
 
+    def check(self, rows: Dataset, split: str) -> None:
+        unseen = [label for label in rows["label"] if label not in self.labels]
+        if unseen:
+            raise PetuneError(
+                f"column of role 'label': {unseen[0]!r} is in {len(unseen)} of the {len(rows)} rows of the split "
+                f"{split!r} and in none to train on; leave them out, or name labelled rows as data: {{{split}: …}}."
+            )
+
     def state(self) -> dict[str, Any]:
         return {"labels": self.labels}
 

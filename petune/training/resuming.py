@@ -1,0 +1,116 @@
+"""A run that is gone on with: whether it can be, and where that is not the same as never having stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from petune.errors import PetuneError
+from petune.training.adapting import Checkpoint
+from petune.training.checkpoints import check_whole, steps_planned
+from petune.training.rates import rates
+from petune.training.recorder import Recorder
+from petune.training.remarks import remark
+from petune.training.rows import one_line
+from petune.training.run_folder import RESULT
+from petune.training.settings import Training
+
+_LOOKED_AT = 1000
+"""At how many steps two schedules are compared."""
+
+
+def check_goes_on(run: Path, checkpoint: Checkpoint | None, steps: int) -> None:
+    """See that a run has not gone beyond `steps`, and can go on if it is finished.
+
+    Raises:
+        PetuneError: one of them does not hold.
+    """
+    if checkpoint is None:
+        if (run / RESULT).exists():
+            raise PetuneError(
+                f"{run}: is finished and has no checkpoint to go on from; --overwrite trains it anew."
+            )
+        return
+    folder, done = checkpoint
+    if done > steps:
+        raise PetuneError(
+            f"{folder}: has trained {done} steps and the recipe asks for {steps}; ask for more, or --overwrite."
+        )
+    check_whole(folder)
+
+
+def prepare(
+    run: Path, training: Training, tuning: Any, checkpoint: Checkpoint, steps: int
+) -> None:
+    """Before a run trains on to `steps`: it is finished no more, and it is said where the steps so far are not those
+    that it would have trained if so many had been asked for from the start.
+    """
+    folder, done = checkpoint
+    (run / RESULT).unlink(missing_ok=True)
+    planned = steps_planned(folder)
+    looked_at = range(0, done, max(1, done // _LOOKED_AT))
+    if rates(training, looked_at, planned) != rates(training, looked_at, steps):
+        what = f"the schedule {training.schedule!r}"
+    elif planned != steps and getattr(tuning, "progress", dict)():
+        what = f"the method's schedule ({tuning.method})"
+    else:
+        return
+    remark(
+        f"{run}: its first {done} steps followed {what} of {planned} steps, not that of {steps}: "
+        f"the result is not that of {steps} steps from the start."
+    )
+
+
+class Rejoined(TrainerCallback):
+    """Puts a training that goes on for more steps than were planned onto the rates of its own schedule: a checkpoint
+    holds that of the next step by the old one.
+    """
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **given: Any,
+    ) -> None:
+        schedule: Any = given["lr_scheduler"]
+        schedule = getattr(
+            schedule, "scheduler", schedule
+        )  # accelerate's holds torch's
+        if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+            return
+        groups = schedule.optimizer.param_groups
+        for group, first, factor in zip(
+            groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = first * factor(schedule.last_epoch)
+
+
+@contextmanager
+def blamed(checkpoint: Checkpoint | None, recorder: Recorder) -> Iterator[None]:
+    """Within the context, what goes wrong between a checkpoint and the first step after it is the checkpoint's fault.
+
+    Raises:
+        PetuneError: the checkpoint is of no use.
+    """
+    try:
+        yield
+    except (PetuneError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if checkpoint is None or recorder.steps_begun:
+            raise
+        raise PetuneError(
+            f"{checkpoint[0]}: can't be gone on from ({one_line(error)}); delete it to go on from the one before, "
+            "or --overwrite."
+        ) from error
