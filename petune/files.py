@@ -19,11 +19,13 @@ def read_json(path: Path) -> dict[str, Any]:
         PetuneError: no such file, or no JSON object in it.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise PetuneError(f"{path}: {error.strerror or error}.") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise PetuneError(f"{path}: not JSON ({error}).") from None
+    except RecursionError:
+        raise PetuneError(f"{path}: its JSON is nested too deeply.") from None
     if not isinstance(found, dict):
         raise PetuneError(f"{path}: not a JSON object.")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from petune.core.attached.folder import read_tensors
 from petune.core.attached.tuning import Tuning
 from petune.errors import PetuneError
 from petune.files import read_json
-from petune.training.host import OPTIMIZER_FILES, STATE_FILE
+from petune.training.host import OPTIMIZER_FILES, RANDOM_FILES, STATE_FILE
 from petune.training.result import write_json
 from petune.training.run_folder import ADAPTER
 
@@ -48,20 +49,25 @@ def last_checkpoint(folder: Path) -> tuple[Path, int] | None:
 
 
 def check_whole(checkpoint: Path) -> None:
-    """See that the state of the optimizer and of its schedule is there and can be read.
+    """See that all is there and can be read without which a training would go on otherwise, and say nothing.
 
     Raises:
-        PetuneError: it is not; the message names the file.
+        PetuneError: something is not; the message names the file.
     """
     remedy = f"delete {checkpoint} to go on from the one before, or --overwrite"
-    for name in OPTIMIZER_FILES:
-        path = checkpoint / name
+    random = sorted(checkpoint.glob(RANDOM_FILES)) or [checkpoint / "rng_state.pth"]
+    states = [checkpoint / name for name in OPTIMIZER_FILES]
+    for path in (*states, *random):
         if not path.is_file():
             raise PetuneError(f"{path}: no such file; {remedy}.")
         try:
-            torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            whole = zipfile.is_zipfile(path)
+            if path in states:
+                torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception:  # what a damaged pickle raises is anything
-            raise PetuneError(f"{path}: is damaged; {remedy}.") from None
+            whole = False
+        if not whole:
+            raise PetuneError(f"{path}: is damaged; {remedy}.")
 
 
 def tokens_seen(checkpoint: Path) -> int:

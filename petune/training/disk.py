@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,3 +37,25 @@ def saving(folder: Path) -> Iterator[None]:
         raise PetuneError(
             f"{folder}: a checkpoint can't be written; is the disk full?"
         ) from error
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `out` at the end of the context, and is gone if something goes wrong.
+
+    Args:
+        out: where nothing lies yet but perhaps an empty folder.
+
+    Raises:
+        PetuneError: it can't be written.
+    """
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        with saving(out):
+            part.mkdir(parents=True)
+            yield part
+            if out.exists():
+                out.rmdir()
+            os.replace(part, out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

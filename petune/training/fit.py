@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 def fitted(recipe: Recipe, *, method: bool = True) -> Recipe:
-    """The recipe as the model can do it: where it does not say how long rows may be, they are as long as the model has
-    positions for, at most.
+    """The recipe as the model can do it: where it does not say how long rows and answers may be, they are as long as
+    the model has positions for, at most.
 
     Args:
         method: whether the recipe's method acts, and not one that a caller brings.
@@ -80,14 +80,24 @@ def _length(part: Part) -> int:
 
 
 def _with_room(recipe: Recipe, task: type[Task], model: Any, virtual: int) -> Recipe:
-    room = _room(recipe, task, model, virtual)
-    training = recipe.training
-    if room is None or training.max_length <= room:
+    most = places(model)
+    if most is None:
         return recipe
-    if "max_length" in training.model_fields_set or room < 2:
+    given = recipe.training.model_fields_set
+    left = most - virtual
+    if "max_new_tokens" not in given and _new(recipe, task, model) > left // 2:
+        recipe = _with(recipe, max_new_tokens=max(1, left // 2))
+    room = left - _new(recipe, task, model)
+    if recipe.training.max_length <= room:
+        return recipe
+    if "max_length" in given or room < 2:
         raise PetuneError(_too_long(recipe, task, model, virtual))
-    shorter = training.model_copy(update={"max_length": room})
-    return recipe.model_copy(update={"training": shorter})
+    return _with(recipe, max_length=room)
+
+
+def _with(recipe: Recipe, **settings: int) -> Recipe:
+    training = recipe.training.model_copy(update=settings)
+    return recipe.model_copy(update={"training": training})
 
 
 def _room(recipe: Recipe, task: type[Task], model: Any, virtual: int) -> int | None:
@@ -107,7 +117,7 @@ def _too_long(recipe: Recipe, task: type[Task], model: Any, virtual: int) -> str
     more = [f"{virtual} virtual tokens"] if virtual else []
     more += [f"training.max_new_tokens={new}"] if new else []
     beside = f" beside {' and '.join(more)}" if more else ""
-    most = f"at most {room}" if room > 1 else "none; lower those"
+    most = f"at most {room}" if room > 1 else "none"
     return (
         f"training.max_length={recipe.training.max_length}: {recipe.model} has positions for "
         f"{places(model)} tokens, which leaves {most} for a row{beside}."

@@ -7,6 +7,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import fields
+from fnmatch import fnmatch
 from functools import partial
 from typing import Any
 
@@ -126,18 +127,23 @@ STATE_FILE = "trainer_state.json"
 
 OPTIMIZER_FILES = ("optimizer.pt", "scheduler.pt")
 """The files of a checkpoint without which Trainer begins anew with the optimizer, and says nothing."""
+RANDOM_FILES = "rng_state*.pth"
+"""What the states of the random generators are called, one file a process; Trainer does without them too."""
 
 
 @SEAMS.lean(
     "transformers",
-    f"checkpoint-<step>/{' and '.join(OPTIMIZER_FILES)}",
+    f"checkpoint-<step>/{', '.join(OPTIMIZER_FILES)} and {RANDOM_FILES}",
     since="3.0",
     why="see that an optimizer can go on where it stood",
 )
 def _optimizers_are_saved_there() -> bool:
+    from transformers import Trainer
     from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-    return (OPTIMIZER_NAME, SCHEDULER_NAME) == OPTIMIZER_FILES
+    read = Trainer._load_rng_state.__code__.co_consts
+    named = any(fnmatch(str(name), RANDOM_FILES) for name in read)
+    return named and (OPTIMIZER_NAME, SCHEDULER_NAME) == OPTIMIZER_FILES
 
 
 @SEAMS.lean(

@@ -272,8 +272,8 @@ class _Session:
         ):
             loop.train(resume_from_checkpoint=begin_at)
         done = loop.state.global_step
-        if loop.recorder.diverged:
-            raise self._diverged(f"by step {done} its weights are no longer finite")
+        if how := loop.recorder.went_astray:
+            raise self._diverged(f"by step {done} {how}")
         if done < self.steps:
             raise Interrupted(
                 f"{self.path}: stopped at step {done} of {self.steps}; --resume goes on."

@@ -25,6 +25,8 @@ from petune.training.result import finite
 
 LOGGED = ("loss", "learning_rate", "grad_norm")
 """What a row takes over of what Trainer logs at a step."""
+ASTRAY = 100
+"""By how many times a loss has risen that no longer comes down; one below 1 counts as 1."""
 WARM_UP = 2
 """How many steps at the beginning are not measured by, since they also fill caches."""
 
@@ -44,6 +46,8 @@ class Recorder(TrainerCallback):
         self.stopping = False
         self.diverged = False
         """Whether the training ended since a weight was no number."""
+        self.first_loss: float | None = None
+        """That of the first batch."""
         self.keeps_last = False
         """Whether the last step leaves a checkpoint."""
         self.steps_begun = 0
@@ -60,6 +64,8 @@ class Recorder(TrainerCallback):
         try:
             self.seconds = float(clock["seconds"])
             self.loss = float(clock["loss"] or "nan")
+            first = clock.get("first_loss")
+            self.first_loss = None if first is None else float(first)
         except (KeyError, TypeError, ValueError):
             raise PetuneError(f"{checkpoint / CLOCK}: is damaged.") from None
         rows = (
@@ -72,7 +78,18 @@ class Recorder(TrainerCallback):
 
     def clock(self) -> dict[str, float]:
         """What `resume` needs back."""
-        return {"seconds": self.seconds, "loss": self.loss}
+        first = float("nan") if self.first_loss is None else self.first_loss
+        return {"seconds": self.seconds, "loss": self.loss, "first_loss": first}
+
+    @property
+    def went_astray(self) -> str | None:
+        """How the training diverged, None if it did not."""
+        if self.diverged:
+            return "its weights are no longer finite"
+        first = self.first_loss
+        if first is not None and self.loss > ASTRAY * max(first, 1.0):
+            return f"its loss has risen from {first:.3g} to {self.loss:.3g}"
+        return None
 
     @property
     def timed(self) -> list[tuple[float, int]]:

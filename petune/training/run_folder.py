@@ -41,7 +41,7 @@ def room(run: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> Iterato
         if run.exists():
             _check_free(run, recipe, resume, overwrite)
         missing = [path for path in (run, *run.parents) if not path.exists()]
-        _check_can_be_made(run)
+        check_can_be_made(run)
         run.mkdir(parents=True, exist_ok=True)
     try:
         yield
@@ -51,12 +51,17 @@ def room(run: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> Iterato
                 path.rmdir()
 
 
-def _check_can_be_made(run: Path) -> None:
-    nearest = next(path for path in (run, *run.parents) if path.exists())
+def check_can_be_made(folder: Path) -> None:
+    """See that a folder can be made, or written into.
+
+    Raises:
+        PetuneError: a file or a missing permission is in the way.
+    """
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not nearest.is_dir():
-        raise PetuneError(f"output {run}: {nearest} is a file; name another folder.")
+        raise PetuneError(f"output {folder}: {nearest} is a file; name another folder.")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise PetuneError(f"output {run}: {nearest} can't be written to.")
+        raise PetuneError(f"output {folder}: {nearest} can't be written to.")
 
 
 def _check_free(run: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:

@@ -28,7 +28,7 @@ class Training(Strict):
     eval_batch_size: Count | None = Field(
         default=None, description="twice the batch size unless given"
     )
-    learning_rate: Annotated[float, Field(gt=0, le=1e9)] = 1e-3
+    learning_rate: Annotated[float, Field(gt=0, le=1e36)] = 1e-3
     schedule: str = Field(
         default="linear",
         description="one of transformers' schedules: linear, cosine, constant…",
@@ -78,7 +78,9 @@ class Training(Strict):
         "the model has no positions for so many",
     )
     max_new_tokens: Count = Field(
-        default=64, description="tokens of a generated answer, at most"
+        default=64,
+        description="tokens of a generated answer, at most; fewer unless given where "
+        "the model has no positions for them",
     )
     group_by_length: bool = Field(
         default=True, description="rows of like length share a batch: less padding"

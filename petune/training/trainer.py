@@ -157,7 +157,10 @@ class AdapterTrainer(ResumesWithoutWeights, Trainer):
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         with self.laid_out(inputs) as batch:
-            return super().training_step(model, batch, *args, **kwargs)
+            loss = super().training_step(model, batch, *args, **kwargs)
+        if self.recorder.first_loss is None:
+            self.recorder.first_loss = float(loss)
+        return loss
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any

@@ -197,7 +197,7 @@ PLANTED: list[tuple[str, str, Callable[[Patch], None]]] = [
     ("transformers", "on_evaluate", callbacks_get_other_arguments),
     ("transformers", "ProgressCallback.training_bar", the_bar_has_another_name),
     ("transformers", "trainer_state.json", the_state_lies_elsewhere),
-    ("transformers", "optimizer.pt and scheduler.pt", optimizers_lie_elsewhere),
+    ("transformers", "optimizer.pt, scheduler.pt", optimizers_lie_elsewhere),
     ("transformers", "SCHEDULER_FUNCTION", schedules_are_looked_up_otherwise),
     ("transformers", "TrainingArguments.n_gpu", the_number_of_devices_is_a_field),
     ("transformers", "activation_checkpointing", checkpointing_has_a_third_name),
