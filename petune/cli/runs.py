@@ -50,9 +50,12 @@ def train(
     """Fine-tune a model as a recipe says."""
     from petune.training.loop import Interrupted
     from petune.training.loop import train as run
+    from petune.training.plugin_files import bring_back
     from petune.training.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
+    if resume:
+        bring_back(Path(loaded.output))
     loaded.check(source=str(recipe))
     warn_of_failures()
     try:

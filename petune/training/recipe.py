@@ -169,7 +169,7 @@ def _mapping(values: Any, source: str) -> dict[str, Any]:
         )
     for key in values:
         if not isinstance(key, str):
-            raise PetuneError(f"{source}: key {_shown(key)} should be a word.")
+            raise PetuneError(f"{source}: key {shown(key)} should be a word.")
     return values
 
 
@@ -190,7 +190,8 @@ def _override(values: dict[str, Any], override: str) -> None:
         raise PetuneError(
             f"override {override!r}: write key=value, such as training.steps=10."
         )
-    value = read_value(text, f"override {_shown(override)}")
+    said = override if len(override) <= _LONGEST else f"{override[:_LONGEST]}…"
+    value = read_value(text, f"override {said!r}")
     *parents, key = dotted.split(".")
     for parent in parents:
         inner = values.get(parent)
@@ -213,7 +214,7 @@ def _in_words(problem: Any) -> str:
     depth = 2 if nested else 1  # the rest names branches of a union
     key = ".".join(str(part) for part in problem["loc"][:depth])
     if key == "training.schedule_args" and len(problem["loc"]) > 2:
-        value = f"{problem['loc'][2]}: {_shown(problem['input'])}"
+        value = f"{problem['loc'][2]}: {shown(problem['input'])}"
         return f"{key}: {value} should be a finite number, a word, true or false."
     if problem["type"] == "extra_forbidden":
         inner = [f"training.{name}" for name in Training.model_fields]
@@ -223,13 +224,15 @@ def _in_words(problem: Any) -> str:
     if problem["type"] == "value_error":
         return f"{str(problem['ctx']['error']).rstrip('.')}."
     reason = problem["msg"].replace("Input should be", "should be").partition(", ")[0]
-    return f"{key}: {_shown(problem['input'])} {reason}."
+    return f"{key}: {shown(problem['input'])} {reason}."
 
 
 _SHORT = Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+_SHORT.maxlevel = 2
+_LONGEST = 80
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A value as it was given, a long one in short."""
-    return _SHORT.repr(value)
+    said = _SHORT.repr(value)
+    return said if len(said) <= _LONGEST else f"{said[:_LONGEST]}…"

@@ -82,5 +82,5 @@ def read_value(text: str, said: str) -> Any:
     try:
         return read_text(text, said)
     except PetuneError:
-        shown = text if len(text) <= 80 else f"{text[:80]}…"
+        shown = text if len(text) <= 40 else f"{text[:40]}…"
         raise PetuneError(f"{said}: {shown!r} is not a YAML value; quote it.") from None
