@@ -58,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exception(error)
         message, code = _ending(error)
         complain(message)
+        if isinstance(error, OSError) and error.filename is None:
+            _print_no_more()
         return code
 
 
@@ -78,7 +80,7 @@ def _ending(error: BaseException) -> tuple[str, int]:
 def _of_the_machine(error: BaseException) -> str | None:
     """What a disk or a memory refused, None for any other error."""
     if isinstance(error, OSError) and error.strerror:
-        culprit = error.filename2 or error.filename or "a file or the output"
+        culprit = error.filename2 or error.filename or "standard output"
         return f"{culprit}: {error.strerror}."
     if _is_of_memory(error):
         said = " ".join(str(error).split()) or "no memory is left"

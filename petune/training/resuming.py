@@ -72,8 +72,8 @@ def prepare(
 
 
 class Rejoined(TrainerCallback):
-    """Puts a training that goes on for more steps than were planned onto the rates of its own schedule: a checkpoint
-    holds that of the next step by the old one.
+    """Puts a training that goes on onto the settings of this session: a checkpoint holds how often there was to be
+    logged, scored and saved, and the rate of the next step by the schedule that was planned then.
     """
 
     def on_train_begin(
@@ -83,17 +83,19 @@ class Rejoined(TrainerCallback):
         control: TrainerControl,
         **given: Any,
     ) -> None:
+        untyped: Any = state
+        untyped.compute_steps(args, state.max_steps)
         schedule: Any = given["lr_scheduler"]
         schedule = getattr(
             schedule, "scheduler", schedule
         )  # accelerate's holds torch's
         if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
             return
-        groups = schedule.optimizer.param_groups
-        for group, first, factor in zip(
-            groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
-        ):
-            group["lr"] = first * factor(schedule.last_epoch)
+        pairs = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        rates = [first * factor(schedule.last_epoch) for first, factor in pairs]
+        for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        schedule.load_state_dict({**schedule.state_dict(), "_last_lr": rates})
 
 
 @contextmanager

@@ -46,8 +46,8 @@ def room(run: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> Iterato
     try:
         yield
     finally:
-        with suppress(OSError):  # it is not empty: something was written
-            for path in missing:
+        for path in (run / CHECKPOINTS, *missing):
+            with suppress(OSError):  # it is not empty, or not there
                 path.rmdir()
 
 
