@@ -191,9 +191,14 @@ def load_tokenizer(name: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
     """
     options = {"trust_remote_code": False, **kwargs}
     with plainly(name):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            resolve(name, options), **options
-        )
+        place = resolve(name, options)
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                place, **options
+            )
+        except (AttributeError, LookupError, TypeError) as error:
+            what = f"its tokenizer can't be read: {type(error).__name__}: {error}"
+            raise PetuneError(f"{name}: {what}.") from error
     # where there are no files, transformers makes up one with hardly a token
     if len(tokenizer) <= len(tokenizer.all_special_ids) + 2:
         raise PetuneError(f"{name}: the checkpoint has no tokenizer.")

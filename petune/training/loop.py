@@ -273,6 +273,7 @@ class _Session:
             loop.train(resume_from_checkpoint=begin_at)
         done = loop.state.global_step
         if how := loop.recorder.went_astray:
+            loop.recorder.check_began()
             raise self._diverged(f"by step {done} {how}")
         if done < self.steps:
             raise Interrupted(

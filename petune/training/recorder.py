@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from pathlib import Path
@@ -90,6 +91,18 @@ class Recorder(TrainerCallback):
         if first is not None and self.loss > ASTRAY * max(first, 1.0):
             return f"its loss has risen from {first:.3g} to {self.loss:.3g}"
         return None
+
+    def check_began(self) -> None:
+        """See that the training began well.
+
+        Raises:
+            PetuneError: the first loss was no number already, which is no matter of the learning rate.
+        """
+        first = self.first_loss
+        if first is not None and not math.isfinite(first):
+            raise PetuneError(
+                f"{self.path}: the loss was {first} before anything was trained; see method_args and the precision."
+            )
 
     @property
     def timed(self) -> list[tuple[float, int]]:

@@ -202,8 +202,10 @@ def _task(recipe: Recipe, path: Path) -> Task:
     """The task as the run has fitted it."""
     state = read_json(path)
     try:
-        return make_task(recipe, state)
-    except (LookupError, TypeError) as error:
+        task = make_task(recipe, state)
+        task.model_args()
+        return task
+    except (AttributeError, LookupError, TypeError) as error:
         raise PetuneError(
             f"{path}: is not what the task {recipe.task!r} left ({one_line(error)})."
         ) from None

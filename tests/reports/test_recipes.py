@@ -107,6 +107,11 @@ def test_a_schedule_that_can_not_work_is_refused(
     assert words in refusal(changed(recipe, **training))
 
 
+def test_arguments_that_are_no_numbers(recipe: dict[str, Any]) -> None:
+    said = refusal({**recipe, "method_args": {"alpha": float("nan")}})
+    assert "method_args.alpha: nan should be a finite number" in said
+
+
 def test_a_schedule_is_looked_at_for_the_steps_that_the_rows_come_to(
     recipe: dict[str, Any],
 ) -> None:

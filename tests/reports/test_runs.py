@@ -216,6 +216,46 @@ def test_a_loss_that_has_risen_beyond_all_measure(tmp_path: Path) -> None:
     assert recorder.went_astray is None
 
 
+def test_a_loss_that_is_no_number_from_the_start(
+    recipe: dict[str, Any], encoder: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(encoder, tmp_path / "model")
+    tensors = safetensors.torch.load_file(model / "model.safetensors")
+    tensors["embeddings.word_embeddings.weight"].fill_(float("nan"))
+    safetensors.torch.save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    said = refusal({**recipe, "model": str(model)})
+    assert "the loss was nan before anything was trained" in said
+
+
+@pytest.mark.parametrize(
+    "state", ['{"labels": 3}', '{"labels": null}', "{}", "[", "[1]"]
+)
+def test_a_task_that_is_not_what_the_run_left(
+    recipe: dict[str, Any], state: str
+) -> None:
+    train(recipe, quiet=True, final_eval=False)
+    path = Path(recipe["output"]) / "task.json"
+    path.write_text(state)
+    with pytest.raises(PetuneError, match=r"task\.json: "):
+        load_run(recipe["output"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", "[1]"),
+        ("tokenizer.json", '{"a": 1}'),
+        ("tokenizer_config.json", "[1]"),
+    ],
+)
+def test_a_damaged_tokenizer(
+    recipe: dict[str, Any], encoder: Path, tmp_path: Path, name: str, content: str
+) -> None:
+    model = shutil.copytree(encoder, tmp_path / "model")
+    (model / name).write_text(content)
+    assert f"{model}: " in refusal({**recipe, "model": str(model)})
+
+
 @pytest.fixture
 def shift(tmp_path: Path, recipe: dict[str, Any], single_files: None) -> Path:
     """A run of a method that a single file brings; the file."""
