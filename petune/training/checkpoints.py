@@ -54,7 +54,7 @@ def check_whole(checkpoint: Path) -> None:
     Raises:
         PetuneError: something is not; the message names the file.
     """
-    remedy = f"delete {checkpoint} to go on from the one before, or --overwrite"
+    remedy = way_out(checkpoint)
     random = sorted(checkpoint.glob(RANDOM_FILES)) or [checkpoint / "rng_state.pth"]
     states = [checkpoint / name for name in OPTIMIZER_FILES]
     for path in (*states, *random):
@@ -68,6 +68,14 @@ def check_whole(checkpoint: Path) -> None:
             whole = False
         if not whole:
             raise PetuneError(f"{path}: is damaged; {remedy}.")
+
+
+def way_out(checkpoint: Path) -> str:
+    """What can be done where a checkpoint is of no use."""
+    others = set(checkpoint.parent.glob("checkpoint-*")) - {checkpoint}
+    if others:
+        return f"delete {checkpoint} to go on from the one before, or --overwrite"
+    return "--overwrite begins anew"
 
 
 def tokens_seen(checkpoint: Path) -> int:

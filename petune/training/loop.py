@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from petune.training.tasks import Task
     from petune.training.trainer import AdapterTrainer
 
+PUT_BACK = "put it back, or --overwrite"
 EPOCHS = 3
 """Passes over the training data, unless the recipe says how long to train."""
 
@@ -67,11 +68,17 @@ def train(
     run = Path(recipe.output)
     with run_folder.room(run, recipe, resume=resume, overwrite=overwrite), quietly():
         if resume and run_folder.is_done(run, recipe):
-            return Result.read(run)
+            return _finished(run, recipe)
         session = _Session(recipe, run, resume, adapt, quiet)
         if overwrite:
             run_folder.clear(run)
         return session.run(final_eval, last_checkpoint)
+
+
+def _finished(run: Path, recipe: Recipe) -> Result:
+    """The result of a run that has nothing left to do, if its rows are what they were."""
+    fingerprint.check_unchanged(run, make_splits(recipe), PUT_BACK)
+    return Result.read(run)
 
 
 def _checked(
@@ -112,8 +119,7 @@ class _Session:
         )
         self.splits = make_splits(recipe)
         if self.checkpoint:
-            remedy = "put it back, or --overwrite"
-            fingerprint.check_unchanged(run, self.splits, remedy)
+            fingerprint.check_unchanged(run, self.splits, PUT_BACK)
         self.steps, self.updates = self._count()
         if resume:
             check_goes_on(run, self.checkpoint, self.steps)

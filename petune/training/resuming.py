@@ -17,7 +17,7 @@ from transformers import (
 
 from petune.errors import PetuneError
 from petune.training.adapting import Checkpoint
-from petune.training.checkpoints import check_whole, steps_planned
+from petune.training.checkpoints import check_whole, steps_planned, way_out
 from petune.training.rates import rates
 from petune.training.recorder import Recorder
 from petune.training.remarks import remark
@@ -113,6 +113,5 @@ def blamed(checkpoint: Checkpoint | None, recorder: Recorder) -> Iterator[None]:
         if checkpoint is None or recorder.steps_begun:
             raise
         raise PetuneError(
-            f"{checkpoint[0]}: can't be gone on from ({one_line(error)}); delete it to go on from the one before, "
-            "or --overwrite."
+            f"{checkpoint[0]}: can't be gone on from ({one_line(error)}); {way_out(checkpoint[0])}."
         ) from error

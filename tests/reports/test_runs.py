@@ -123,6 +123,7 @@ def test_data_that_has_changed(recipe: dict[str, Any]) -> None:
     jsonl(Path(recipe["data"]), opinions(80))
     said = refusal(changed(recipe, steps=9), resume=True)
     assert "the split 'train' is another (it has 64 rows, and had 48)" in said
+    assert "has changed" in refusal(recipe, resume=True)
     with pytest.raises(PetuneError, match=r"the split 'test' is another.*--data"):
         evaluate(recipe["output"])
     assert 0 <= evaluate(recipe["output"], recipe["data"])["accuracy"] <= 1
