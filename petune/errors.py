@@ -1,13 +1,25 @@
-"""The errors a user can cause. The command line prints one as a single line and exits with code 2."""
+"""The errors a user can cause. The command line prints one as a single line and exits with its code, which is 2 but
+where a training diverged.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import ClassVar
 
 
 class PetuneError(ValueError):
     """A mistake of the user's: the message names the culprit and the remedy."""
+
+    exit_code: ClassVar[int] = 2
+    """What the command line ends with."""
+
+
+class DivergedError(PetuneError):
+    """A training came to weights or scores that are no numbers. Nothing is wrong with its files."""
+
+    exit_code = 1
 
 
 class UnmergeableError(PetuneError, TypeError):
@@ -31,9 +43,19 @@ LISTED = 4
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> str:
-    """`unknown key 'stpes'. Did you mean 'steps'? Known: epochs, steps.`"""
+    """`unknown key 'stpes'. Did you mean 'steps'? Known: batch_size, epochs, seed, steps, …`"""
     names = sorted(known)
     near = get_close_matches(str(name), names, n=2, cutoff=0.6)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-    listed = [*names[:LISTED], "…"] if len(names) > LISTED else names
-    return f"unknown {what} {name!r}.{hint} Known: {', '.join(listed) or 'none'}."
+    others = [name for name in names if name not in near]
+    shown = sorted([*near, *others][:LISTED])
+    left_out = len(shown) < len(names)
+    said = ", ".join(shown) or "none"
+    return f"unknown {what} {name!r}.{hint} Known: {said}{', …' if left_out else '.'}"
+
+
+def listed(names: Iterable[object]) -> str:
+    """The first four names; `…` stands for the rest."""
+    shown = [str(name) for name in names]
+    more = ["…"] if len(shown) > LISTED else []
+    return ", ".join([*shown[:LISTED], *more])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,56 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """All of it or nothing: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    """All of it or nothing: a reader never sees half a file. What is no plain file, such as `/dev/stdout`, is written
+    to as it is.
+
+    Raises:
+        PetuneError: it can't be written.
+    """
+    path = Path(os.path.realpath(path))  # a link stays one
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")
+            return
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            part.write_text(text, encoding="utf-8")
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Within the context a full disk, a missing permission and their like end in one line.
+
+    Args:
+        path: what is written, for systems that don't name the file themselves.
+
+    Raises:
+        PetuneError: the system refused to write.
+    """
+    try:
+        yield
+    except OSError as error:
+        # a replaced file is the second name
+        culprit = error.filename2 or error.filename or path
+        raise PetuneError(f"{culprit}: {error.strerror or error}.") from error
+
+
+def expanded(path: str) -> str:
+    """A path with `~` at its beginning replaced by the home folder that it stands for.
+
+    Raises:
+        PetuneError: no such user, or a path that no system has.
+    """
+    if "\0" in path:
+        raise PetuneError(f"{path!r}: a path has no NUL character in it.")
+    if not path.startswith("~"):
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError:
+        user = path.partition("/")[0]
+        raise PetuneError(f"{path}: there is no home folder of {user}.") from None

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from petune.errors import PetuneError, UnsupportedError
-from petune.training.loop import Adapt
 from petune.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from petune.training.adapting import Adapt
 
 SCHEMA_VERSION = 1
 MEASURED = (
@@ -99,7 +101,11 @@ def _measure(cell: Cell) -> Row:
     for file in cell.plugins:
         registry().add_file(file)
     result = train(
-        cell.recipe, adapt=_adapt(cell.implementation), overwrite=True, quiet=True
+        cell.recipe,
+        adapt=_adapt(cell.implementation),
+        overwrite=True,
+        quiet=True,
+        last_checkpoint=False,
     )
     measured: dict[str, Any] = {key: getattr(result, key) for key in MEASURED}
     environment = {

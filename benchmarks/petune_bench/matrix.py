@@ -19,6 +19,7 @@ from typing import Any
 from petune.testing import Row, reasons
 from petune.testing.rows import FAILS, HOLDS, REFUSED
 from petune_bench.environment import versions
+from petune_bench.options import Parser
 
 FAMILIES, PRECISIONS = "llama gpt2 bert t5", "fp32 bf16 nf4 fp4 int8 int8wo"
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -33,8 +34,8 @@ Cell = tuple[str, str, str]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is not in the results yet, write the page; 1 if something fails."""
     options = _parser().parse_args(argv)
-    methods = options.methods.split() or _methods(everything=options.all)
-    cells = list(product(methods, options.families.split(), options.precisions.split()))
+    methods = options.methods or _methods(everything=options.all)
+    cells = list(product(methods, options.families, options.precisions))
     results = Path(options.results)
     results.parent.mkdir(parents=True, exist_ok=True)
     if options.fresh:
@@ -99,9 +100,7 @@ def _failures(found: Mapping[Cell, Sequence[Row]]) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m petune_bench.matrix", description=__doc__
-    )
+    parser = Parser(prog="python -m petune_bench.matrix", description=__doc__)
     parser.add_argument("--out", help="the page to write, such as docs/matrix.md")
     parser.add_argument(
         "--results",
@@ -111,15 +110,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--fresh", action="store_true", help="run everything anew")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument(
-        "--methods", default="", help="all that are registered by default"
+        "--methods",
+        action="words",
+        default=[],
+        help="all that are registered by default",
     )
     parser.add_argument(
         "--all",
         action="store_true",
         help="also methods of other packages behind a prefix (peft:…)",
     )
-    parser.add_argument("--families", default=FAMILIES)
-    parser.add_argument("--precisions", default=PRECISIONS)
+    parser.add_argument("--families", action="words", default=FAMILIES.split())
+    parser.add_argument("--precisions", action="words", default=PRECISIONS.split())
     parser.add_argument("--device", default="cpu")
     return parser
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import inspect
 import tempfile
@@ -20,6 +19,7 @@ from petune.core.method.twin import PeftTwin
 from petune.files import write_text
 from petune.formats.names import PREFIX
 from petune.testing.models import tiny_batch, tiny_model
+from petune_bench.options import Parser
 from petune_bench.peers import configure
 
 FAMILIES = {
@@ -269,7 +269,7 @@ def page(methods: list[str]) -> str:
 
 def main() -> None:
     """Print the page, or write it."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--out", type=Path, help="the page to write; printed by default"
     )

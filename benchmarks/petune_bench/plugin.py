@@ -26,10 +26,11 @@ Out = Annotated[
     Path | None,
     typer.Option(help="Where results and report go; bench/SUITE by default."),
 ]
-Pattern = Annotated[
-    str,
+Patterns = Annotated[
+    list[str] | None,
     typer.Option(
-        metavar="PATTERN", help="Run only the cells so named, such as 'lora*'."
+        metavar="PATTERN",
+        help="Run only the cells so named, such as 'lora*'. Repeatable.",
     ),
 ]
 Seeds = Annotated[
@@ -55,7 +56,7 @@ def bench(
     suite: SuiteName,
     out: Out = None,
     method: Methods = None,
-    cells: Pattern = "*",
+    cells: Patterns = None,
     seeds: Seeds = None,
     executor: Executor = "local",
     fresh: Fresh = False,
@@ -68,7 +69,7 @@ def bench(
         suite,
         out=out,
         methods=method or (),
-        cells=cells,
+        cells=cells or ("*",),
         seeds=seeds,
         executor=executor,
         fresh=fresh,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import fnmatch
 import inspect
 import shlex
 import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from petune.core.registry.plugins import registry
@@ -38,7 +38,7 @@ def run(
     *,
     out: Path | None = None,
     methods: Sequence[str] = (),
-    cells: str = "*",
+    cells: Sequence[str] = ("*",),
     seeds: int | None = None,
     executor: str = "local",
     fresh: bool = False,
@@ -131,18 +131,25 @@ def _cell(bench: Bench, spec: CellSpec, seed: int) -> Cell:
 
 
 def _specs(
-    suite: Suite, source: str, methods: Sequence[str], pattern: str
+    suite: Suite, source: str, methods: Sequence[str], patterns: Sequence[str]
 ) -> list[CellSpec]:
     """The cells to run: the suite's and those of `--method` that it has not, as far as `--cells` picks them."""
     present = {cell.label for cell in suite.cells}
-    extra = [cell for cell in map(extra_cell, methods) if cell.label not in present]
+    extra = [
+        cell
+        for cell in map(extra_cell, dict.fromkeys(methods))
+        if cell.label not in present
+    ]
     specs = [*suite.cells, *extra]
     check_names(specs, source)
-    chosen = [cell for cell in specs if fnmatchcase(cell.label, pattern)]
-    if not chosen:
-        known = [cell.label for cell in specs]
-        raise PetuneError(f"--cells: {unknown('cell', pattern, known)}")
-    return chosen
+    known = [cell.label for cell in specs]
+    picked: set[str] = set()
+    for pattern in patterns:
+        fitting = fnmatch.filter(known, pattern)
+        if not fitting:
+            raise PetuneError(f"--cells: {unknown('cell', pattern, known)}")
+        picked.update(fitting)
+    return [cell for cell in specs if cell.label in picked]
 
 
 def _code(method: str | list[str]) -> str:

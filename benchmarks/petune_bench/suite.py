@@ -19,11 +19,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from petune.errors import PetuneError, unknown
-from petune.training.recipe import Recipe, Training, parse
+from petune.training.recipe import Recipe, parse, shown
+from petune.training.settings import Training
+from petune.training.yaml_text import read_file, read_text, read_value
 
 SHARED = [key for key in Recipe.model_fields if key != "output"]
 
@@ -109,17 +110,14 @@ def load_suite(name: str) -> tuple[Suite, str, str]:
         if name not in known:
             raise PetuneError(unknown("suite", name, known) + " Or name a .yaml file.")
         return (
-            _parse(known[name].read_text(encoding="utf-8"), f"suite {name}"),
+            _suite(
+                read_text(known[name].read_text(encoding="utf-8"), f"suite {name}"),
+                f"suite {name}",
+            ),
             name,
             f"suite {name}",
         )
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PetuneError(
-            f"{path}: {getattr(error, 'strerror', None) or error}."
-        ) from None
-    return _parse(text, str(path)), path.stem, str(path)
+    return _suite(read_file(path), str(path)), path.stem, str(path)
 
 
 def extra_cell(words: str) -> CellSpec:
@@ -130,9 +128,10 @@ def extra_cell(words: str) -> CellSpec:
         key, equals, value = pair.partition("=")
         if not equals:
             raise PetuneError(f"--method {words!r}: {pair!r} is no key=value.")
-        given["training" if key in Training.model_fields else "method_args"][key] = (
-            yaml.safe_load(value)
-        )
+        own = given["training" if key in Training.model_fields else "method_args"]
+        if key in own:
+            raise PetuneError(f"--method {words!r}: {key!r} is given twice.")
+        own[key] = read_value(value, f"--method {words!r}")
     return CellSpec(method=method, name=words if pairs else "", **given)  # type: ignore[arg-type]
 
 
@@ -151,15 +150,7 @@ def check_names(cells: Iterable[CellSpec], source: str) -> None:
         seen.add(cell.label)
 
 
-def _parse(text: str, source: str) -> Suite:
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        raise PetuneError(
-            f"{source}{line}: {getattr(error, 'problem', None) or 'not YAML'}."
-        ) from None
+def _suite(values: Any, source: str) -> Suite:
     if not isinstance(values, Mapping):
         raise PetuneError(
             f"{source}: a suite is a mapping of keys to values (defaults, cells, …)."
@@ -187,4 +178,4 @@ def _first(error: ValidationError) -> str:
         return f"key {key!r} is missing."
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
-    return f"{key}: {problem['input']!r}: {problem['msg'].lower()}."
+    return f"{key}: {shown(problem['input'])}: {problem['msg'].lower()}."

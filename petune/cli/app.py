@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
+import signal
 import sys
 import traceback
 import warnings
@@ -15,6 +18,7 @@ import typer.main
 from petune.cli import environment, inspect, runs
 from petune.cli.doctor import doctor
 from petune.cli.output import Stopped, complain
+from petune.cli.words import at_home, check_once
 from petune.core.registry.plugins import registry
 from petune.errors import PetuneError, PetuneWarning, unknown
 
@@ -40,29 +44,98 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     debug = False
     try:
-        rest, files, debug = _common(words)
-        with _warnings_hidden(unless=debug):
+        rest, files, debug = _common(at_home(words))
+        with _warnings_hidden(unless=debug), _remarks_as_complaints():
             for file in files:
                 registry().add_file(file)
-            return _run(rest)
+            code = _run(rest)
+            _flush()
+            return code
+    except BrokenPipeError:
+        return _reader_gone()
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exception(error)
         message, code = _ending(error)
         complain(message)
+        if isinstance(error, OSError) and error.filename is None:
+            _print_no_more()
         return code
 
 
 def _ending(error: BaseException) -> tuple[str, int]:
     """What to tell the user about an error, and the exit code."""
     if isinstance(error, PetuneError):
-        return str(error), 2
+        return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt | Stopped):
         return str(error) or "interrupted.", 130
     # typer's usage errors have no public class of their own in every version, but all can say what is wrong
     if hasattr(error, "format_message"):
         return _usage(error), 2
+    if said := _of_the_machine(error):
+        return said, 2
     return f"{type(error).__name__}: {error} (--debug shows where.)", 1
+
+
+def _of_the_machine(error: BaseException) -> str | None:
+    """What a disk or a memory refused, None for any other error."""
+    if isinstance(error, OSError) and error.strerror:
+        culprit = error.filename2 or error.filename or "standard output"
+        return f"{culprit}: {error.strerror}."
+    if _is_of_memory(error):
+        said = " ".join(str(error).split()) or "no memory is left"
+        return f"{said} (Smaller batches, rows or models take less.)"
+    return None
+
+
+def _is_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: torch says so in a RuntimeError."""
+    words = ("out of memory", "allocate memory")
+    of_torch = isinstance(error, RuntimeError) and any(
+        word in str(error).lower() for word in words
+    )
+    return isinstance(error, MemoryError) or of_torch
+
+
+def _flush() -> None:
+    """Write out what was printed, while an error can still be told."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _print_no_more()
+        raise PetuneError(f"standard output: {error.strerror}.") from None
+
+
+def _reader_gone() -> int:
+    """The exit code of a program whose reader, such as `head`, has read enough."""
+    _print_no_more()
+    return 128 + signal.SIGPIPE
+
+
+def _print_no_more() -> None:
+    """Let Python's own flush at the end have nothing to fail at."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def _remarks_as_complaints() -> Iterator[None]:
+    """Within the context what the library has to say beside a result is one line on stderr."""
+    log, shown = logging.getLogger("petune"), _Complaints()
+    log.addHandler(shown)
+    spread, log.propagate = log.propagate, False
+    try:
+        yield
+    finally:
+        log.removeHandler(shown)
+        log.propagate = spread
+
+
+class _Complaints(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        complain(record.getMessage())
 
 
 @contextlib.contextmanager
@@ -129,6 +202,8 @@ def _run(words: list[str]) -> int:
     name = next((word for word in words if not word.startswith("-")), None)
     if name is not None and name not in program.commands:
         raise PetuneError(unknown("command", name, program.commands))
+    if name is not None:
+        check_once(program.commands[name], words)
     _replace_what_cannot_be_printed()
     done = program.main(words, prog_name="petune", standalone_mode=False)
     if done == 130:

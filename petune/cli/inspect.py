@@ -11,12 +11,15 @@ import typer
 
 from petune.cli.output import as_json, table, warn_of_failures
 from petune.core.registry.plugins import Plugin, registry
+from petune.errors import PetuneError
 
 if TYPE_CHECKING:
     from petune.core.frozen.site import Site
     from petune.testing import Row
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+FAMILIES, PRECISIONS = "llama gpt2 bert t5", "fp32 nf4"
+"""What `petune check` runs on unless told."""
 ARGUMENT = (
     "An argument of the method, such as rank=4; of one of several: 'lora={rank: 4}'."
 )
@@ -103,11 +106,12 @@ def check(
         str, typer.Argument(help="A method's name, or several as one tuning: lora+ia3.")
     ],
     families: Annotated[
-        str, typer.Option(help="The families of models to run on.")
-    ] = "llama gpt2 bert t5",
+        list[str] | None,
+        typer.Option(help=f"The families of models to run on ({FAMILIES})."),
+    ] = None,
     precisions: Annotated[
-        str, typer.Option(help="The precisions to run at.")
-    ] = "fp32 nf4",
+        list[str] | None, typer.Option(help=f"The precisions to run at ({PRECISIONS}).")
+    ] = None,
     argument: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help=ARGUMENT)
     ] = None,
@@ -118,8 +122,8 @@ def check(
     rows = _run_checks(
         method.split("+"),
         _values(argument or []),
-        families=families.split(),
-        precisions=precisions.split(),
+        families=_words(families or [FAMILIES]),
+        precisions=_words(precisions or [PRECISIONS]),
         device=device,
     )
     if json:
@@ -161,12 +165,24 @@ def _site(site: Site) -> dict[str, Any]:
     return {**fields, "parts": sorted(site.parts)}
 
 
+def _words(given: list[str]) -> list[str]:
+    """The words of an option that may be given several times, each once."""
+    return list(dict.fromkeys(" ".join(given).split()))
+
+
 def _values(pairs: list[str]) -> dict[str, Any]:
     """The values of KEY=VALUE options, read as YAML."""
-    import yaml
+    from petune.training.yaml_text import read_value
 
-    split = [pair.partition("=") for pair in pairs]
-    return {key: yaml.safe_load(value) for key, _, value in split}
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise PetuneError(f"--argument {pair!r}: write KEY=VALUE, such as rank=4.")
+        if key in found:
+            raise PetuneError(f"--argument: {key!r} is given twice; give it once.")
+        found[key] = read_value(value, f"--argument {pair!r}")
+    return found
 
 
 def _run_checks(

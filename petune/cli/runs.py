@@ -6,12 +6,25 @@ import json as jsonlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from petune.cli.inspect import AsJson
-from petune.cli.output import Stopped, as_json, number, table, warn_of_failures
+from petune.cli.output import (
+    Stopped,
+    as_json,
+    complain,
+    number,
+    table,
+    warn_of_failures,
+)
+
+if TYPE_CHECKING:
+    from petune.core.attached.cost import Merged
+
+LOST = 0.5
+"""How much of what a tuning changes may be lost in merged weights before it is said in words."""
 
 RunFolder = Annotated[
     Path,
@@ -37,10 +50,13 @@ def train(
     """Fine-tune a model as a recipe says."""
     from petune.training.loop import Interrupted
     from petune.training.loop import train as run
+    from petune.training.plugin_files import bring_back
     from petune.training.processes import Processes
     from petune.training.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
+    if resume:
+        bring_back(Path(loaded.output))
     loaded.check(source=str(recipe))
     warn_of_failures()
     try:
@@ -98,7 +114,10 @@ def predict(
     from petune.files import write_text
     from petune.training.result import finite
     from petune.training.run import predict as ask
+    from petune.training.run_folder import check_can_be_made
 
+    if out is not None:
+        check_can_be_made(out.parent)  # said before the rows are answered
     rows = ask(run, data, quiet=False)
     lines = [
         jsonlib.dumps(finite(row), ensure_ascii=False, default=str) for row in rows
@@ -126,6 +145,16 @@ def merge(
     print(out)
     if quantized:
         print(merged)
+    _say_loss(merged)
+
+
+def _say_loss(merged: Merged) -> None:
+    """Say in words where storing the merged weights undid the tuning."""
+    if merged.loss >= LOST:
+        complain(
+            f"what storing the merged weights loses is {merged.loss:.2g} times as large as what was tuned: little of "
+            "the tuning is left in them. Score them, or keep the adapter."
+        )
 
 
 def export(
@@ -142,5 +171,7 @@ def export(
     """Hand a run's result to other programs."""
     from petune.training.run import export_run
 
-    export_run(run, out, format)
+    merged = export_run(run, out, format)
     print(out)
+    if merged is not None:
+        _say_loss(merged)

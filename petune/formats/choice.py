@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from petune.core.method.twin import PeftTwin
 from petune.core.registry.methods import method_of, methods
-from petune.errors import UnsupportedError
+from petune.errors import UnsupportedError, listed
+from petune.formats.advice import instead
 from petune.formats.names import CONFIG
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def twin_of(tuning: Tuning) -> PeftTwin:
     twin = _own_twin(method)
     if twin is None:
         raise UnsupportedError(
-            f"PEFT's format has no {tuning.method!r}; save in petune's own, or merge it."
+            f"PEFT's format has no {tuning.method!r}; {instead(tuning.parts)}."
         )
     return twin
 
@@ -52,7 +53,7 @@ def method_for(config: Mapping[str, Any], folder: Path) -> tuple[str, PeftTwin]:
     said = f"{folder / CONFIG}: no method here is PEFT's {kind}"
     if refusals:
         raise UnsupportedError(f"{said} with {refusals[0]}.")
-    raise UnsupportedError(f"{said}. Known: {', '.join(_known_kinds())}.")
+    raise UnsupportedError(f"{said}. Known: {listed(_known_kinds())}.")
 
 
 def _candidates(kind: Any) -> dict[str, PeftTwin]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from petune.core.method.arguments import arguments
 from petune.core.registry.methods import method_of
 from petune.errors import UnsupportedError
+from petune.formats.advice import instead
 from petune.formats.names import exceptions_by_module, is_listed
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ def options_of(tuning: Tuning, twin: PeftTwin) -> dict[str, Any]:
     for key, value in tuning.arguments.items():
         if key not in said and value != defaults[key]:
             raise UnsupportedError(
-                f"{tuning.method!r} with {key}={value!r} has no place in PEFT's format; merge it."
+                f"{tuning.method!r} with {key}={value!r} has no place in PEFT's format; "
+                f"{instead(tuning.parts)}."
             )
     found = {}
     for theirs, ours in twin.arguments.items():
@@ -43,7 +45,7 @@ def options_of(tuning: Tuning, twin: PeftTwin) -> dict[str, Any]:
         if value not in twin.neutral.get(theirs, (value,)):
             raise UnsupportedError(
                 f"{tuning.method!r} with {ours}={value!r} is another method in PEFT; "
-                "save in petune's own, or merge it."
+                f"{instead(tuning.parts)}."
             )
     return found
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from petune.core.frozen.modules import features
 from petune.errors import UnsupportedError
+from petune.formats.advice import instead
 from petune.formats.choice import twin_of
 from petune.formats.export import describe
 from petune.formats.names import PREFIX, short_names
@@ -71,7 +72,7 @@ def _by_site(tuning: Tuning, tensors: Mapping[str, Tensor]) -> dict[str, Factors
         if end is None:
             raise UnsupportedError(
                 f"serving engines read low-rank updates alone, not {_said(tuning, key)} "
-                f"of {tuning.method!r}; merge it instead."
+                f"of {tuning.method!r}; {instead(tuning.parts)}."
             )
         site = key.removeprefix(PREFIX).removesuffix(f".{end}")
         found.setdefault(site, {})[end] = tensor

@@ -196,6 +196,19 @@ def skeleton(
             return built(loader, config)
 
 
+def heads(name: str | Path, **kwargs: Any) -> tuple[str, list[str]]:
+    """The type of a model, such as `t5`, and which of `HEADS` its architecture has.
+
+    Raises:
+        PetuneError: no such model.
+    """
+    options = {"trust_remote_code": False, **kwargs}
+    with plainly(name):
+        place = resolve(name, options, weights=False)
+        config = AutoConfig.from_pretrained(place, **options)
+    return config.model_type, [key for key in HEADS if _has_head(config, key)]
+
+
 def load_tokenizer(name: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
     """The tokenizer that goes with a model's name. Padding falls back on the end-of-text token; none is added.
 
@@ -204,9 +217,14 @@ def load_tokenizer(name: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
     """
     options = {"trust_remote_code": False, **kwargs}
     with plainly(name):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            resolve(name, options), **options
-        )
+        place = resolve(name, options)
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                place, **options
+            )
+        except (AttributeError, LookupError, TypeError) as error:
+            what = f"its tokenizer can't be read: {type(error).__name__}: {error}"
+            raise PetuneError(f"{name}: {what}.") from error
     # where there are no files, transformers makes up one with hardly a token
     if len(tokenizer) <= len(tokenizer.all_special_ids) + 2:
         raise PetuneError(f"{name}: the checkpoint has no tokenizer.")

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from petune.training.dataset import Dataset
     from petune.training.logits import labelled_logits
     from petune.training.loop import train
-    from petune.training.recipe import Recipe, Training, load_recipe
+    from petune.training.recipe import Recipe, load_recipe
     from petune.training.result import Result
     from petune.training.run import (
         Run,
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         merge_run,
         predict,
     )
+    from petune.training.settings import Training
     from petune.training.tasks import Task
 
 __all__ = [
@@ -40,9 +41,10 @@ __all__ = [
 
 _HOME = {
     "dataset": ("Dataset",),
-    "recipe": ("Recipe", "Training", "load_recipe"),
+    "recipe": ("Recipe", "load_recipe"),
     "result": ("Result",),
     "run": ("Run", "evaluate", "export_run", "load_run", "merge_run", "predict"),
+    "settings": ("Training",),
     "tasks": ("Task",),
     "logits": ("labelled_logits",),
     "loop": ("train",),

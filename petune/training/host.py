@@ -5,7 +5,9 @@ it still holds; and all seams of the training together.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import fields
+from fnmatch import fnmatch
 from functools import partial
 from typing import Any
 
@@ -123,9 +125,30 @@ STATE_FILE = "trainer_state.json"
 """The file of a checkpoint that Trainer writes last."""
 
 
+OPTIMIZER_FILES = ("optimizer.pt", "scheduler.pt")
+"""The files of a checkpoint without which Trainer begins anew with the optimizer, and says nothing."""
+RANDOM_FILES = "rng_state*.pth"
+"""What the states of the random generators are called, one file a process; Trainer does without them too."""
+
+
 @SEAMS.lean(
     "transformers",
-    f"checkpoint-<step>/{STATE_FILE} with global_step and num_input_tokens_seen",
+    f"checkpoint-<step>/{', '.join(OPTIMIZER_FILES)} and {RANDOM_FILES}",
+    since="3.0",
+    why="see that an optimizer can go on where it stood",
+)
+def _optimizers_are_saved_there() -> bool:
+    from transformers import Trainer
+    from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+
+    read = Trainer._load_rng_state.__code__.co_consts
+    named = any(fnmatch(str(name), RANDOM_FILES) for name in read)
+    return named and (OPTIMIZER_NAME, SCHEDULER_NAME) == OPTIMIZER_FILES
+
+
+@SEAMS.lean(
+    "transformers",
+    f"checkpoint-<step>/{STATE_FILE} with global_step, max_steps and num_input_tokens_seen",
     since="4.39",
     why="find the last whole checkpoint",
 )
@@ -136,7 +159,7 @@ def _checkpoints_hold_a_state() -> bool:
 
     names = {field.name for field in fields(TrainerState)}
     named = (PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME) == ("checkpoint", STATE_FILE)
-    return named and {"global_step", "num_input_tokens_seen"} <= names
+    return named and {"global_step", "max_steps", "num_input_tokens_seen"} <= names
 
 
 @SEAMS.lean(
@@ -151,6 +174,28 @@ def _trainer_asks_for_the_number_of_devices() -> bool:
     return isinstance(
         inspect.getattr_static(TrainingArguments, "n_gpu"), property
     ) and mentions(Trainer, "n_gpu")
+
+
+@SEAMS.lean(
+    "transformers",
+    "optimization.TYPE_TO_SCHEDULER_FUNCTION",
+    since="4.0",
+    why="know which arguments a schedule takes",
+)
+def _schedules_are_functions() -> bool:
+    from transformers import get_linear_schedule_with_warmup
+
+    return schedule_function("linear") is get_linear_schedule_with_warmup
+
+
+def schedule_function(name: str) -> Callable[..., Any]:
+    """What makes transformers' schedule of that name."""
+    from transformers import SchedulerType
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+
+    made_by: dict[Any, Any] = TYPE_TO_SCHEDULER_FUNCTION
+    found: Callable[..., Any] = made_by[SchedulerType(name)]
+    return found
 
 
 @SEAMS.lean(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from petune.errors import PetuneError
+from petune.errors import DivergedError, PetuneError
 from petune.files import write_text
-from petune.training import run_folder
+from petune.training import fingerprint, plugin_files, run_folder
 from petune.training.processes import Processes
 from petune.training.recipe import Recipe, load_recipe
 from petune.training.result import Result, write_json
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor, nn
 
-    from petune.training.trainer import Adapted, AdapterTrainer
+    from petune.training.adapting import Adapt
+    from petune.training.tasks import Task
+    from petune.training.trainer import AdapterTrainer
 
-Adapt = Callable[["nn.Module", Recipe], "Adapted"]
+PUT_BACK = "put it back, or --overwrite"
 EPOCHS = 3
 """Passes over the training data, unless the recipe says how long to train."""
 
@@ -39,51 +42,64 @@ def train(
     adapt: Adapt | None = None,
     quiet: bool = False,
     final_eval: bool = True,
+    last_checkpoint: bool = True,
 ) -> Result:
     """Train what the recipe says and leave a run in its `output` folder.
 
     Args:
         recipe: a recipe, its values, or a YAML file.
-        resume: go on from the run's last checkpoint; the result is that of a run that was never stopped.
+        resume: go on from the last checkpoint as if the run had not been stopped, or finished at fewer steps.
         overwrite: throw away a run that is there already.
         adapt: makes the model trainable in place of `petune.attach`: `adapt(model, recipe)` returns an object with
             `parameters()` and `save(folder)`; if it has `model`, that is what is called, and with `load(folder)` it
             can resume.
         quiet: no progress bar.
         final_eval: score the test split at the end.
+        last_checkpoint: leave a checkpoint of the last step, from which the run can be trained on.
 
     Raises:
-        PetuneError: a mistake in the recipe or its data, or a run that is in the way.
+        PetuneError: a mistake in the recipe or its data, a run that is in the way, or a disk that takes no more.
+        DivergedError: the weights are no longer finite; the last checkpoint is the last one of finite weights.
         MovedError: an installed library has changed something that the training leans on.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
     """
+    if resume and overwrite:
+        raise PetuneError("--resume and --overwrite exclude each other: give one.")
+    processes = Processes.joined()
+    with processes.first_alone():  # it may fetch the model's configuration
+        recipe = _checked(recipe, method=adapt is None)
+    processes.check_share(recipe.training.batch_size)
+    run = Path(recipe.output)
+    with run_folder.room(run, recipe, resume=resume, overwrite=overwrite), quietly():
+        if resume and run_folder.is_done(run, recipe):
+            return _finished(run, recipe)
+        session = _Session(recipe, run, resume, adapt, quiet, processes)
+        with processes.first_alone():
+            if overwrite and processes.writes:
+                run_folder.clear(run)
+        return session.run(final_eval, last_checkpoint)
+
+
+def _finished(run: Path, recipe: Recipe) -> Result:
+    """The result of a run that has nothing left to do, if its rows are what they were."""
+    fingerprint.check_unchanged(run, make_splits(recipe), PUT_BACK)
+    return Result.read(run)
+
+
+def _checked(
+    recipe: Recipe | Mapping[str, Any] | str | Path, *, method: bool
+) -> Recipe:
+    """The recipe as the model can do it; see `train` for what is raised."""
+    from petune.training.fit import fitted
     from petune.training.host import SEAMS
     from petune.training.host_model import check_every
 
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
-    recipe.check(method=adapt is None)
+    recipe.check(method=method)
     SEAMS.require()
     check_every(int(recipe.training.gradient_checkpointing))
-    run = Path(recipe.output)
-    processes = Processes.joined()
-    check_shares(recipe, processes)
-    with processes.first_alone():
-        run_folder.make_room(run, recipe, resume=resume, overwrite=overwrite)
-    if resume and (run / run_folder.RESULT).exists():
-        return Result.read(run)
-    with quietly():
-        session = _Session(recipe, run, resume, adapt, quiet, processes)
-        return session.run(final_eval)
-
-
-def check_shares(recipe: Recipe, processes: Processes) -> None:
-    """See that every process gets rows of a batch."""
-    size = recipe.training.batch_size
-    if size < processes.count:
-        raise PetuneError(
-            f"training.batch_size {size}: {processes.count} processes share a batch; it needs a row for each."
-        )
+    return fitted(recipe, method=method)
 
 
 class _Session:
@@ -101,7 +117,11 @@ class _Session:
         import datasets
         import transformers
 
+        from petune.training.adapting import adapted
         from petune.training.checkpoints import last_checkpoint
+        from petune.training.fit import check_room
+        from petune.training.rates import check_rates
+        from petune.training.resuming import check_goes_on
 
         began = time.perf_counter()
         self.recipe, self.path, self.processes = recipe, run, processes
@@ -111,24 +131,49 @@ class _Session:
         )
         with processes.first_alone():  # it fetches
             self.splits = make_splits(recipe)
-            self.task = make_task(recipe)
-        self.task.quiet = quiet
-        self.task.fit(self.splits["train"])
+        if self.checkpoint:
+            fingerprint.check_unchanged(run, self.splits, PUT_BACK)
+        self.steps, self.updates = self._count()
+        if resume:
+            check_goes_on(run, self.checkpoint, self.steps)
+        check_rates(recipe.training, self.steps)
+        with processes.first_alone():
+            self.task = self._fitted_task()
         transformers.set_seed(recipe.training.seed)
         self.model = make_model(recipe, self.task)
         encoded = [self.task.encode(row) for row in self.splits["train"]]
         self.examples = datasets.Dataset.from_list(encoded)
-        self.tuning = self._brought(adapt) if adapt is not None else self._attached()
+        self.tuning = adapted(self.model, recipe, self.checkpoint, adapt)
+        virtual = sum(
+            len(link.adapter()) for link in getattr(self.tuning, "prompts", ())
+        )
+        check_room(recipe, self.task, self.model, virtual)
         self.acting: nn.Module = getattr(self.tuning, "model", self.model)
         self.load_seconds = time.perf_counter() - began
 
-    def run(self, final_eval: bool) -> Result:
+    def _fitted_task(self) -> Task:
+        """The task, which has seen what it trains on and that it can score the rest."""
+        task = make_task(self.recipe)
+        task.quiet = self.quiet
+        task.fit(self.splits["train"])
+        for split in ("validation", "test"):
+            task.check(self.splits[split], split)
+        return task
+
+    def _count(self) -> tuple[int, int]:
+        """How many steps the training has, and how many an epoch."""
+        t = self.recipe.training
+        batches = math.ceil(len(self.splits["train"]) / t.batch_size)
+        updates = math.ceil(batches / t.gradient_accumulation)
+        return t.steps or math.ceil((t.epochs or EPOCHS) * updates), updates
+
+    def run(self, final_eval: bool, last_checkpoint: bool) -> Result:
         """Train, score, measure, and write the run's folder."""
         caching = getattr(self.model.config, "use_cache", True)
         loop = self._loop()
+        loop.recorder.keeps_last = last_checkpoint
         if self.processes.writes:
-            run_folder.write_recipe(self.path, self.recipe)
-            write_json(self.path / run_folder.TASK, self.task.state())
+            self._write_notes()
         steps, tokens = self._train(loop)
         if self.processes.writes:
             result = self._result(loop, steps, tokens, final_eval)
@@ -142,11 +187,12 @@ class _Session:
         self, loop: AdapterTrainer, steps: int, tokens: int, final_eval: bool
     ) -> Result:
         """Save the adapter, score it, and measure a step."""
-        self.tuning.save(self.path / run_folder.ADAPTER)
+        from petune.training.disk import saving
+
+        with saving(self.path):
+            self.tuning.save(self.path / run_folder.ADAPTER)
         began = time.perf_counter()
-        metrics = (
-            self.task.score(self.acting, self._scored("test")) if final_eval else {}
-        )
+        metrics = self._score() if final_eval else {}
         eval_seconds = time.perf_counter() - began
         peak, saved = self._measure(loop)
         recorder = loop.recorder
@@ -169,48 +215,40 @@ class _Session:
             device=_device_name(self.acting),
         )
 
-    def _attached(self) -> Adapted:
-        """The recipe's tuning on the model, as the checkpoint has it if there is one."""
-        import torch
+    def _write_notes(self) -> None:
+        """What a later session or a use of the run needs to know."""
+        run_folder.write_recipe(self.path, self.recipe)
+        write_json(self.path / run_folder.TASK, self.task.state())
+        write_json(self.path / fingerprint.FILE, fingerprint.fingerprint(self.splits))
+        if files := plugin_files.needed(self.recipe):
+            write_json(self.path / plugin_files.FILE, files)
 
-        from petune.core.attached.attach import attach
-        from petune.core.attached.load import load
-        from petune.training.checkpoints import resume_schedule
+    def _score(self) -> dict[str, float]:
+        """The metrics of the test split.
 
-        r = self.recipe
-        if self.checkpoint:
-            folder, _ = self.checkpoint
-            tuning = load(self.model, folder / run_folder.ADAPTER)
-            resume_schedule(tuning, folder)
-            return tuning
-        try:
-            return attach(self.model, r.method, where=r.where, **r.method_args)
-        except (PetuneError, torch.OutOfMemoryError):
-            raise
-        except (
-            ArithmeticError,
-            LookupError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
-            # a value of the right type that the method can't work with, such as a rank of 0
-            raise PetuneError(
-                f"method {r.method!r} with method_args {r.method_args}: {error}"
-            ) from error
+        Raises:
+            DivergedError: the loss on it is no number; the adapter is gone then.
+        """
+        metrics = self.task.score(self.acting, self._scored("test"))
+        loss = metrics.get("loss", 0.0)
+        if not math.isfinite(loss):
+            shutil.rmtree(self.path / run_folder.ADAPTER)
+            raise self._diverged(f"the loss on the test split is {loss}")
+        return metrics
 
-    def _brought(self, adapt: Adapt) -> Adapted:
-        """What the caller makes trainable, as the checkpoint has it if there is one."""
-        brought: Any = adapt(self.model, self.recipe)
-        if self.checkpoint:
-            if not hasattr(brought, "load"):
-                raise PetuneError(
-                    f"{self.path}: what `adapt` made can't load a checkpoint; start anew with overwrite."
-                )
-            folder, _ = self.checkpoint
-            brought.load(folder / run_folder.ADAPTER)
-        adapted: Adapted = brought
-        return adapted
+    def _diverged(self, how: str) -> DivergedError:
+        from petune.training.checkpoints import last_checkpoint
+
+        found = last_checkpoint(self.path / run_folder.CHECKPOINTS)
+        kept = (
+            f"{found[0]} is the last finite checkpoint"
+            if found
+            else "there was no checkpoint before"
+        )
+        rate = self.recipe.training.learning_rate
+        return DivergedError(
+            f"{self.path}: the training diverged: {how}; {kept}. Lower training.learning_rate ({rate:g})."
+        )
 
     def _loop(self) -> AdapterTrainer:
         from petune.training.order import EpochSampler
@@ -218,9 +256,6 @@ class _Session:
         from petune.training.trainer import AdapterTrainer, arguments
 
         t = self.recipe.training
-        batches = math.ceil(len(self.examples) / t.batch_size)
-        updates = math.ceil(batches / t.gradient_accumulation)
-        self.steps = t.steps or math.ceil((t.epochs or EPOCHS) * updates)
         lengths = [len(ids) for ids in self.examples["input_ids"]]
         sampler = EpochSampler(lengths, t.batch_size, t.seed, t.group_by_length)
         checkpoints = self.path / run_folder.CHECKPOINTS
@@ -228,7 +263,9 @@ class _Session:
             self.acting,
             self.tuning,
             self.task,
-            Recorder(self.path / run_folder.METRICS, sampler, updates, self.processes),
+            Recorder(
+                self.path / run_folder.METRICS, sampler, self.updates, self.processes
+            ),
             self.processes,
             args=arguments(
                 self.recipe,
@@ -244,20 +281,38 @@ class _Session:
     def _train(self, loop: AdapterTrainer) -> tuple[int, int]:
         """(steps, tokens) of the run so far."""
         from petune.training.checkpoints import tokens_seen
+        from petune.training.disk import saving
+        from petune.training.resuming import Rejoined, blamed, prepare
         from petune.training.signals import stop_on_signal
 
         begin_at = None
         if self.checkpoint:
             folder, done = self.checkpoint
             loop.recorder.resume(folder, done)
-            if done >= self.steps:  # only what comes after training is missing
+            if done == self.steps:  # only what comes after training is missing
                 return done, tokens_seen(folder)
+            prepare(
+                self.path,
+                self.recipe.training,
+                self.tuning,
+                self.checkpoint,
+                self.steps,
+            )
+            loop.add_callback(Rejoined())
             begin_at = str(folder)
         elif self.processes.writes:
             write_text(self.path / run_folder.METRICS, "")
-        with stop_on_signal(loop.recorder), loop.lean():
+        with (
+            stop_on_signal(loop.recorder),
+            loop.lean(),
+            saving(self.path),
+            blamed(self.checkpoint, loop.recorder),
+        ):
             loop.train(resume_from_checkpoint=begin_at)
         done = loop.state.global_step
+        if how := loop.recorder.went_astray:
+            loop.recorder.check_began()
+            raise self._diverged(f"by step {done} {how}")
         if done < self.steps:
             raise Interrupted(
                 f"{self.path}: stopped at step {done} of {self.steps}; --resume goes on."

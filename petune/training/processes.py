@@ -76,6 +76,17 @@ class Processes:
         """Whether this is the process that writes files and scores."""
         return self.rank == 0
 
+    def check_share(self, batch_size: int) -> None:
+        """See that every process gets rows of a batch.
+
+        Raises:
+            PetuneError: a batch has fewer rows than there are processes.
+        """
+        if batch_size < self.count:
+            raise PetuneError(
+                f"training.batch_size {batch_size}: {self.count} processes share a batch; it needs a row for each."
+            )
+
     def wait(self) -> None:
         """Until all processes have come here."""
         if self.count > 1:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from warnings import catch_warnings
 
 from petune.core.registry.plugins import registry
-from petune.errors import PetuneError
-from petune.files import read_json
-from petune.training import run_folder
+from petune.errors import PetuneError, UnmergeableError
+from petune.files import expanded, read_json
+from petune.training import fingerprint, plugin_files, run_folder
 from petune.training.data import assign
+from petune.training.disk import whole_folder
 from petune.training.recipe import Recipe, load_recipe
-from petune.training.rows import read_rows
+from petune.training.rows import one_line, read_rows
 from petune.training.setup import make_model, make_splits, make_task, quietly, sample
 from petune.training.tasks import Task
 
@@ -43,10 +44,13 @@ class Run:
         """`score`, `metric` and all metrics, on the run's test split or on a file's rows.
 
         Raises:
-            PetuneError: the file can't be read, or lacks a column.
+            PetuneError: the file can't be read, or lacks a column; or the run's data has changed, so that rows that it
+                was trained on may be in the test split.
         """
         if data is None:
             rows = make_splits(self.recipe)["test"]
+            remedy = "put it back, or name rows by --data"
+            fingerprint.check_unchanged(self.path, {"test": rows}, remedy)
         else:
             needed = (*self.task.inputs, *self.task.targets)
             given, columns = read_rows(data), self._columns()
@@ -102,6 +106,7 @@ class Run:
         from petune.core.frozen.config import unplaced
 
         out, model = _free(out), self.model
+        self._check_mergeable()
         if quantized:
             self._check_quantized()
         with catch_warnings(action="ignore"):  # what can't be saved raises below
@@ -112,9 +117,15 @@ class Run:
             raise PetuneError(
                 f"a saved {model.config.model_type} has no place for {lost[0]}; keep the adapter instead."
             )
-        model.save_pretrained(out)
-        self.tokenizer.save_pretrained(out)
+        with whole_folder(out) as folder:
+            model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
         return merged
+
+    def _check_mergeable(self) -> None:
+        for part in self.tuning.parts:
+            if not part.cls.mergeable:
+                raise UnmergeableError(f"{part.name!r} has no merged form.")
 
     def _check_quantized(self) -> None:
         """See that the run's base is quantized and that its weights can be saved as they are stored."""
@@ -132,17 +143,21 @@ class Run:
                 f"transformers can't save {precision} weights; merge into dense ones."
             )
 
-    def export(self, out: str | Path, format: str) -> None:
+    def export(self, out: str | Path, format: str) -> Merged | None:
         """Write the tuning for others: `peft`, `serving` (what vLLM and llama.cpp's converter take) or `dense`.
+
+        Returns:
+            What storing merged weights cost, where the format has them.
 
         Raises:
             UnsupportedError: the format has no place for this tuning; nothing is written.
             PetuneError: no such format, or `out` exists already.
         """
         if format == "dense":
-            self.merge(out)
-        else:
-            self.tuning.save(_free(out), format)
+            return self.merge(out)
+        with whole_folder(_free(out)) as folder:
+            self.tuning.save(folder, format)
+        return None
 
     def _columns(self) -> dict[str, str]:
         """The names of the training data's columns; a set's own where the recipe says nothing."""
@@ -152,10 +167,11 @@ class Run:
 
 
 def _free(out: str | Path) -> Path:
-    """The path, at which nothing lies yet but perhaps an empty folder."""
-    out = Path(out)
+    """The path, at which nothing lies yet but perhaps an empty folder, and where one can be made."""
+    out = Path(expanded(str(out)))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PetuneError(f"{out}: exists already; name a new folder.")
+    run_folder.check_can_be_made(out)
     return out
 
 
@@ -167,18 +183,32 @@ def load_run(path: str | Path) -> Run:
     """
     from petune.core.attached.load import load
 
-    path = Path(path)
+    path = Path(expanded(str(path)))
     if not (path / run_folder.ADAPTER).is_dir():
         what = "an unfinished run" if (path / run_folder.RECIPE).exists() else "no run"
         raise PetuneError(
             f"{path}: {what}; `petune train` leaves one in the recipe's output folder."
         )
+    plugin_files.bring_back(path)
     recipe = load_recipe(path / run_folder.RECIPE)
     with quietly():
-        task = make_task(recipe, read_json(path / run_folder.TASK))
+        task = _task(recipe, path / run_folder.TASK)
         model = make_model(recipe, task)
         tuning = load(model, path / run_folder.ADAPTER)
     return Run(path, recipe, task, model, tuning)
+
+
+def _task(recipe: Recipe, path: Path) -> Task:
+    """The task as the run has fitted it."""
+    state = read_json(path)
+    try:
+        task = make_task(recipe, state)
+        task.model_args()
+        return task
+    except (AttributeError, LookupError, TypeError) as error:
+        raise PetuneError(
+            f"{path}: is not what the task {recipe.task!r} left ({one_line(error)})."
+        ) from None
 
 
 def evaluate(
@@ -206,12 +236,13 @@ def predict(
 
 def merge_run(run: str | Path, out: str | Path, *, quantized: bool = False) -> Merged:
     """See `Run.merge`."""
+    _free(out)  # said before a model is loaded for it
     loaded = load_run(run)
     with quietly():
         return loaded.merge(out, quantized=quantized)
 
 
-def export_run(run: str | Path, out: str | Path, format: str) -> None:
+def export_run(run: str | Path, out: str | Path, format: str) -> Merged | None:
     """See `Run.export`."""
     if format == "gguf":
         remedy = f"run llama.cpp's convert_lora_to_gguf.py on `petune export {run} {out} --format serving`"
@@ -221,6 +252,7 @@ def export_run(run: str | Path, out: str | Path, format: str) -> None:
     if format != "dense":
         # an unknown name is said before a model is loaded for it
         registry().get("petune_formats", format, "dense")
+    _free(out)
     loaded = load_run(run)
     with quietly():
-        loaded.export(out, format)
+        return loaded.export(out, format)

@@ -31,6 +31,8 @@ class Task:
     """The main score's name among what `score` returns; higher is better."""
     eval_rows: ClassVar[int | None] = None
     """How many rows are scored at most, unless the recipe says so."""
+    generates: ClassVar[bool] = False
+    """Whether an answer is new tokens behind the row, `training.max_new_tokens` at most."""
     token_loss: ClassVar[bool] = False
     """Whether the model's loss is a mean over labelled tokens, to be taken over a whole accumulated batch."""
 
@@ -49,6 +51,13 @@ class Task:
 
         Raises:
             PetuneError: the rows are not what this task needs.
+        """
+
+    def check(self, rows: datasets.Dataset, split: str) -> None:
+        """See that the rows of another split can be scored by what `fit` learned.
+
+        Raises:
+            PetuneError: they can't; the message names the split and the rows.
         """
 
     def state(self) -> dict[str, Any]:

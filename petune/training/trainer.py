@@ -43,6 +43,7 @@ from petune.training.processes import (
     on_cpu,
 )
 from petune.training.progress import Progress
+from petune.training.rates import schedule_of
 from petune.training.recipe import Recipe
 from petune.training.recorder import Recorder
 from petune.training.regions import compiled
@@ -191,7 +192,10 @@ class AdapterTrainer(ResumesWithoutWeights, Trainer):
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         with self._weighed(inputs), self.laid_out(inputs) as batch:
-            return super().training_step(model, batch, *args, **kwargs)
+            loss = super().training_step(model, batch, *args, **kwargs)
+        if self.recorder.first_loss is None:
+            self.recorder.first_loss = float(loss)
+        return loss
 
     @contextmanager
     def _weighed(self, inputs: dict[str, Any]) -> Iterator[None]:
@@ -202,9 +206,8 @@ class AdapterTrainer(ResumesWithoutWeights, Trainer):
             self.row_weight = int(rows) * self.processes.count / of_all
         yield
         self.row_weight = 1.0
-        if (
-            rows is not None and not rows
-        ):  # the tokens of a row that stands in are not seen
+        stands_in = rows is not None and not rows
+        if stands_in:  # its tokens are not seen
             inputs["attention_mask"] = torch.zeros_like(inputs["attention_mask"])
 
     def compute_loss(
@@ -215,7 +218,7 @@ class AdapterTrainer(ResumesWithoutWeights, Trainer):
                 stack.enter_context(labelled_logits(self.acting))
             if self.settings.offload:
                 stack.enter_context(torch.autograd.graph.save_on_cpu(pin_memory=True))
-            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            loss: Any = super().compute_loss(model, inputs, *args, **kwargs)
         return loss if self.row_weight == 1 else loss * self.row_weight
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -267,16 +270,14 @@ def arguments(
 ) -> TrainingArguments:
     """A recipe in Trainer's words, for one process or for several that train together."""
     t = recipe.training
-    schedule = (
-        "constant_with_warmup" if t.schedule == "constant" and t.warmup else t.schedule
-    )
     return OneDevice(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=t.batch_size,
         gradient_accumulation_steps=t.gradient_accumulation,
         learning_rate=t.learning_rate,
-        lr_scheduler_type=schedule,
+        lr_scheduler_type=schedule_of(t),
+        lr_scheduler_kwargs=dict(t.schedule_args),
         warmup_steps=t.warmup if t.warmup < 1 else int(t.warmup),
         weight_decay=t.weight_decay,
         max_grad_norm=t.max_grad_norm,

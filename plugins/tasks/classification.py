@@ -24,6 +24,8 @@ class Classification(Task):
     inputs, targets, optional = ("text",), ("label",), ("text_pair",)
     metric = "accuracy"
     labels: list[Any]
+    end: int | None = None
+    """The token that the class is read off, of models that go by it: T5, BART."""
 
     def fit(self, train: Dataset) -> None:
         found = set(train["label"])
@@ -34,6 +36,14 @@ class Classification(Task):
             raise PetuneError(f"column of role 'label': {len(found)} different labels in the training rows; "
                               f"classification needs 2 to {MOST}.")  # fmt: skip
         self.labels = sorted(found)
+
+    def check(self, rows: Dataset, split: str) -> None:
+        unseen = [label for label in rows["label"] if self._index(label) == UNSEEN]
+        if unseen:
+            raise PetuneError(
+                f"column of role 'label': {unseen[0]!r} is in {len(unseen)} of the {len(rows)} rows of the split "
+                f"{split!r} and in none to train on; leave them out, or name labelled rows as data: {{{split}: …}}."
+            )
 
     def state(self) -> dict[str, Any]:
         return {"labels": self.labels}
@@ -49,6 +59,27 @@ class Classification(Task):
             "label2id": {name: i for i, name in names.items()},
             "ignore_mismatched_sizes": True,  # a checkpoint's head for other labels gives way to a new one
         }
+
+    def bind(self, model: nn.Module) -> None:
+        super().bind(model)
+        config: Any = model.config
+        self.end = config.eos_token_id if config.is_encoder_decoder else None
+
+    def pad(
+        self, examples: Sequence[dict[str, Any]], side: str = "right"
+    ) -> dict[str, Tensor]:
+        return super().pad([self._closed(example) for example in examples], side)
+
+    def _closed(self, example: dict[str, Any]) -> dict[str, Any]:
+        """An example with the end token, if the model goes by it and the tokenizer adds none."""
+        if self.end is None or self.end in example["input_ids"]:
+            return example
+        most = self.recipe.training.max_length - 1
+        closed = {
+            key: [*value[:most], value[-1]] if isinstance(value, list) else value
+            for key, value in example.items()
+        }
+        return {**closed, "input_ids": [*example["input_ids"][:most], self.end]}
 
     def encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
         return {**self._ask(row), "labels": self._index(row["label"])}

@@ -30,7 +30,7 @@ class Generation(Task):
     inputs, targets = ("prompt",), ("completion",)
     metric = "chrf"
     eval_rows = 200
-    token_loss = True
+    token_loss, generates = True, True
 
     def encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
         answer = _answers(row["completion"])[0] + (self.tokenizer.eos_token or "")

@@ -103,6 +103,14 @@ def the_state_lies_elsewhere(patch: Patch) -> None:
     patch.setattr(transformers.trainer, "TRAINER_STATE_NAME", "state.json")
 
 
+def optimizers_lie_elsewhere(patch: Patch) -> None:
+    patch.setattr(transformers.trainer, "OPTIMIZER_NAME", "optimizer.bin")
+
+
+def schedules_are_looked_up_otherwise(patch: Patch) -> None:
+    patch.delattr(transformers.optimization, "TYPE_TO_SCHEDULER_FUNCTION")
+
+
 def the_number_of_devices_is_a_field(patch: Patch) -> None:
     patch.setattr(TrainingArguments, "n_gpu", 1)
 
@@ -189,6 +197,8 @@ PLANTED: list[tuple[str, str, Callable[[Patch], None]]] = [
     ("transformers", "on_evaluate", callbacks_get_other_arguments),
     ("transformers", "ProgressCallback.training_bar", the_bar_has_another_name),
     ("transformers", "trainer_state.json", the_state_lies_elsewhere),
+    ("transformers", "optimizer.pt, scheduler.pt", optimizers_lie_elsewhere),
+    ("transformers", "SCHEDULER_FUNCTION", schedules_are_looked_up_otherwise),
     ("transformers", "TrainingArguments.n_gpu", the_number_of_devices_is_a_field),
     ("transformers", "activation_checkpointing", checkpointing_has_a_third_name),
     ("transformers", "enable_input_require_grads", nothing_asks_for_gradients),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import multiprocessing
@@ -19,6 +18,7 @@ import torch
 import petune
 from petune.core.registry.plugins import registry
 from petune_bench.coverage import checks, report, tiny
+from petune_bench.options import Parser
 
 LIMIT = 600.0
 """Seconds that one architecture may take."""
@@ -27,9 +27,7 @@ Cell = tuple[str, str]
 
 def main() -> None:
     """Run the sweep."""
-    parser = argparse.ArgumentParser(
-        prog="python -m petune_bench.coverage", description=__doc__
-    )
+    parser = Parser(prog="python -m petune_bench.coverage", description=__doc__)
     parser.add_argument(
         "--out",
         type=Path,

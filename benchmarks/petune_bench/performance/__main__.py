@@ -12,6 +12,7 @@ import torch
 
 from petune.training.setup import quietly
 from petune_bench.environment import machine, versions
+from petune_bench.options import Parser
 from petune_bench.performance import decoding, measure, serving
 from petune_bench.performance.contenders import rows
 from petune_bench.performance.race import apart, ratios, sgemm_rate
@@ -75,9 +76,7 @@ in ten stays under, which tells more where other programs share the machine.
 
 def main() -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(
-        prog="python -m petune_bench.performance", description=__doc__
-    )
+    parser = Parser(prog="python -m petune_bench.performance", description=__doc__)
     parser.add_argument("--out", type=Path, help="the page to write")
     parser.add_argument(
         "--steps", type=int, default=20, help="steps of the first table (20)"

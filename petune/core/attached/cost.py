@@ -26,13 +26,19 @@ class Merged:
         self.errors[name] = _ratio(error, float(wanted.norm()))
         self.losses[name] = _ratio(error, float((wanted - before).norm()))
 
+    @property
+    def loss(self) -> float:
+        """The mean of the losses: near 1 and above, little of the tuning is left."""
+        return _mean(self.losses) if self.losses else 0.0
+
     def __str__(self) -> str:
         if not self.errors:
             return "no linear layer was written"
         worst = max(self.errors, key=self.errors.__getitem__)
-        error, loss = _mean(self.errors), _mean(self.losses)
+        error = _mean(self.errors)
         most = f"worst {self.errors[worst]:.2g}, {worst}"
-        return f"{len(self.errors)} layers: relative error {error:.2g} ({most}), {loss:.2g} of what the tuning changes"
+        lost = f"{self.loss:.2g} of what the tuning changes"
+        return f"{len(self.errors)} layers: relative error {error:.2g} ({most}), {lost}"
 
 
 def _ratio(part: float, whole: float) -> float:
