@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import traceback
 import warnings
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = False
     try:
         rest, files, debug = _common(words)
-        with _warnings_hidden(unless=debug):
+        with _warnings_hidden(unless=debug), _remarks_as_complaints():
             for file in files:
                 registry().add_file(file)
             return _run(rest)
@@ -63,6 +64,24 @@ def _ending(error: BaseException) -> tuple[str, int]:
     if hasattr(error, "format_message"):
         return _usage(error), 2
     return f"{type(error).__name__}: {error} (--debug shows where.)", 1
+
+
+@contextlib.contextmanager
+def _remarks_as_complaints() -> Iterator[None]:
+    """Within the context what the library has to say beside a result is one line on stderr."""
+    log, shown = logging.getLogger("petune"), _Complaints()
+    log.addHandler(shown)
+    spread, log.propagate = log.propagate, False
+    try:
+        yield
+    finally:
+        log.removeHandler(shown)
+        log.propagate = spread
+
+
+class _Complaints(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        complain(record.getMessage())
 
 
 @contextlib.contextmanager

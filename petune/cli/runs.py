@@ -12,6 +12,7 @@ import typer
 
 from petune.cli.inspect import AsJson
 from petune.cli.output import Stopped, as_json, number, table, warn_of_failures
+from petune.errors import PetuneError
 
 RunFolder = Annotated[
     Path,
@@ -97,9 +98,14 @@ def predict(
     from petune.training.run import predict as ask
 
     rows = ask(run, data, quiet=False)
-    lines = [
-        jsonlib.dumps(finite(row), ensure_ascii=False, default=str) for row in rows
-    ]
+    try:
+        lines = [
+            jsonlib.dumps(finite(row), ensure_ascii=False, default=str) for row in rows
+        ]
+    except RecursionError:
+        raise PetuneError(
+            f"{data}: brackets within brackets, too many to write them again; leave that column out."
+        ) from None
     if out is not None:
         write_text(out, "".join(line + "\n" for line in lines))
     if json:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         predict,
     )
     from petune.training.tasks import Task
+    from petune.training.values import as_label, as_text, as_texts
 
 __all__ = [
     "Dataset",
@@ -28,6 +29,9 @@ __all__ = [
     "Run",
     "Task",
     "Training",
+    "as_label",
+    "as_text",
+    "as_texts",
     "evaluate",
     "export_run",
     "labelled_logits",
@@ -44,6 +48,7 @@ _HOME = {
     "result": ("Result",),
     "run": ("Run", "evaluate", "export_run", "load_run", "merge_run", "predict"),
     "tasks": ("Task",),
+    "values": ("as_label", "as_text", "as_texts"),
     "logits": ("labelled_logits",),
     "loop": ("train",),
 }

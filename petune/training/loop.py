@@ -94,7 +94,7 @@ class _Session:
         self.task.fit(self.splits["train"])
         transformers.set_seed(recipe.training.seed)
         self.model = make_model(recipe, self.task)
-        encoded = [self.task.encode(row) for row in self.splits["train"]]
+        encoded = self.task.encoded(self.splits["train"], "training")
         self.examples = datasets.Dataset.from_list(encoded)
         self.tuning = self._brought(adapt) if adapt is not None else self._attached()
         self.acting: nn.Module = getattr(self.tuning, "model", self.model)
@@ -200,7 +200,7 @@ class _Session:
             Recorder(self.path / run_folder.METRICS, sampler, updates),
             args=arguments(self.recipe, checkpoints, self.steps, quiet=self.quiet),
             train_dataset=self.examples,
-            eval_dataset=self._scored("validation"),
+            eval_dataset=self._scored("validation") if t.eval_every else None,
         )
 
     def _train(self, loop: AdapterTrainer) -> tuple[int, int]:
@@ -229,7 +229,7 @@ class _Session:
     def _scored(self, split: str) -> Dataset:
         """The rows of a split that are scored."""
         most = self.recipe.training.eval_rows or self.task.eval_rows
-        return sample(self.splits[split], most)
+        return sample(self.splits[split], most, f"{split} split")
 
     def _measure(self, loop: AdapterTrainer) -> tuple[int, int]:
         """(peak_memory_bytes, saved_activation_bytes) of a step on the longest rows."""
