@@ -25,8 +25,8 @@ class Classification(Task):
     reads = {"text": as_text, "text_pair": as_text, "label": as_label}
     metric = "accuracy"
     labels: list[Any]
-    paired: bool | None = None
-    """Whether the training rows have a `text_pair`; None in runs that don't say."""
+    paired = False
+    """Whether the training rows have a `text_pair`."""
 
     def fit(self, train: Dataset) -> None:
         source = (
@@ -43,11 +43,11 @@ class Classification(Task):
         self.paired = "text_pair" in train.column_names
 
     def state(self) -> dict[str, Any]:
-        return {"labels": self.labels, "paired": self.paired}
+        return {"labels": self.labels} | ({"paired": True} if self.paired else {})
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.labels = state["labels"]
-        self.paired = state.get("paired")
+        self.paired = state.get("paired", False)
 
     def model_args(self) -> dict[str, Any]:
         names = {i: str(label) for i, label in enumerate(self.labels)}
@@ -124,12 +124,15 @@ class Classification(Task):
         return self.answers(model, examples, answer)
 
     def _check_pairs(self, rows: Dataset) -> None:
-        """Refuse texts alone where the training rows were pairs, and the other way round."""
-        paired = "text_pair" in rows.column_names
-        if self.paired not in (None, paired):
-            had, have = ("pairs", "none") if self.paired else ("single texts", "one")
+        """Refuse texts alone where the training rows were pairs; say so the other way round."""
+        has_pairs = "text_pair" in rows.column_names
+        if self.paired and not has_pairs:
             raise PetuneError(
-                f"column 'text_pair': the training rows were {had}, and these have {have}; give rows of the same kind."
+                "no column 'text_pair', and the training rows were pairs; add it."
+            )
+        if has_pairs and not self.paired:
+            self.remark(
+                "column 'text_pair' is read, though the training rows had none."
             )
 
     def _index(self, label: Any) -> int:

@@ -247,8 +247,21 @@ def test_labels_keep_their_spelling_from_file_to_answer(
     assert "1 of 3 scored rows have a label, such as 'meh'" in lines[0]
     pairs = jsonl(tmp_path / "pairs.jsonl", [{**rows[0], "text_pair": "x"}])
     code, lines = said(capsys, "eval", recipe["output"], "--data", str(pairs))
+    assert code == 0
+    assert "column 'text_pair' is read, though the training rows had none" in lines[0]
+
+
+def test_a_run_on_pairs_is_asked_for_pairs(
+    recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"sentence": "good", "text_pair": "bad"}
+    data = jsonl(tmp_path / "d.jsonl", [{**row, "gold": i % 2} for i in range(20)])
+    train({**recipe, "data": str(data)}, quiet=True)
+    assert len(predict(recipe["output"], [row])) == 1
+    single = jsonl(tmp_path / "single.jsonl", [{"sentence": "good"}])
+    code, lines = said(capsys, "predict", recipe["output"], "--data", str(single))
     assert code == 2
-    assert "column 'text_pair': the training rows were single texts" in lines[0]
+    assert "no column 'text_pair', and the training rows were pairs" in lines[0]
 
 
 def generation_task(generation: dict[str, Any], most: int) -> Any:
