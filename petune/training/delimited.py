@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from petune.errors import PetuneError
 from petune.training.encodings import read_text
@@ -37,14 +38,16 @@ def read_delimited(path: Path) -> Table:
     if not records:
         return Table(str(path), {})
     (first, header), *rows = records
-    for name in header:
-        if header.count(name) > 1:
+    columns: dict[str, Sequence[Any]] = {}
+    for i, name in enumerate(header):
+        cells = [row[i] for _, row in rows]
+        if not name and not any(cells):
+            continue  # delimiters at the end of every line, as spreadsheets leave them
+        if name in columns:
             raise PetuneError(
                 f"{path} line {first}: two columns are called {name!r}; rename one."
             )
-    columns = {
-        name: _typed([row[i] for _, row in rows]) for i, name in enumerate(header)
-    }
+        columns[name] = _typed(cells)
     return Table(str(path), columns, [line for line, _ in rows])
 
 

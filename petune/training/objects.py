@@ -140,5 +140,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(
-    object_pairs_hook=_object, parse_float=_fraction, parse_int=_whole
+    object_pairs_hook=_object,
+    parse_float=_fraction,
+    parse_int=_whole,
+    parse_constant=_fraction,  # Infinity and NaN, which JSON has not but Python writes
 )

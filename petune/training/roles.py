@@ -100,7 +100,7 @@ def _read(
 
 def _tell_of_blanks(table: Table, column: str, values: list[Any], source: str) -> None:
     """Say how many texts are empty: they may be meant, or left out by mistake."""
-    blanks = [index for index, value in enumerate(values) if value == ""]
+    blanks = [i for i, value in enumerate(values) if value in ("", [""])]
     if blanks:
         remark(
             f"{source}: column {column!r} is an empty text in {len(blanks)} of {len(values)} rows; "
@@ -115,5 +115,5 @@ def _check_filled(table: Table, column: str, values: list[Any], source: str) -> 
         first = table.place(holes[0])
         raise PetuneError(
             f"{source}: column {column!r} is empty in {len(holes)} rows; {first} is the first. "
-            f"Fill it in, or leave such rows out."
+            f"Fill it in, leave such rows out, or name another split."
         )

@@ -84,9 +84,9 @@ def test_what_nobody_can_mean(tmp_path: Path, value: Any, read: Any, said: str) 
 def test_numbers_keep_their_spelling(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     digits = "7" * 5000
-    path.write_text(f'{{"a": 1.10}}\n{{"a": 1e5}}\n{{"a": {digits}}}\n{{"a": 0.5}}\n')
-    read = assign(read_rows(path), {}, ["a"], reads=TEXT)
-    assert read["a"][:] == ["1.10", "1e5", digits, "0.5"]
+    spelled = ["1.10", "1e5", digits, "0.5", "-0.0", "Infinity", "12345678901234567890"]
+    path.write_text("".join(f'{{"a": {number}}}\n' for number in spelled))
+    assert assign(read_rows(path), {}, ["a"], reads=TEXT)["a"][:] == spelled
     table = "a,b,c,d\n007,1.50,1,1.0\n8,2.5,2,nan\n"
     assert cells(tmp_path / "d.csv", table) == [
         ("007", "1.50", 1, 1.0),
@@ -101,6 +101,16 @@ def test_holes_are_counted(tmp_path: Path) -> None:
         PetuneError, match=r"column 'a' is empty in 3 rows; row 2 \(line 3\) is"
     ):
         assign(read_rows(path), {}, ["a"], reads=TEXT)
+
+
+def test_an_empty_text_is_taken_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert cells(tmp_path / "d.csv", "a,b\n1,\nx,2\n,3\n")[2] == ("", 3)
+    read = assign(read_rows(tmp_path / "d.csv"), {}, ["a"], reads=TEXT)
+    assert read["a"][:] == ["1", "x", ""]
+    assert len(caplog.messages) == 1
+    assert "'a' is an empty text in 1 of 3 rows; row 3 (line 4)" in caplog.messages[0]
 
 
 def test_columns_that_play_no_role_may_hold_anything(tmp_path: Path) -> None:
@@ -202,6 +212,15 @@ def test_either_kind_of_json_under_either_ending(tmp_path: Path) -> None:
     for name in ("d.json", "d.jsonl"):
         for content in (as_list, as_lines):
             assert cells(tmp_path / name, content) == [(1,), (2,)]
+
+
+def test_what_spreadsheets_leave(tmp_path: Path) -> None:
+    expected = [("a, b", 1), ("c", 0)]
+    for table in (
+        "text;label\na, b;1\nc;0\n",
+        'text,label,,\n"a, b",1,,\n,,,\nc,0,,\n',
+    ):
+        assert cells(tmp_path / "d.csv", table) == expected
 
 
 def test_a_cell_of_megabytes(tmp_path: Path) -> None:
