@@ -1,8 +1,9 @@
 r"""Rows of cells between commas (.csv) or tabs (.tsv), the columns' names in the first.
 
-A cell may stand in quotes; then it may hold commas, line ends, and quotes, written twice. A quote that encloses no cell
-is text: those of `"Never again` and `5" wide` are. In a .tsv file lines come before quotes: where every line of a
-quoted cell would be a row by itself, each is one, and the quotes are text.
+A cell may stand in quotes; then it may hold commas, line ends, and quotes, written twice or, within a line, after a
+backslash as Spark and MySQL do. A quote that encloses no cell is text: those of `"Never again` and `5" wide` are. In a
+.tsv file lines come before quotes: where every line of a quoted cell would be a row by itself, each is one, and the
+quotes are text; unless the header stands in quotes too.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from petune.training.table import Table
 
 _NAMES = {",": "commas", "\t": "tabs", ";": "semicolons"}
 _QUOTED = r'"([^"]*+(?:""[^"]*+)*+)"'
+_ESCAPED = r'"((?:[^"\\\n]|\\.)*+)"'
 _WHOLE = re.compile(r"0|-?[1-9][0-9]{0,17}")
 _NO_NUMBER = ("", "nan", "NaN")
 
@@ -63,8 +65,9 @@ class _Records:
     def __init__(self, path: Path, text: str, delimiter: str) -> None:
         self.path, self.text, self.delimiter = path, text, delimiter
         self.width: int | None = None  # cells of the header
-        quoted, plain = rf"{_QUOTED}(?=[{delimiter}\n]|\Z)", rf"[^{delimiter}\n]*+"
-        self.cell = re.compile(f"{quoted}|({plain})")
+        self.by_lines = delimiter == "\t" and not text.lstrip().startswith('"')
+        ends, plain = rf"(?=[{delimiter}\n]|\Z)", rf"([^{delimiter}\n]*+)"
+        self.cell = re.compile(f"{_QUOTED}{ends}|{_ESCAPED}{ends}|{plain}")
 
     def __iter__(self) -> Iterator[tuple[int, list[str]]]:
         start, line = 0, 1
@@ -103,23 +106,31 @@ class _Records:
         while True:
             found = self.cell.match(self.text, start)
             assert found is not None
-            quoted, plain = found.groups()
-            cells.append(plain if quoted is None else quoted.replace('""', '"'))
+            cells.append(_text(*found.groups()))
             start = found.end()
             if not self.text.startswith(self.delimiter, start):
                 return cells, start
             start += 1
 
     def _are_rows(self, start: int, end: int) -> bool:
-        """Whether, between tabs, each of several lines has the cells of a row."""
+        """Whether lines come before quotes, and each of several here has the cells of a row."""
         lines = self.text[start:end].split("\n")
-        if self.delimiter != "\t" or len(lines) == 1:
+        if not self.by_lines or len(lines) == 1:
             return False
-        return all(line.count("\t") + 1 == self.width for line in lines)
+        return all(line.count(self.delimiter) + 1 == self.width for line in lines)
 
     def _line_end(self, start: int) -> int:
         found = self.text.find("\n", start)
         return len(self.text) if found < 0 else found
+
+
+def _text(quoted: str | None, escaped: str | None, plain: str | None) -> str:
+    """What a cell says that is written in one of the three ways."""
+    if quoted is not None:
+        return quoted.replace('""', '"')
+    if escaped is not None:
+        return re.sub(r'\\(["\\])', r"\1", escaped)
+    return plain or ""
 
 
 def _unquoted(cell: str) -> str:

@@ -1,6 +1,8 @@
 """Values in data: understood as a person means them, or one line that names file, column, row and remedy."""
 
+import csv
 import json
+import random
 from datetime import date, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -214,6 +216,17 @@ def test_either_kind_of_json_under_either_ending(tmp_path: Path) -> None:
             assert cells(tmp_path / name, content) == [(1,), (2,)]
 
 
+def test_quotes_after_a_backslash(tmp_path: Path) -> None:
+    table = r"""text,label
+"He said \"hi\", then \\o/",1
+"C:\",0
+"\"x\"",1
+a\b,0
+"""
+    expected = [('He said "hi", then \\o/', 1), ("C:\\", 0), ('"x"', 1), ("a\\b", 0)]
+    assert cells(tmp_path / "d.csv", table) == expected
+
+
 def test_what_spreadsheets_leave(tmp_path: Path) -> None:
     expected = [("a, b", 1), ("c", 0)]
     for table in (
@@ -393,3 +406,17 @@ def test_numbers_are_trained_on_and_answered(
     assert main(["predict", generation["output"], "--data", str(data), "--json"]) == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [{k: row[k] for k in ("ask", "reply", "id")} for row in found] == rows
+
+
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+def test_what_pythons_csv_writes(tmp_path: Path, quoting: Any) -> None:
+    pick, path = random.Random(0), tmp_path / "d.csv"
+    letters = 'ab",;\t\n\\ '
+    rows = [
+        tuple("x" + "".join(pick.choices(letters, k=6)) for _ in range(3))
+        for _ in range(300)
+    ]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, quoting=quoting, lineterminator="\n")
+        writer.writerows([("a", "b", "c"), *rows])
+    assert [tuple(row.values()) for row in read_rows(path)] == rows
