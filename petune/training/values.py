@@ -74,8 +74,11 @@ def as_label(value: Any) -> Label:
     if isinstance(value, int | float):
         return value
     text = as_text(value)
-    if not text.strip():
-        raise ValueError("blank. Give a label, or leave the row out.")
+    if text.strip().lower() in (
+        "",
+        "nan",
+    ):  # what spreadsheets and pandas write for none
+        raise ValueError(f"{text!r}, no label. Give one, or leave the row out.")
     return text
 
 

@@ -40,6 +40,10 @@ class Classification(Task):
             raise PetuneError(f"{source}: {len(found)} different labels in the training rows; "
                               f"classification needs 2 to {MOST}.")  # fmt: skip
         self.labels = sorted(found)
+        if len({str(label).strip() for label in found}) < len(found):
+            self.remark(
+                f"{source}: some labels differ in spaces at their ends only; they are classes of their own."
+            )
         self.paired = "text_pair" in train.column_names
 
     def state(self) -> dict[str, Any]:

@@ -73,7 +73,8 @@ def test_what_a_person_means(
         (["x", "y"], as_label, r"several labels a row \(multi-label\)"),
         ({"x": 1}, as_label, "an object .* not a label"),
         (0.5, as_label, r"fractions such as 0\.5"),
-        (" ", as_label, "blank"),
+        (" ", as_label, "' ', no label"),
+        ("NaN", as_label, "'NaN', no label"),
     ],
 )  # fmt: skip
 def test_what_nobody_can_mean(tmp_path: Path, value: Any, read: Any, said: str) -> None:
@@ -420,3 +421,14 @@ def test_what_pythons_csv_writes(tmp_path: Path, quoting: Any) -> None:
         writer = csv.writer(file, quoting=quoting, lineterminator="\n")
         writer.writerows([("a", "b", "c"), *rows])
     assert [tuple(row.values()) for row in read_rows(path)] == rows
+
+
+def test_labels_that_differ_in_spaces_are_pointed_out(
+    recipe: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    task = make_task(load_recipe(recipe))
+    labels = ["pos", "neg", "pos "]
+    task.fit(Dataset.from_dict({"text": labels, "label": labels}))
+    assert task.labels == ["neg", "pos", "pos "]
+    assert len(caplog.messages) == 1
+    assert "column 'gold': some labels differ in spaces" in caplog.messages[0]
