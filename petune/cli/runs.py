@@ -19,6 +19,7 @@ from petune.cli.output import (
     table,
     warn_of_failures,
 )
+from petune.errors import PetuneError
 
 if TYPE_CHECKING:
     from petune.core.attached.cost import Merged
@@ -119,9 +120,14 @@ def predict(
     if out is not None:
         check_can_be_made(out.parent)  # said before the rows are answered
     rows = ask(run, data, quiet=False)
-    lines = [
-        jsonlib.dumps(finite(row), ensure_ascii=False, default=str) for row in rows
-    ]
+    try:
+        lines = [
+            jsonlib.dumps(finite(row), ensure_ascii=False, default=str) for row in rows
+        ]
+    except RecursionError:
+        raise PetuneError(
+            f"{data}: brackets within brackets, too many to write them again; leave that column out."
+        ) from None
     if out is not None:
         write_text(out, "".join(line + "\n" for line in lines))
     if json:

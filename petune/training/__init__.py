@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     )
     from petune.training.settings import Training
     from petune.training.tasks import Task
+    from petune.training.values import as_label, as_text, as_texts
 
 __all__ = [
     "Dataset",
@@ -29,6 +30,9 @@ __all__ = [
     "Run",
     "Task",
     "Training",
+    "as_label",
+    "as_text",
+    "as_texts",
     "evaluate",
     "export_run",
     "labelled_logits",
@@ -46,6 +50,7 @@ _HOME = {
     "run": ("Run", "evaluate", "export_run", "load_run", "merge_run", "predict"),
     "settings": ("Training",),
     "tasks": ("Task",),
+    "values": ("as_label", "as_text", "as_texts"),
     "logits": ("labelled_logits",),
     "loop": ("train",),
 }

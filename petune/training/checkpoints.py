@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from petune.core.attached.folder import read_tensors
+from petune.core.attached.saved import read_tensors
 from petune.core.attached.tuning import Tuning
 from petune.errors import PetuneError
 from petune.files import read_json

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from petune.core.registry.plugins import registry
 from petune.errors import PetuneError, unknown
+from petune.training.roles import Reads, assign
 from petune.training.rows import READERS, existing, one_line, read_rows
+from petune.training.table import Table
 
 if TYPE_CHECKING:
     import datasets
@@ -60,88 +62,56 @@ def load_splits(
     columns: Mapping[str, str],
     roles: Iterable[str],
     optional: Iterable[str] = (),
+    reads: Reads | None = None,
 ) -> Splits:
-    """`train`, `validation` and `test`, each with a column for every role.
+    """`train`, `validation` and `test`, each with a column for every role. An optional role that one split has a column
+    for, all must have.
 
     Raises:
-        PetuneError: the source can't be read, or a role has no column in it.
+        PetuneError: the source can't be read, a role has no column in it, or a cell is nothing that the role can be.
     """
     name = data if isinstance(data, str) else ", ".join(data.values())
-    splits, known = _read_source(data)
-    if "train" not in splits:
+    tables, known = _read_source(data)
+    if "train" not in tables:
         raise PetuneError(
-            f"data {name}: no 'train' split; it has {', '.join(splits) or 'none'}."
+            f"data {name}: no 'train' split; it has {', '.join(tables) or 'none'}."
         )
     named = {**known, **columns}
-    return {
-        split: assign(rows, named, roles, optional, source=f"data {name}")
-        for split, rows in _complete(splits, name).items()
+    wanted = [*roles, *(role for role in optional if _occurs(role, named, tables))]
+    splits = {
+        split: assign(table, named, wanted, reads=reads, source=f"data {table.source}")
+        for split, table in tables.items()
     }
+    return _complete(splits, name)
 
 
-def _read_source(data: str | Mapping[str, str]) -> tuple[Splits, Mapping[str, str]]:
+def _occurs(role: str, named: Mapping[str, str], tables: Mapping[str, Table]) -> bool:
+    """Whether the recipe names a column for it, or a split has one of its name."""
+    return role in named or any(role in table.columns for table in tables.values())
+
+
+def _read_source(
+    data: str | Mapping[str, str],
+) -> tuple[dict[str, Table], Mapping[str, str]]:
     """The splits that a source has, and which of its columns play which roles, where it says so itself."""
     if not isinstance(data, str):
         if "hub" in data:
-            return _hub(data), {}
+            return _tables(data["hub"], _hub(data)), {}
         return {split: read_rows(path) for split, path in data.items()}, {}
     if is_local(data):
         path = existing(data)
         return (_folder(path) if path.is_dir() else {"train": read_rows(data)}), {}
     if "/" in data:
-        return _hub({"hub": data}), {}
+        return _tables(data, _hub({"hub": data})), {}
     built_in = _alias(data)
-    return dict(built_in.splits()), built_in.columns
+    return _tables(data, built_in.splits()), built_in.columns
 
 
-def assign(
-    rows: datasets.Dataset,
-    columns: Mapping[str, str],
-    roles: Iterable[str],
-    optional: Iterable[str] = (),
-    *,
-    source: str,
-) -> datasets.Dataset:
-    """The columns that play the roles, under the roles' names, and nothing else.
-
-    Raises:
-        PetuneError: a role has no column; the message names the source, its columns and the nearest.
-    """
-    chosen = {role: columns.get(role, role) for role in roles}
-    for role in optional:
-        if role in columns or role in rows.column_names:
-            chosen[role] = columns.get(role, role)
-    for role, column in chosen.items():
-        if column not in rows.column_names:
-            missing = unknown("column", column, rows.column_names)
-            hint = f"Say which plays {role!r}: columns: {{{role}: …}}."
-            if role in columns:
-                hint = f"It plays {role!r}."
-            raise PetuneError(f"{source}: {missing} {hint}")
-        _check_filled(rows, column, source)
-    _check_apart(chosen, source)
-    names = {column: role for role, column in chosen.items()}
-    return rows.select_columns(list(chosen.values())).rename_columns(names)
-
-
-def _check_filled(rows: datasets.Dataset, column: str, source: str) -> None:
-    """Refuse a column with holes; the message says how many and where the first is."""
-    holes = rows.with_format("arrow")[column].null_count
-    if holes:
-        first = next(i for i, value in enumerate(rows[column], 1) if value is None)
-        raise PetuneError(
-            f"{source}: column {column!r} is empty in {holes} rows; row {first} is the first."
-        )
-
-
-def _check_apart(chosen: Mapping[str, str], source: str) -> None:
-    """Refuse a column that plays two roles."""
-    columns = list(chosen.values())
-    for column in columns:
-        if columns.count(column) > 1:
-            raise PetuneError(
-                f"{source}: column {column!r} can't play two roles ({', '.join(chosen)})."
-            )
+def _tables(name: str, splits: Mapping[str, datasets.Dataset]) -> dict[str, Table]:
+    return {
+        split: Table.of_dataset(f"{name} ({split})", rows)
+        for split, rows in splits.items()
+    }
 
 
 def is_local(data: str) -> bool:
@@ -162,8 +132,8 @@ def _alias(name: str) -> Dataset:
     return found
 
 
-def _folder(folder: Path) -> Splits:
-    splits: Splits = {}
+def _folder(folder: Path) -> dict[str, Table]:
+    splits: dict[str, Table] = {}
     for path in sorted(folder.iterdir()):
         split = _OTHER_NAMES.get(path.stem, path.stem)
         if path.suffix.lower() in READERS and split in SPLITS:

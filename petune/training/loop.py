@@ -141,7 +141,7 @@ class _Session:
             self.task = self._fitted_task()
         transformers.set_seed(recipe.training.seed)
         self.model = make_model(recipe, self.task)
-        encoded = [self.task.encode(row) for row in self.splits["train"]]
+        encoded = self.task.encoded(self.splits["train"], "training")
         self.examples = datasets.Dataset.from_list(encoded)
         self.tuning = adapted(self.model, recipe, self.checkpoint, adapt)
         virtual = sum(
@@ -275,7 +275,7 @@ class _Session:
                 several=self.processes.count > 1,
             ),
             train_dataset=self.examples,
-            eval_dataset=self._scored("validation"),
+            eval_dataset=self._scored("validation") if t.eval_every else None,
         )
 
     def _train(self, loop: AdapterTrainer) -> tuple[int, int]:
@@ -322,7 +322,7 @@ class _Session:
     def _scored(self, split: str) -> Dataset:
         """The rows of a split that are scored."""
         most = self.recipe.training.eval_rows or self.task.eval_rows
-        return sample(self.splits[split], most)
+        return sample(self.splits[split], most, f"{split} split")
 
     def _measure(self, loop: AdapterTrainer) -> tuple[int, int]:
         """(peak_memory_bytes, saved_activation_bytes) of a step on the longest rows."""

@@ -12,14 +12,17 @@ from petune.core.registry.plugins import registry
 from petune.errors import PetuneError, UnmergeableError
 from petune.files import expanded, read_json
 from petune.training import fingerprint, plugin_files, run_folder
-from petune.training.data import assign
 from petune.training.disk import whole_folder
 from petune.training.recipe import Recipe, load_recipe
+from petune.training.remarks import remark
+from petune.training.roles import assign
 from petune.training.rows import one_line, read_rows
 from petune.training.setup import make_model, make_splits, make_task, quietly, sample
+from petune.training.table import Table
 from petune.training.tasks import Task
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from petune.core.attached.cost import Merged
@@ -41,22 +44,23 @@ class Run:
         return self.task.tokenizer
 
     def evaluate(self, data: str | Path | None = None) -> dict[str, Any]:
-        """`score`, `metric` and all metrics, on the run's test split or on a file's rows.
+        """`score`, `metric` and all metrics, on the run's test split or on all of a file's rows; on at most `eval_rows`
+        where the recipe says so.
 
         Raises:
             PetuneError: the file can't be read, or lacks a column; or the run's data has changed, so that rows that it
                 was trained on may be in the test split.
         """
+        most = self.recipe.training.eval_rows
         if data is None:
-            rows = make_splits(self.recipe)["test"]
+            rows, what = make_splits(self.recipe)["test"], "test split"
+            most = most or self.task.eval_rows
             remedy = "put it back, or name rows by --data"
             fingerprint.check_unchanged(self.path, {"test": rows}, remedy)
         else:
-            needed = (*self.task.inputs, *self.task.targets)
-            given, columns = read_rows(data), self._columns()
-            rows = assign(given, columns, needed, self.task.optional, source=str(data))
-        most = self.recipe.training.eval_rows or self.task.eval_rows
-        metrics = self.task.score(self.model, sample(rows, most))
+            roles = (*self.task.inputs, *self.task.targets)
+            rows, what = self._assigned(read_rows(data), roles), str(data)
+        metrics = self.task.score(self.model, sample(rows, most, what))
         return {
             "score": metrics[self.task.metric],
             "metric": self.task.metric,
@@ -71,20 +75,20 @@ class Run:
         Raises:
             PetuneError: the file can't be read, or lacks a column.
         """
-        from datasets import Dataset
-
-        if isinstance(data, str | Path):
-            rows, source = read_rows(data), str(data)
-        else:
-            rows, source = Dataset.from_list([dict(row) for row in data]), "rows"
-        asked = assign(
-            rows, self._columns(), self.task.inputs, self.task.optional, source=source
-        )
+        rows = _read(data)
+        asked = self._assigned(rows, self.task.inputs)
+        if "prediction" in rows.columns:
+            remark(f"{rows.source}: the answers take the place of column 'prediction'.")
         answers = self.task.predict(self.model, asked)
         return [
             {**row, "prediction": answer}
             for row, answer in zip(rows, answers, strict=True)
         ]
+
+    def _assigned(self, rows: Table, roles: Sequence[str]) -> Dataset:
+        """Rows as the task takes them, by the names that the training data's columns have."""
+        optional, reads = self.task.optional, self.task.reads
+        return assign(rows, self._columns(), roles, optional, reads)
 
     def merge(self, out: str | Path, *, quantized: bool = False) -> Merged:
         """Fold the tuning into the base and write a transformers folder that needs no petune.
@@ -164,6 +168,12 @@ class Run:
         sets, data = registry().all("petune_datasets"), self.recipe.data
         own = sets[data].columns if isinstance(data, str) and data in sets else {}
         return {**own, **self.recipe.columns}
+
+
+def _read(data: str | Path | Sequence[Mapping[str, Any]]) -> Table:
+    if isinstance(data, str | Path):
+        return read_rows(data)
+    return Table.of_rows("rows", data)
 
 
 def _free(out: str | Path) -> Path:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from petune.core.registry.plugins import registry
 from petune.training.data import load_splits
 from petune.training.recipe import Recipe
+from petune.training.remarks import remark
 
 if TYPE_CHECKING:
     import datasets
@@ -39,9 +40,8 @@ def make_splits(recipe: Recipe) -> dict[str, datasets.Dataset]:
         PetuneError: the data can't be read, or a role has no column in it.
     """
     kind: type[Task] = registry().get("petune_tasks", recipe.task)
-    return load_splits(
-        recipe.data, recipe.columns, (*kind.inputs, *kind.targets), kind.optional
-    )
+    needed = (*kind.inputs, *kind.targets)
+    return load_splits(recipe.data, recipe.columns, needed, kind.optional, kind.reads)
 
 
 def make_model(recipe: Recipe, task: Task) -> PreTrainedModel:
@@ -70,10 +70,13 @@ def make_model(recipe: Recipe, task: Task) -> PreTrainedModel:
     return model
 
 
-def sample(rows: datasets.Dataset, most: int | None) -> datasets.Dataset:
-    """At most so many rows, evenly spaced."""
+def sample(rows: datasets.Dataset, most: int | None, what: str) -> datasets.Dataset:
+    """At most so many rows, evenly spaced, after a word on those left out of what they are scored for."""
     if most is None or len(rows) <= most:
         return rows
+    remark(
+        f"{what}: {most} of {len(rows)} rows are scored, evenly spaced; training.eval_rows says how many."
+    )
     return rows.select([i * len(rows) // most for i in range(most)])
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from petune.training.cuts import Cuts
+from petune.training.remarks import remark
+
 if TYPE_CHECKING:
     import datasets
     from torch import Tensor, nn
@@ -27,6 +30,8 @@ class Task:
     """Roles that it needs besides, to train and to score."""
     optional: ClassVar[tuple[str, ...]] = ()
     """Roles that it may have."""
+    reads: ClassVar[Mapping[str, Callable[[Any], Any]]] = {}
+    """By role, what makes a value of a cell, such as `as_text`, or raises a ValueError; other cells stay the same."""
     metric: ClassVar[str]
     """The main score's name among what `score` returns; higher is better."""
     eval_rows: ClassVar[int | None] = None
@@ -40,6 +45,8 @@ class Task:
         self.tokenizer = tokenizer
         self.recipe = recipe
         self.quiet = True
+        self.cuts = Cuts(recipe.training.max_length)
+        self.said: set[str] = set()
 
     @classmethod
     def roles(cls) -> tuple[str, ...]:
@@ -82,6 +89,18 @@ class Task:
     def encode(self, row: Mapping[str, Any]) -> Example:
         """A row with its target, as one training example."""
         raise NotImplementedError
+
+    def encoded(self, rows: datasets.Dataset, what: str) -> list[Example]:
+        """Every row with its target, after a word on how many were cut; `what` says what they are for."""
+        examples = [self.encode(row) for row in rows]
+        self.remark(self.cuts.told(what, len(examples)))
+        return examples
+
+    def remark(self, line: str) -> None:
+        """Say a line, unless it is empty or said already: a split may be scored many times."""
+        if line and line not in self.said:
+            self.said.add(line)
+            remark(line)
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """A batch to train on."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from petune import PetuneError
-from petune.training import Task
+from petune.training import Task, as_label, as_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,20 +22,31 @@ class Classification(Task):
 
     head = "sequence-classification"
     inputs, targets, optional = ("text",), ("label",), ("text_pair",)
+    reads = {"text": as_text, "text_pair": as_text, "label": as_label}
     metric = "accuracy"
     labels: list[Any]
+    paired = False
+    """Whether the training rows have a `text_pair`."""
     end: int | None = None
     """The token that the class is read off, of models that go by it: T5, BART."""
 
     def fit(self, train: Dataset) -> None:
-        found = set(train["label"])
-        if any(isinstance(label, float) and not label.is_integer() for label in found):
-            raise PetuneError(f"column of role 'label': holds fractions such as {max(found, key=lambda x: x % 1)}; "
-                              "classification needs names or integers.")  # fmt: skip
+        source = (
+            f"{self.recipe.data}: column {self.recipe.columns.get('label', 'label')!r}"
+        )
+        try:
+            found = {as_label(label) for label in train["label"]}
+        except ValueError as error:
+            raise PetuneError(f"{source}: {error}") from None
         if not 2 <= len(found) <= MOST:
-            raise PetuneError(f"column of role 'label': {len(found)} different labels in the training rows; "
+            raise PetuneError(f"{source}: {len(found)} different labels in the training rows; "
                               f"classification needs 2 to {MOST}.")  # fmt: skip
         self.labels = sorted(found)
+        if len({str(label).strip() for label in found}) < len(found):
+            self.remark(
+                f"{source}: some labels differ in spaces at their ends only; they are classes of their own."
+            )
+        self.paired = "text_pair" in train.column_names
 
     def check(self, rows: Dataset, split: str) -> None:
         unseen = [label for label in rows["label"] if self._index(label) == UNSEEN]
@@ -46,10 +57,11 @@ class Classification(Task):
             )
 
     def state(self) -> dict[str, Any]:
-        return {"labels": self.labels}
+        return {"labels": self.labels} | ({"paired": True} if self.paired else {})
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.labels = state["labels"]
+        self.paired = state.get("paired", False)
 
     def model_args(self) -> dict[str, Any]:
         names = {i: str(label) for i, label in enumerate(self.labels)}
@@ -95,11 +107,7 @@ class Classification(Task):
         from sklearn.metrics import accuracy_score, f1_score
 
         truth = torch.tensor([self._index(label) for label in rows["label"]])
-        if bool((truth == UNSEEN).all()):
-            known = ", ".join(map(str, self.labels[:10]))
-            raise PetuneError(
-                f"label {rows['label'][0]!r}: no label here occurs in the training rows ({known})."
-            )
+        self._tell_of_unseen(rows["label"], truth.tolist())
         logits = torch.tensor(self._logits(model, rows))  # (rows, labels)
         found = logits.argmax(-1)
         return {
@@ -110,25 +118,61 @@ class Classification(Task):
             ),
         }
 
-    def _ask(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        length = self.recipe.training.max_length
-        encoded = dict(
-            self.tokenizer(
-                row["text"], row.get("text_pair"), truncation=True, max_length=length
+    def _tell_of_unseen(self, given: Sequence[Any], truth: Sequence[int]) -> None:
+        """Say of how many rows no answer can be right; refuse if of all."""
+        unseen = [label for label, i in zip(given, truth, strict=True) if i == UNSEEN]
+        if not unseen:
+            return
+        known = ", ".join(map(str, self.labels[:4])) + ", …" * (len(self.labels) > 4)
+        if len(unseen) == len(truth):
+            raise PetuneError(
+                f"label {unseen[0]!r}: no label here occurs in the training rows ({known})."
             )
+        self.remark(
+            f"{len(unseen)} of {len(truth)} scored rows have a label, such as {unseen[0]!r}, that no training row has "
+            f"({known}): they count as misses."
         )
-        if not encoded[
-            "input_ids"
-        ]:  # a text without a token, to a tokenizer that adds none
+
+    def _ask(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        texts, most = (
+            (row["text"], row.get("text_pair")),
+            self.recipe.training.max_length,
+        )
+        encoded = dict(self.tokenizer(*texts))
+        length = len(encoded["input_ids"])
+        if length > most:
+            encoded = dict(self.tokenizer(*texts, truncation=True, max_length=most))
+            self.cuts.add(length - len(encoded["input_ids"]))
+        if not length:  # a text without a token, to a tokenizer that adds none
             encoded |= {"input_ids": [self.pad_id], "attention_mask": [1]}
         return encoded
 
     def _logits(self, model: nn.Module, rows: Dataset) -> list[list[float]]:
+        self._check_pairs(rows)
+
         def answer(batch: dict[str, Tensor]) -> Sequence[list[float]]:
             logits: list[list[float]] = model(**batch).logits.float().tolist()
             return logits
 
-        return self.answers(model, [self._ask(row) for row in rows], answer)
+        examples = [self._ask(row) for row in rows]
+        self.remark(self.cuts.told("answers", len(examples)))
+        return self.answers(model, examples, answer)
+
+    def _check_pairs(self, rows: Dataset) -> None:
+        """Refuse texts alone where the training rows were pairs; say so the other way round."""
+        has_pairs = "text_pair" in rows.column_names
+        if self.paired and not has_pairs:
+            raise PetuneError(
+                "no column 'text_pair', and the training rows were pairs; add it."
+            )
+        if has_pairs and not self.paired:
+            self.remark(
+                "column 'text_pair' is read, though the training rows had none."
+            )
 
     def _index(self, label: Any) -> int:
-        return self.labels.index(label) if label in self.labels else UNSEEN
+        """The class of a label; one file may write the number 7 and another the text "7"."""
+        if label in self.labels:
+            return self.labels.index(label)
+        spelled = [str(known) for known in self.labels]
+        return spelled.index(str(label)) if str(label) in spelled else UNSEEN

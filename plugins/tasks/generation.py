@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from petune.training import Task
+from petune import PetuneError
+from petune.training import Task, as_text, as_texts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,23 +23,28 @@ class Generation(Task):
     """A completion for a prompt, by a decoder. The loss is on the completion alone.
 
     The prompt goes through the tokenizer's chat template if it has one. A completion may be a list of right ones:
-    the first is trained on, all count in scoring. Scores: `chrf` (the mean over rows, 0 to 1), `exact_match` (letter
-    case, punctuation and spaces aside), and the held-out completions' `loss` a token and `perplexity`.
+    the first is trained on, all count in scoring. A row that is too long loses the middle of its prompt; the end of its
+    completion too, where that takes more than half of `max_length`, but never the end token. Scores: `chrf` (the mean
+    over rows, 0 to 1), `exact_match` (letter case, punctuation and spaces aside), and the held-out completions' `loss`
+    a token and `perplexity`.
     """
 
     head = "causal-lm"
     inputs, targets = ("prompt",), ("completion",)
+    reads = {"prompt": as_text, "completion": as_texts}
     metric = "chrf"
     eval_rows = 200
     token_loss, generates = True, True
 
     def encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        answer = _answers(row["completion"])[0] + (self.tokenizer.eos_token or "")
-        completion = self._ids(answer)[: self.recipe.training.max_length // 2]
-        prompt = self._prompt(
-            row["prompt"], self.recipe.training.max_length - len(completion)
-        )
+        most = self.recipe.training.max_length
+        prompt = self._prompt(row["prompt"])
+        completion = self._completion(_answers(row["completion"])[0])
+        length = len(prompt) + len(completion)
+        completion = self._shortened(completion, max(most // 2, most - len(prompt)))
+        prompt = _without_middle(prompt, most - len(completion))
         ids = prompt + completion
+        self.cuts.add(length - len(ids))
         return {
             "input_ids": ids,
             "attention_mask": [1] * len(ids),
@@ -72,12 +78,8 @@ class Generation(Task):
             )
             return [text.strip() for text in texts]
 
-        prompts = [
-            self._prompt(row["prompt"], self.recipe.training.max_length) for row in rows
-        ]
-        examples = [
-            {"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in prompts
-        ]
+        examples = [self._ask(row["prompt"]) for row in rows]
+        self.remark(self.cuts.told("prompts", len(examples)))
         return self.answers(model, examples, answer, collate=self._pad_left)
 
     def score(self, model: Any, rows: Dataset) -> dict[str, float]:
@@ -114,28 +116,46 @@ class Generation(Task):
             return [(loss * count if count else 0.0, count) for count in counts]
 
         found: list[tuple[float, int]] = self.answers(
-            model, [self.encode(row) for row in rows], answer
+            model, self.encoded(rows, "held-out loss"), answer
         )
         return sum(loss for loss, _ in found) / max(1, sum(count for _, count in found))
 
-    def _prompt(self, text: str, most: int) -> list[int]:
-        """The prompt's ids; of one that is too long the middle is left out, so that both its ends stay."""
+    def _ask(self, prompt: str) -> dict[str, Any]:
+        """A prompt alone, for an answer."""
+        ids = self._prompt(prompt)
+        kept = _without_middle(ids, self.recipe.training.max_length)
+        self.cuts.add(len(ids) - len(kept))
+        return {"input_ids": kept, "attention_mask": [1] * len(kept)}
+
+    def _prompt(self, text: str) -> list[int]:
+        """The ids of a prompt; of one without a token, what a text begins with."""
         if self.tokenizer.chat_template:
             turn = [{"role": "user", "content": text}]
-            ids = self._ids(
-                str(
-                    self.tokenizer.apply_chat_template(
-                        turn, add_generation_prompt=True, tokenize=False
-                    )
-                )
+            written = self.tokenizer.apply_chat_template(
+                turn, add_generation_prompt=True, tokenize=False
             )
+            ids = self._ids(str(written))
         else:
             ids = list(self.tokenizer(text)["input_ids"])
-        return (
-            ids
-            if len(ids) <= most
-            else ids[: most // 2] + ids[len(ids) - (most - most // 2) :]
-        )
+        begin = self.tokenizer.bos_token_id
+        return ids or [self.pad_id if begin is None else begin]
+
+    def _completion(self, text: str) -> list[int]:
+        """The ids of a completion with the end token, if the tokenizer has one."""
+        ids = self._ids(text + (self.tokenizer.eos_token or ""))
+        if not ids:
+            raise PetuneError(
+                f"completion {text!r}: no token to train on, and this tokenizer has no end token; leave the row out."
+            )
+        return ids
+
+    def _shortened(self, completion: list[int], most: int) -> list[int]:
+        """At most so many ids, the end token among them: an answer that was cut still ends."""
+        if len(completion) <= most:
+            return completion
+        if completion[-1] != self.tokenizer.eos_token_id:
+            return completion[:most]
+        return completion[: most - 1] + completion[-1:]
 
     def _pad_left(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         return self.pad(
@@ -144,6 +164,13 @@ class Generation(Task):
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _without_middle(ids: list[int], most: int) -> list[int]:
+    """At most so many ids, from both ends: what is asked stands at one or the other."""
+    if len(ids) <= most:
+        return ids
+    return ids[: most // 2] + ids[len(ids) - (most - most // 2) :]
 
 
 def _answers(completion: str | Sequence[str]) -> list[str]:

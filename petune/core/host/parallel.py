@@ -22,7 +22,9 @@ SEAMS = Seams()
     why="refuse nn.DataParallel, whose threads don't know the forward that they are part of",
 )
 def _modules_replicate_themselves() -> bool:
-    return vars(nn.Identity()._replicate_for_data_parallel())["_is_replica"] is True
+    module: Any = nn.Identity()
+    replica = module._replicate_for_data_parallel()
+    return vars(replica)["_is_replica"] is True
 
 
 class NotReplicated:
