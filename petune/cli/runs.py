@@ -49,11 +49,11 @@ def train(
     json: AsJson = False,
 ) -> None:
     """Fine-tune a model as a recipe says."""
-    from petune.training.loop import Interrupted
     from petune.training.loop import train as run
     from petune.training.plugin_files import bring_back
     from petune.training.processes import Processes
     from petune.training.recipe import load_recipe
+    from petune.training.signals import Interrupted
 
     loaded = load_recipe(recipe, overrides or ())
     if resume:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -14,6 +15,7 @@ from torch.utils.data import Sampler
 
 from petune.core.method.batch import SKIP
 from petune.errors import PetuneError, UnsupportedError
+from petune.training.remarks import LOG
 
 LONGEST_WAIT = timedelta(days=1)
 """How long a process waits for the others, which may have a long evaluation to do."""
@@ -69,6 +71,8 @@ class Processes:
             raise PetuneError(
                 f"{count} processes were started, and accelerate found {state.num_processes}."
             )
+        if state.process_index:
+            LOG.setLevel(logging.ERROR)  # the first has said it
         return cls(state.process_index, count)
 
     @property
@@ -102,6 +106,12 @@ class Processes:
         yield
         if self.writes:
             self.wait()
+
+    def once(self, write: Callable[[], object]) -> None:
+        """Let the first process do something that the others wait for."""
+        with self.first_alone():
+            if self.writes:
+                write()
 
     def told(self, value: Any) -> Any:
         """What the first process has for a value."""

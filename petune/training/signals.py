@@ -9,6 +9,10 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 
+class Interrupted(KeyboardInterrupt):
+    """Training was stopped from outside, at the end of a step; a checkpoint holds what was reached."""
+
+
 class Stoppable(Protocol):
     """What can be told to stop at the end of a step."""
 

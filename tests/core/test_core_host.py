@@ -1,14 +1,16 @@
 """The core's seams: each holds here, and a change planted in one ends in the error that names it."""
 
 from contextlib import nullcontext
+from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
 import transformers
+from torch import nn
 from transformers import AttentionInterface, Cache, GenerationMixin, PreTrainedModel
 
 import petune
-from petune.core.host import attention, cache, generation, torch_modules
+from petune.core.host import attention, cache, generation, parallel, torch_modules
 from petune.core.host.seam import Seams
 from petune.core.host.seams import SEAMS
 from petune.errors import MovedError
@@ -94,7 +96,19 @@ def memory_after_all(monkeypatch):
     monkeypatch.setattr(torch_modules, "FakeTensorMode", lambda **_: nullcontext())
 
 
+def replicas_unmarked(monkeypatch):
+    monkeypatch.setattr(nn.Module, "_replicate_for_data_parallel", lambda self: self)
+
+
+def deepspeed_elsewhere(monkeypatch):
+    monkeypatch.setattr(
+        parallel, "find_spec", lambda name: ModuleSpec(name, None, origin=__file__)
+    )
+
+
 PLANTED = {
+    "_replicate_for_data_parallel": replicas_unmarked,
+    "ds_id": deepspeed_elsewhere,
     "AttentionInterface.get_interface": another_signature,
     "PreTrainedConfig._attn_implementation": implementation_elsewhere,
     "of a model's forward": third_name,

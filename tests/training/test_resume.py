@@ -11,8 +11,8 @@ from samples import changed, rows, same_weights, weights
 
 from petune import PetuneError
 from petune.training import evaluate, train
-from petune.training.loop import Interrupted
 from petune.training.recorder import Recorder
+from petune.training.signals import Interrupted
 
 
 class Crash(Exception):

@@ -9,8 +9,8 @@ from samples import changed, same_weights, weights
 
 from petune import PetuneError
 from petune.training import evaluate, load_recipe, train
-from petune.training.loop import Interrupted
 from petune.training.recorder import Recorder
+from petune.training.signals import Interrupted
 from petune.training.trainer import AdapterTrainer
 
 MAM = {
