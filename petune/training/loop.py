@@ -35,9 +35,8 @@ def train(
         recipe: a recipe, its values, or a YAML file.
         resume: go on from the last checkpoint as if the run had not been stopped, or finished at fewer steps.
         overwrite: throw away a run that is there already.
-        adapt: makes the model trainable in place of `petune.attach`: `adapt(model, recipe)` returns an object with
-            `parameters()` and `save(folder)`; if it has `model`, that is what is called, and with `load(folder)` it
-            can resume.
+        adapt: in place of `petune.attach`: `adapt(model, recipe)` returns an object with `parameters()` and
+            `save(folder)`; its `model`, if it has one, is what is called, and with `load(folder)` it can resume.
         quiet: no progress bar.
         final_eval: score the test split at the end.
         last_checkpoint: leave a checkpoint of the last step, from which the run can be trained on.

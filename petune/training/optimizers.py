@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
+from dataclasses import fields
+from types import SimpleNamespace
+from typing import Any
 
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
@@ -35,8 +37,9 @@ def check_optimizer(name: str) -> None:
             raise PetuneError(
                 f"training.optimizer: {name!r} {why}; take another, such as adamw_torch."
             )
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(output_dir=folder, optim=name, report_to="none")
+    # no TrainingArguments: making them looks for devices and for other processes
+    defaults = {field.name: field.default for field in fields(TrainingArguments)}
+    arguments: Any = SimpleNamespace(**{**defaults, "optim": name})
     try:
         Trainer.get_optimizer_cls_and_kwargs(arguments)
     except (ImportError, RuntimeError, ValueError) as error:
