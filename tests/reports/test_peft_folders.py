@@ -35,6 +35,7 @@ def _logits(model, family):
         ("tied", {"trainable_token_indices": [3, 5]}),
         ("llama", {"trainable_token_indices": {"embed_tokens": [5, 3]}}),
         ("llama", {"bias": "all"}),
+        ("llama", {"init_lora_weights": "eva"}),
         ("bert", {"target_modules": ["query"], "bias": "lora_only"}),
         ("bert", {"target_modules": ["query"], "bias": "all"}),
         ("bert", {"target_modules": "all-linear"}),
