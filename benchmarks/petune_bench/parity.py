@@ -94,7 +94,7 @@ def twins() -> dict[str, PeftTwin]:
     return {
         name: twin
         for name, twin in sorted(found.items())
-        if isinstance(twin, PeftTwin) and twin.tensors
+        if isinstance(twin, PeftTwin) and twin.kind and twin.tensors
     }
 
 

@@ -77,7 +77,7 @@ def configure(
 
     cls = registry().get("petune_methods", method)
     twin = vars(cls).get("peft")
-    if twin is None:
+    if twin is None or not twin.kind:
         raise UnsupportedError(f"PEFT has no {method!r}.")
     if missing := given.keys() - {*twin.arguments.values(), *twin.roles.values()}:
         raise UnsupportedError(f"PEFT's {method!r} has no {min(missing)!r}.")

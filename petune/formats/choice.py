@@ -7,13 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from petune.core.method.twin import PeftTwin
-from petune.core.registry.methods import method_of, methods
+from petune.core.registry.methods import methods
 from petune.errors import UnsupportedError, listed
 from petune.formats.advice import instead
 from petune.formats.names import CONFIG
 
 if TYPE_CHECKING:
+    from petune.core.attached.parts import Part
     from petune.core.attached.tuning import Tuning
+
+Twins = dict[str, PeftTwin]
+"""Methods by name, each with how PEFT names it."""
+OFF: tuple[Any, ...] = (None, "none", [], {})
+"""The values with which an option of PEFT's asks for nothing."""
 
 
 def twin_of(tuning: Tuning) -> PeftTwin:
@@ -22,54 +28,104 @@ def twin_of(tuning: Tuning) -> PeftTwin:
     Raises:
         UnsupportedError: PEFT has no such method, or the tuning consists of several.
     """
-    if len(tuning.parts) > 1:
+    (_, twin), *others = twins_of(tuning)
+    if others:
         raise UnsupportedError(
-            "PEFT's format has no place for a tuning of several methods; save without format=."
-        )
-    _, method = method_of(tuning.method)
-    twin = _own_twin(method)
-    if twin is None:
-        raise UnsupportedError(
-            f"PEFT's format has no {tuning.method!r}; {instead(tuning.parts)}."
+            "serving engines read low-rank updates alone, not a tuning of several methods; "
+            f"{instead(tuning.parts)}."
         )
     return twin
 
 
-def method_for(config: Mapping[str, Any], folder: Path) -> tuple[str, PeftTwin]:
-    """(name, twin) of the method that a configuration of PEFT's asks for. A method of petune's own comes before PEFT's
-    code inside petune (`peft:NAME`).
+def twins_of(tuning: Tuning) -> list[tuple[Part, PeftTwin]]:
+    """The methods of a tuning, each with how PEFT names it: the one that PEFT's type is, then those that it has as
+    options of that.
+
+    Raises:
+        UnsupportedError: PEFT has no such method, or has none that holds all of them.
+    """
+    found = [(part, _own_twin(part.cls)) for part in tuning.parts]
+    paired = [(part, twin) for part, twin in found if twin is not None]
+    for part, twin in found:
+        if twin is None or (not twin.kind and len(found) == 1):
+            raise UnsupportedError(
+                f"PEFT's format has no {part.name!r}; {instead([part])}."
+            )
+    return paired if len(paired) == 1 else _main_first(tuning, paired)
+
+
+def _main_first(
+    tuning: Tuning, paired: list[tuple[Part, PeftTwin]]
+) -> list[tuple[Part, PeftTwin]]:
+    """The one method that PEFT's type is, then those that it has as options of that."""
+    mains = [pair for pair in paired if not pair[1].beside]
+    rest = [pair for pair in paired if pair[1].beside]
+    if len(mains) != 1 or not {t.beside for _, t in rest} <= mains[0][1].neutral.keys():
+        raise UnsupportedError(
+            f"PEFT's format has no place for a tuning of {tuning.method}; save without format=."
+        )
+    return mains + rest
+
+
+def twins_for(config: Mapping[str, Any], folder: Path) -> Twins:
+    """The methods that a configuration of PEFT's asks for: the one that its type is, then those that it has as options.
+    A method of petune's own comes before PEFT's code inside petune (`peft:NAME`).
 
     Raises:
         UnsupportedError: no installed method is this one, or none with these options.
     """
+    beside = {n: twin for n, twin in _installed().items() if twin.beside}
+    options = {twin.beside for twin in beside.values()}
+    name, main = _main_twin(config, folder, options)
+    asked = {
+        n: twin for n, twin in beside.items() if config.get(twin.beside) not in OFF
+    }
+    return {name: main} | asked
+
+
+def _main_twin(
+    config: Mapping[str, Any], folder: Path, beside: set[str]
+) -> tuple[str, PeftTwin]:
+    """(name, twin) of the method that PEFT's type is.
+
+    Args:
+        beside: the options that other methods serve.
+    """
     kind = config.get("peft_type")
-    candidates = _candidates(kind)
     refusals = []
-    for name, twin in candidates.items():
-        option = _foreign_option(config, twin)
+    for name, twin in _candidates(kind).items():
+        option = _foreign_option(config, twin, beside)
         if option is None:
             return name, twin
-        refusals.append(f"{option}={config[option]!r}")
+        why = twin.reasons.get(option)
+        refusals.append(
+            f"{option}={config[option]!r}" + (f": {why}" if why else "") + "."
+        )
     said = f"{folder / CONFIG}: no method here is PEFT's {kind}"
     if refusals:
-        raise UnsupportedError(f"{said} with {refusals[0]}.")
+        raise UnsupportedError(f"{said} with {refusals[0]}")
     raise UnsupportedError(f"{said}. Known: {listed(_known_kinds())}.")
 
 
-def _candidates(kind: Any) -> dict[str, PeftTwin]:
+def _candidates(kind: Any) -> Twins:
     """The methods of this kind of PEFT's, if possible those that are petune's own."""
     same_kind = {
-        name: twin for name, twin in _loadable().items() if kind in _kinds(twin)
+        name: twin
+        for name, twin in _installed().items()
+        if kind in _kinds(twin) and twin.tensors != {}
     }
     own = {name: twin for name, twin in same_kind.items() if twin.tensors is not None}
     return own or same_kind
 
 
 def _known_kinds() -> list[str]:
+    """Some of the kinds that can be loaded."""
     found: set[str] = set()
-    for twin in _loadable().values():
-        found.update(_kinds(twin))
-    return sorted(found)
+    for twin in _installed().values():
+        if twin.tensors:
+            found.update(_kinds(twin))
+    named = sorted(found)
+    return [*named[:4], "…"] if len(named) > 4 else named
 
 
 def _own_twin(method: type) -> PeftTwin | None:
@@ -78,23 +134,21 @@ def _own_twin(method: type) -> PeftTwin | None:
     return twin if isinstance(twin, PeftTwin) else None
 
 
-def _loadable() -> dict[str, PeftTwin]:
-    """The twins of the installed methods that can be loaded from PEFT's folders."""
-    found = {}
-    for name, method in methods().items():
-        twin = _own_twin(method)
-        if twin is not None and twin.tensors != {}:
-            found[name] = twin
-    return found
+def _installed() -> Twins:
+    """The twins of the installed methods."""
+    found = {name: _own_twin(method) for name, method in methods().items()}
+    return {name: twin for name, twin in found.items() if twin is not None}
 
 
-def _kinds(twin: PeftTwin) -> tuple[str, ...]:
-    return (twin.kind, *twin.also)
+def _kinds(twin: PeftTwin) -> set[str]:
+    return {twin.kind, *twin.also} - {""}
 
 
-def _foreign_option(config: Mapping[str, Any], twin: PeftTwin) -> str | None:
+def _foreign_option(
+    config: Mapping[str, Any], twin: PeftTwin, beside: set[str]
+) -> str | None:
     """The first option of PEFT's that has a value with which it is another method than ours."""
     for option, allowed in twin.neutral.items():
-        if config.get(option, allowed[0]) not in allowed:
+        if option not in beside and config.get(option, allowed[0]) not in allowed:
             return option
     return None

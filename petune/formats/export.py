@@ -6,21 +6,35 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from petune.core.frozen.modules import walk
 from petune.errors import UnsupportedError
-from petune.formats.choice import twin_of
+from petune.formats.base import Base
+from petune.formats.choice import twins_of
 from petune.formats.layouts import LAYOUTS, Surroundings
-from petune.formats.names import OUTER, PREFIX, input_embedding, short_names
+from petune.formats.names import (
+    BASE_LAYER,
+    BESIDE,
+    OUTER,
+    PREFIX,
+    TASK_HEADS,
+    WHOLE_KEY,
+    input_embedding,
+    short_names,
+)
 from petune.formats.options import check_same, listed_roles, options_of, ranks_of
 from petune.formats.whole import WHOLES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from petune.core.attached.parts import Part
     from petune.core.attached.tuning import Tuning
     from petune.core.forward.link import Link
     from petune.core.method.twin import PeftTwin
     from petune.formats.layouts import TensorsBySite
 
+Described = tuple[dict[str, Tensor], dict[str, Any]]
+"""(tensors by PEFT's names, what its configuration says)."""
 TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
@@ -32,7 +46,7 @@ TASKS = {
 """How the name of a model's class ends -> PEFT's name of the task."""
 
 
-def export(tuning: Tuning) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def export(tuning: Tuning) -> Described:
     """(tensors, configuration) as PEFT would have written them.
 
     Raises:
@@ -42,36 +56,40 @@ def export(tuning: Tuning) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UnsupportedError(
             f"PEFT's format has no place for a weight of {tuning.weight}; save without format=."
         )
-    twin = twin_of(tuning)
+    (part, twin), *others = twins_of(tuning)
     if any(link.site.part is not None for link in adapter_links(tuning)):
         raise UnsupportedError(
             f"{tuning.method!r} acts on parts of a fused projection here, which PEFT can't; "
             'format="serving" can write some for the whole.'
         )
-    return describe(tuning, twin)
+    tensors, config = describe(tuning, part, twin)
+    adapted = {
+        link.site.name for link in adapter_links(tuning) if link.method == part.name
+    }
+    for other, twin_beside in others:
+        more, options = _beside(tuning, other, twin_beside, adapted)
+        tensors |= more
+        config |= options
+    heads = _untrained_heads(tuning, twin, config["task_type"])
+    return heads | _on_cpu(tensors), config
 
 
-def describe(
-    tuning: Tuning, twin: PeftTwin
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, configuration) in PEFT's names. Where the tuning has a weight or acts on slices of a fused projection
-    PEFT would not read it: the slices go under the names of their sites, the weight is left out.
+def describe(tuning: Tuning, part: Part, twin: PeftTwin) -> Described:
+    """(tensors, configuration) of one method in PEFT's names. Where the tuning has a weight or acts on slices of a
+    fused projection PEFT would not read it: the slices go under the names of their sites, the weight is left out.
     """
-    links = adapter_links(tuning)
+    links = _own_links(tuning, part)
     plain = {link.site.name: dict(link.adapter.plain()) for link in links}
-    config = _general_options(tuning, twin) | options_of(tuning, twin)
+    config = _general_options(tuning, twin) | options_of(part, twin)
     check_same(links, twin, config)
     config |= ranks_of(links, plain, twin, config)
     config["modules_to_save"] = list(tuning.heads) or None
     tensors = _head_tensors(tuning, twin)
     if twin.whole:
         sites = [link.site for link in links]
-        tensors["prompt_embeddings"] = WHOLES[twin.whole].write(
-            tuning.model, plain, sites
-        )
+        tensors[WHOLE_KEY] = WHOLES[twin.whole].write(tuning.model, plain, sites)
     else:
-        roles = listed_roles(tuning, twin)
-        listed = {link.site.name for link in links if link.site.role in roles}
+        listed = _listed(part, twin, links)
         found = _site_tensors(tuning.model, links, plain, twin, listed)
         tensors |= {
             f"{PREFIX}{module}.{theirs}": t for (module, theirs), t in found.items()
@@ -80,12 +98,44 @@ def describe(
         config["target_modules"] = short_names(
             tuning.model, {module for module, _ in found}
         )
-    return {key: t.detach().cpu().contiguous() for key, t in tensors.items()}, config
+    return _on_cpu(tensors), config
+
+
+def _listed(part: Part, twin: PeftTwin, links: list[Link]) -> set[str]:
+    """The sites whose roles the arguments in `PeftTwin.roles` list."""
+    roles = listed_roles(part, twin)
+    return {link.site.name for link in links if link.site.role in roles}
+
+
+def _own_links(tuning: Tuning, part: Part) -> list[Link]:
+    return [link for link in adapter_links(tuning) if link.method == part.name]
 
 
 def adapter_links(tuning: Tuning) -> list[Link]:
-    """Where the method itself acts: all links but those of modules that are trained whole, such as a head."""
+    """Where the methods themselves act: all links but those of modules that are trained whole, such as a head."""
     return [link for link in tuning.links if link.site.kind != "module"]
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+
+
+def _beside(tuning: Tuning, part: Part, twin: PeftTwin, adapted: set[str]) -> Described:
+    """What a method comes to as an option of another one's.
+
+    Args:
+        adapted: the modules that the other one acts on, around which PEFT puts a layer of its own.
+    """
+    links = [link for link in adapter_links(tuning) if link.method == part.name]
+    plain = {link.site.name: dict(link.adapter.plain()) for link in links}
+    found = _site_tensors(tuning.model, links, plain, twin, set())
+    tensors = {}
+    for (module, theirs), tensor in found.items():
+        around = BASE_LAYER if module in adapted else "."
+        inside = BESIDE.get(twin.beside, around)
+        tensors[f"{PREFIX}{module}{inside}{theirs}"] = tensor
+    said = options_of(part, twin)
+    return tensors, {twin.beside: next(iter(said.values()), "all")}
 
 
 def _general_options(tuning: Tuning, twin: PeftTwin) -> dict[str, Any]:
@@ -109,16 +159,32 @@ def _task_of(model: PreTrainedModel) -> str | None:
 
 
 def _head_tensors(tuning: Tuning, twin: PeftTwin) -> dict[str, Tensor]:
-    """The tensors of the modules that were trained whole, under PEFT's names."""
+    """The tensors of the modules that were trained whole, under PEFT's names. Tied ones share no memory, or safetensors
+    would not take them.
+    """
     prefix = OUTER if twin.whole else PREFIX
-    found = {}
-    for link in tuning.links:
-        if link.site.kind == "module":
-            for key, tensor in link.adapter.state_dict().items():
-                found[f"{prefix}{link.site.name}.{key.removeprefix('module.')}"] = (
-                    tensor
-                )
-    return found
+    return {
+        f"{prefix}{link.site.name}.{key.removeprefix('module.')}": tensor.clone()
+        for link in tuning.links
+        if link.site.kind == "module"
+        for key, tensor in link.adapter.state_dict().items()
+    }
+
+
+def _untrained_heads(
+    tuning: Tuning, twin: PeftTwin, task: str | None
+) -> dict[str, Tensor]:
+    """The base's own tensors of the heads that PEFT expects in a folder for this task, trained or not. Those that were
+    trained come instead of them.
+    """
+    ends = TASK_HEADS.get(task or "", ())
+    prefix = OUTER if twin.whole else PREFIX
+    heads = {f"{name}." for name, _ in walk(tuning.model) if name.endswith(ends)}
+    return {
+        f"{prefix}{key}": tensor.detach().cpu().clone()
+        for key, tensor in Base(tuning.model).parameters.items()
+        if ends and key.startswith(tuple(heads))
+    }
 
 
 def _site_tensors(
@@ -137,7 +203,7 @@ def _site_tensors(
         for name, tensor in own.items():
             if id(tensor) not in seen:
                 seen.add(id(tensor))
-                theirs = name if twin.tensors is None else twin.tensors[name]
+                theirs = twin.name_of(name, site.kind)
                 found[module, theirs] = _laid_out(
                     tensor, twin.layouts.get(name), around
                 )

@@ -124,8 +124,24 @@ def _read_shift(theirs: Tensor, around: Surroundings) -> Tensor:
 
 
 def _scaled_base_bias(around: Surroundings) -> Tensor:
-    bias: Any = around.site.module.bias
-    return bias.detach().float().cpu() * around.others["scale"].detach().cpu()
+    return _base_bias(around) * around.others["scale"].detach().cpu()
+
+
+def _write_bias(ours: Tensor, around: Surroundings) -> Tensor:
+    return ours + _base_bias(around)
+
+
+def _read_bias(theirs: Tensor, around: Surroundings) -> Tensor:
+    return theirs - _base_bias(around)
+
+
+def _base_bias(around: Surroundings) -> Tensor:
+    bias: Any = getattr(around.site.module, "bias", None)
+    if not isinstance(bias, Tensor):
+        raise UnsupportedError(
+            f"{around.site.name} has no bias in this model, and PEFT trains only those that are there."
+        )
+    return bias.detach().float().cpu()
 
 
 LAYOUTS = {
@@ -134,5 +150,7 @@ LAYOUTS = {
     "skew": TwoWay(_write_skew, _read_skew),
     "gain": TwoWay(_write_gain, _read_gain),
     "shift": TwoWay(_write_shift, _read_shift),
+    "bias": TwoWay(_write_bias, _read_bias),
 }
-"""`gain` and `shift`: ours are relative to the base's weight and bias (`scale`, and what is added), PEFT's absolute."""
+"""`gain`, `shift` and `bias`: ours are relative to the base's weight and bias (`scale`, and what is added), PEFT's
+absolute; with `bias` nothing scales the base's."""

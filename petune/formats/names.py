@@ -11,17 +11,41 @@ from petune.core.frozen.modules import walk
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+WHOLE_KEY = "prompt_embeddings"
+"""The name of the one tensor of a prompt or of prefixes."""
+TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""PEFT's name of a task -> how the names of heads end that PEFT trains along, whether asked to or not."""
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 OUTER = "base_model."
 PREFIX = OUTER + "model."
 """What stands before the name of a module in a saved tensor's name; before a prompt's heads it is `OUTER` alone."""
+INSERTED = BASE_LAYER, TOKENS = ".base_layer.", ".token_adapter."
+"""Modules of PEFT's inside the name of a saved tensor: around an adapted layer, and around a table of tokens."""
+BESIDE = {"trainable_token_indices": TOKENS}
+"""Option -> the module of PEFT's that holds what the option trains; for all others it is the layer adapted."""
+WRAPPED = (".original_module.", ".modules_to_save.")
 
 
-def without_prefix(key: str) -> str:
-    """The name of a saved tensor as the model itself would call it."""
-    if key.startswith(PREFIX):
-        return key.removeprefix(PREFIX)
-    return key.removeprefix(OUTER)
+def in_model(key: str) -> str:
+    """The name of a saved tensor as the model itself would call it, without PEFT's modules around its own."""
+    for prefix in (PREFIX, OUTER):
+        if key.startswith(prefix):
+            key = key.removeprefix(prefix)
+            break
+    for inserted in INSERTED:
+        key = key.replace(inserted, ".")
+    return key
+
+
+def is_wrapped(key: str) -> bool:
+    """Whether a saved tensor is there a second time: where PEFT saves all biases it saves a head's under the names of
+    its wrapper too.
+    """
+    return any(map(key.count, WRAPPED))
 
 
 def input_embedding(model: PreTrainedModel) -> str:

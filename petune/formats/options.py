@@ -8,12 +8,12 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from petune.core.method.arguments import arguments
-from petune.core.registry.methods import method_of
 from petune.errors import UnsupportedError
 from petune.formats.advice import instead
 from petune.formats.names import exceptions_by_module, is_listed
 
 if TYPE_CHECKING:
+    from petune.core.attached.parts import Part
     from petune.core.attached.tuning import Tuning
     from petune.core.forward.link import Link
     from petune.core.frozen.site import Site
@@ -25,27 +25,32 @@ PATTERNS = {RANK: "rank_pattern", ALPHA: "alpha_pattern"}
 """PEFT's option -> the option that lists the exceptions from it, by module."""
 
 
-def options_of(tuning: Tuning, twin: PeftTwin) -> dict[str, Any]:
-    """The tuning's arguments under PEFT's names.
+def part_of(tuning: Tuning, method: str) -> Part:
+    """One method of a tuning."""
+    return next(part for part in tuning.parts if part.name == method)
+
+
+def options_of(part: Part, twin: PeftTwin) -> dict[str, Any]:
+    """A method's arguments under PEFT's names.
 
     Raises:
         UnsupportedError: PEFT has no such argument, or not with this value.
     """
-    defaults = {key: p.default for key, p in _arguments_of(tuning).items()}
+    defaults = {key: p.default for key, p in arguments(part.cls).items()}
     said = _names_with_a_place(twin)
-    for key, value in tuning.arguments.items():
+    for key, value in part.arguments.items():
         if key not in said and value != defaults[key]:
             raise UnsupportedError(
-                f"{tuning.method!r} with {key}={value!r} has no place in PEFT's format; "
-                f"{instead(tuning.parts)}."
+                f"{part.name!r} with {key}={value!r} has no place in PEFT's format; "
+                f"{instead([part])}."
             )
     found = {}
     for theirs, ours in twin.arguments.items():
-        value = found[theirs] = tuning.arguments.get(ours, defaults[ours])
+        value = found[theirs] = part.arguments.get(ours, defaults[ours])
         if value not in twin.neutral.get(theirs, (value,)):
             raise UnsupportedError(
-                f"{tuning.method!r} with {ours}={value!r} is another method in PEFT; "
-                f"{instead(tuning.parts)}."
+                f"{part.name!r} with {ours}={value!r} is another method in PEFT; "
+                f"{instead([part])}."
             )
     return found
 
@@ -113,21 +118,17 @@ def _with_exceptions(option: str, values: Mapping[str, float]) -> dict[str, Any]
     return {option: most, PATTERNS[option]: others}
 
 
-def listed_roles(tuning: Tuning, twin: PeftTwin) -> set[str]:
+def listed_roles(part: Part, twin: PeftTwin) -> set[str]:
     """The roles that the arguments in `twin.roles` list (IA³'s feed-forward layers)."""
-    known = _arguments_of(tuning)
+    known = arguments(part.cls)
     found: set[str] = set()
     for ours in twin.roles.values():
-        found.update(tuning.arguments.get(ours, known[ours].default).split())
+        found.update(part.arguments.get(ours, known[ours].default).split())
     return found
 
 
-def _arguments_of(tuning: Tuning) -> Mapping[str, Any]:
-    return arguments(method_of(tuning.method)[1])
-
-
 def arguments_from(
-    config: Mapping[str, Any],
+    config: dict[str, Any],
     twin: PeftTwin,
     sites: Mapping[str, Site],
     adapted: Iterable[str],
@@ -138,6 +139,8 @@ def arguments_from(
         sites: the model's, by name.
         adapted: the names of the sites that the folder has tensors for.
     """
+    if twin.beside in config and twin.arguments:
+        config = config | dict.fromkeys(twin.arguments, _tokens(config[twin.beside]))
     given = {}
     for theirs, ours in twin.arguments.items():
         if config.get(theirs) is not None:
@@ -146,8 +149,34 @@ def arguments_from(
         listing = config.get(theirs) or ()
         roles = {sites[name].role for name in adapted if is_listed(name, listing)}
         given[ours] = " ".join(sorted(roles))
-    if twin.ranked:
-        for option, pattern in PATTERNS.items():
-            ours = f"{twin.arguments[option]}_pattern"
-            given[ours] = exceptions_by_module(config.get(pattern), adapted)
-    return given
+    return given | _patterns_from(config, twin, adapted)
+
+
+def _patterns_from(
+    config: Mapping[str, Any], twin: PeftTwin, adapted: Iterable[str]
+) -> dict[str, Any]:
+    """The exceptions by module, of a method that may have some."""
+    if not twin.ranked:
+        return {}
+    return {
+        f"{twin.arguments[option]}_pattern": exceptions_by_module(
+            config.get(pattern), adapted
+        )
+        for option, pattern in PATTERNS.items()
+    }
+
+
+def _tokens(option: Any) -> Any:
+    """The ids of PEFT's option, which may be listed for each table.
+
+    Raises:
+        UnsupportedError: the tables have other ids.
+    """
+    if not isinstance(option, dict):
+        return option
+    first, *others = option.values()
+    if any(ids != first for ids in others):
+        raise UnsupportedError(
+            f"trainable_token_indices={option}: petune trains the same tokens in all tables."
+        )
+    return first

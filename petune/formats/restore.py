@@ -10,59 +10,86 @@ import torch
 from torch import Tensor
 
 from petune.errors import UnsupportedError
+from petune.formats.base import same
 from petune.formats.export import adapter_links
 from petune.formats.layouts import LAYOUTS, Surroundings
-from petune.formats.options import listed_roles
+from petune.formats.names import WHOLE_KEY
+from petune.formats.options import listed_roles, part_of
 from petune.formats.whole import WHOLES
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from petune.core.attached.tuning import Tuning
+    from petune.core.forward.link import Link
     from petune.core.method.twin import PeftTwin
-    from petune.formats.contents import Contents
-
-WHOLE_KEY = "prompt_embeddings"
+    from petune.formats.contents import Contents, Piece
 
 
-def restore(
-    tuning: Tuning, contents: Contents, twin: PeftTwin, folder: Path
-) -> dict[str, Tensor]:
+def restore(tuning: Tuning, contents: Contents, folder: Path) -> dict[str, Tensor]:
     """The folder's tensors under the keys of `Tuning.state`.
 
     Raises:
-        UnsupportedError: a tensor is neither the method's, nor of a head, nor a copy of the base's.
+        UnsupportedError: a tensor is neither a method's nor the model's.
         LookupError, RuntimeError, ValueError: a tensor is missing or has another shape.
     """
-    left = contents.left()
-    if twin.whole:
-        left = [key for key in left if key != WHOLE_KEY]
-        sites = [link.site for link in adapter_links(tuning)]
-        found = WHOLES[twin.whole].read(
-            tuning.model, contents.tensors[WHOLE_KEY], sites
-        )
-    else:
-        found = _site_tensors(tuning, contents, twin)
-        _fill_cut_ranks(tuning, found, twin)
-    heads = tuple(f"{head}." for head in contents.heads)
-    for key in left:
-        if key.startswith(heads):
-            module, _, parameter = key.rpartition(".")
-            found[f"{module}.module.{parameter}"] = contents.tensors[key]
-        elif not _is_of_the_base(tuning.model, key, contents.tensors[key]):
-            raise UnsupportedError(
-                f"{folder}: {key} is nothing that {tuning.method!r} has."
-            )
+    found = _whole_modules(tuning, contents, folder)
+    for piece in contents.pieces:
+        links = [link for link in adapter_links(tuning) if link.method == piece.method]
+        if piece.twin.whole:
+            sites = [link.site for link in links]
+            one = contents.tensors[WHOLE_KEY]
+            found |= WHOLES[piece.twin.whole].read(tuning.model, one, sites)
+            continue
+        own = _site_tensors(tuning, links, contents, piece)
+        _fill_cut_ranks(links, own, piece.twin)
+        found |= own
     return found
 
 
-def _site_tensors(
-    tuning: Tuning, contents: Contents, twin: PeftTwin
+def _whole_modules(
+    tuning: Tuning, contents: Contents, folder: Path
 ) -> dict[str, Tensor]:
-    """The method's tensors by the keys of `Tuning.state`."""
-    keys = _state_keys(tuning)
+    """The tensors of the modules that train in a copy."""
+    copied = tuple(f"{module}." for module in contents.heads + contents.changed)
+    changed = tuple(f"{module}.module." for module in contents.changed)
+    keys = _keys_of_copies(tuning)
+    own = {name: t for name, t in tuning.state() if name.startswith(changed)}
+    found: dict[str, Tensor] = {}
+    for key in contents.left():
+        tensor = contents.tensors[key]
+        if not key.startswith(copied):
+            raise UnsupportedError(
+                f"{folder}: it holds {key}, which neither {tuning.method!r} has nor this model."
+            )
+        module, _, parameter = key.rpartition(".")
+        name = f"{module}.module.{parameter}"
+        name = keys.get(name, name)
+        if name in found and not same(found[name], tensor):
+            raise UnsupportedError(
+                f"{folder}: {key} is tied to another table in this model, and PEFT has trained them "
+                "apart: load it on a model with tie_word_embeddings=False."
+            )
+        found[name] = tensor
+    return own | found
+
+
+def _keys_of_copies(tuning: Tuning) -> dict[str, str]:
+    """{the name of a copy's tensor: the key of `Tuning.state`}, which differ where tables are tied."""
+    key_of = {id(tensor): key for key, tensor in tuning.state()}
+    return {
+        f"{link.label}.{name}": key_of[id(tensor)]
+        for link in tuning.links
+        if link.site.kind == "module"
+        for name, tensor in link.adapter.state_dict(keep_vars=True).items()
+    }
+
+
+def _site_tensors(
+    tuning: Tuning, links: list[Link], contents: Contents, piece: Piece
+) -> dict[str, Tensor]:
+    """A method's tensors by the keys of `Tuning.state`."""
+    keys = _state_keys(tuning, links)
     found = {}
-    for site, tensors in _by_site(tuning, contents, twin).items():
+    for site, tensors in _by_site(tuning, links, contents, piece).items():
         for ours, tensor in tensors.items():
             name = f"{site}.{ours}"
             found[keys.get(name, name)] = tensor
@@ -70,26 +97,26 @@ def _site_tensors(
 
 
 def _by_site(
-    tuning: Tuning, contents: Contents, twin: PeftTwin
+    tuning: Tuning, links: list[Link], contents: Contents, piece: Piece
 ) -> dict[str, dict[str, Tensor]]:
     """{site: {our tensor: its value in petune's shape}}.
 
     A layout may ask for tensors of its site that stand before its own in `PeftTwin.tensors`, so these are read first.
     """
-    order = list(twin.tensors or ())
-    roles = listed_roles(tuning, twin)
-    sites = {link.site.name: link.site for link in tuning.links}
+    order = list(piece.twin.tensors or ())
+    roles = listed_roles(part_of(tuning, piece.method), piece.twin)
+    sites = {link.site.name: link.site for link in links}
 
     def rank(key: str) -> int:
-        _, ours = contents.owners[key]
+        _, ours = piece.owners[key]
         return order.index(ours) if order else 0
 
     found: dict[str, dict[str, Tensor]] = {}
-    for key in sorted(contents.owners, key=rank):
-        name, ours = contents.owners[key]
+    for key in sorted(piece.owners, key=rank):
+        name, ours = piece.owners[key]
         own = found.setdefault(name, {})
         tensor = contents.tensors[key]
-        layout = twin.layouts.get(ours)
+        layout = piece.twin.layouts.get(ours)
         if layout is not None and name in sites:
             around = Surroundings(sites[name], sites[name].role in roles, own)
             tensor = LAYOUTS[layout].read(tensor, around)
@@ -97,26 +124,29 @@ def _by_site(
     return found
 
 
-def _state_keys(tuning: Tuning) -> dict[str, str]:
+def _state_keys(tuning: Tuning, links: list[Link]) -> dict[str, str]:
     """{site and tensor: the key of `Tuning.state`}. They differ where several sites share a tensor: petune keeps it
     under the first of them, PEFT may name it after another.
     """
     key_of = {id(tensor): key for key, tensor in tuning.state()}
-    found = {}
-    for link in adapter_links(tuning):
-        for name, tensor in link.adapter.plain().items():
-            found[f"{link.site.name}.{name}"] = key_of[id(tensor)]
-    return found
+    return {
+        f"{link.site.name}.{name}": key_of[id(tensor)]
+        for link in links
+        for name, tensor in link.adapter.plain().items()
+        if id(tensor) in key_of
+    }
 
 
-def _fill_cut_ranks(tuning: Tuning, found: dict[str, Tensor], twin: PeftTwin) -> None:
+def _fill_cut_ranks(
+    links: list[Link], found: dict[str, Tensor], twin: PeftTwin
+) -> None:
     """Append zeros for the ranks that training has cut, which PEFT leaves out and petune keeps."""
     if not twin.cut:
         return
-    for link in tuning.links:
+    for link in links:
         own = link.adapter.plain()
         for name, axis in twin.cut.items():
-            key = f"{link.site.name}.{name}"
+            key = f"{link.label}.{name}"
             if key in found:
                 found[key] = _padded(found[key], axis, own[name].shape[axis])
 
@@ -144,22 +174,9 @@ def check_drawn(
             continue
         for link in tuning.links:
             ours = getattr(link.adapter, name, None)  # a head has none
-            if ours is not None and not _same(
+            if ours is not None and not same(
                 theirs[: len(ours), : ours.shape[1]], ours
             ):
                 raise UnsupportedError(
                     f"{folder}: its {name} is not the one that its seed draws here."
                 )
-
-
-def _is_of_the_base(model: PreTrainedModel, key: str, tensor: Tensor) -> bool:
-    """A copy of the base's own weight, which PEFT adds where a head or an embedding is adapted."""
-    own = dict(model.named_parameters()).get(key.replace(".base_layer.", "."))
-    return own is not None and _same(own, tensor)
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Equal but for rounding."""
-    if one.shape != other.shape:
-        return False
-    return torch.allclose(one.cpu().float(), other.cpu().float(), rtol=1e-5, atol=1e-6)

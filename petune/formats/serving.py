@@ -36,7 +36,7 @@ def export(tuning: Tuning) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         UnsupportedError: the tuning is more than a low-rank update.
     """
-    tensors, config = describe(tuning, twin_of(tuning))
+    tensors, config = describe(tuning, tuning.parts[0], twin_of(tuning))
     whole = _joined(_scaled(tuning, _by_site(tuning, tensors), config))
     rank = max(len(factors.a) for factors in whole.values())
     out = {}

@@ -14,7 +14,10 @@ class TrainableTokens(petune.Adapter):
     where, mergeable = "embed head", True
     ids: Tensor
     peft = petune.PeftTwin(
-        "TRAINABLE_TOKENS", {"token_indices": "ids"}, {"rows": "trainable_tokens_delta"}
+        "TRAINABLE_TOKENS",
+        {"token_indices": "ids"},
+        {"rows": "trainable_tokens_delta"},
+        beside="trainable_token_indices",
     )
 
     def __init__(self, site: petune.Site, *, ids: list[int]) -> None:

@@ -21,6 +21,7 @@ LORA = petune.PeftTwin(
             False,
             "gaussian",
             "orthogonal",
+            "eva",
         ),  # others change the base's weights
         "lora_bias": (False,),
         "layer_replication": (None,),
@@ -30,6 +31,10 @@ LORA = petune.PeftTwin(
     },
     ranked="A",
     unsaid=("init", "lr_ratio"),
+    reasons={
+        "init_lora_weights": "this start changes the base's weights, which the folder does not keep; in PEFT "
+        "save_pretrained(…, path_initial_model_for_weight_conversion=…) writes a LoRA of the plain base",
+    },
 )
 DORA = replace(
     LORA,

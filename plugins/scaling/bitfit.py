@@ -11,6 +11,9 @@ class BitFit(petune.Adapter):
     """
 
     where, mergeable = petune.ALL_LINEAR, True
+    peft = petune.PeftTwin(
+        "", {}, {"shift": "bias"}, layouts={"shift": "bias"}, beside="bias"
+    )
 
     def __init__(self, site: petune.Site) -> None:
         super().__init__()

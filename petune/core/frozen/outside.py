@@ -1,10 +1,11 @@
-"""The sites of a model that are in no block: the prompt, the embedding, the norms around
-the stacks, the heads.
+"""The sites of a model that are in no block: the prompt, the embedding, the norms and linear
+layers around the stacks, the heads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -47,6 +48,8 @@ class Outside:
             elif is_norm(module):
                 width = width_of(module)
                 yield Site(name, "block", norm, None, width, width, module)
+            elif features(module):
+                yield replace(self._linear(name, module), role="other")
 
     def _classifier(self, name: str, module: nn.Module) -> Site:
         into, out = features(module) or (self.hidden, self.hidden)
@@ -58,7 +61,9 @@ class Outside:
         return Site(name, "embedding", "embed", None, rows, width, module, tied=tied)
 
     def _linear(self, name: str, module: nn.Module) -> Site:
-        into, out = features(module) or (0, 0)
+        size = features(module)
+        assert size is not None, f"{name} is no linear layer"
+        into, out = size
         tied = self._is_shared(module)
         return Site(name, "linear", "head", None, into, out, module, tied=tied)
 

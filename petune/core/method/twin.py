@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Layout = Literal["column", "row or column", "skew", "gain", "shift"]
+Layout = Literal["column", "row or column", "skew", "gain", "shift", "bias"]
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class PeftTwin:
     """How PEFT names what a method has.
 
     Args:
-        kind: `peft_type`.
+        kind: `peft_type`; "" for what PEFT only has as an option of other methods.
         arguments: PEFT's key of the configuration -> ours.
         tensors: our tensor (of `Adapter.plain`) -> PEFT's, after the module's name. Without any the method saves in
             PEFT's format and is not loaded from it; None: they have PEFT's names.
@@ -31,6 +31,10 @@ class PeftTwin:
         also: other kinds of PEFT's whose folders hold the same.
         unsaid: our arguments that only matter to training, and have no place in PEFT's configuration.
         cut: our tensor -> its dimension of ranks. PEFT leaves out those that training has cut; they are zeros here.
+        embedding: like `tensors`, where the site is an embedding.
+        beside: PEFT's option of other methods by which they do this besides their own: the biases, some tokens. Such
+            a folder is a tuning of several methods here. Those that have the option list it in `neutral`.
+        reasons: PEFT's option -> why a folder with another value than those in `neutral` is refused, and what to do.
         training: PEFT's options that it insists on and that only matter to training: written so, and not read.
     """
 
@@ -47,4 +51,14 @@ class PeftTwin:
     also: tuple[str, ...] = ()
     unsaid: tuple[str, ...] = ()
     cut: Mapping[str, int] = field(default_factory=dict)
+    embedding: Mapping[str, str] = field(default_factory=dict)
+    beside: str = ""
+    reasons: Mapping[str, str] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
+
+    def name_of(self, tensor: str, kind: str) -> str:
+        """PEFT's name of a tensor of ours at a site of some kind."""
+        names = (
+            self.embedding if kind == "embedding" and self.embedding else self.tensors
+        )
+        return tensor if names is None else names[tensor]
