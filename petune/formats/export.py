@@ -132,6 +132,11 @@ def _site_tensors(
     found, seen = {}, set()
     for link in links:
         site, own = link.site, plain[link.site.name]
+        if site.kind == "experts":
+            raise UnsupportedError(
+                f"{site.name} is one parameter for all experts, which PEFT's format has no layer for; "
+                "save without format=, or merge."
+            )
         around = Surroundings(site, site.name in listed, own)
         module = input_embedding(model) if site.kind == "embedding" else site.name
         for name, tensor in own.items():

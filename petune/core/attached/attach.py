@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -12,8 +13,9 @@ from petune.core.attached.arguments import arguments_at
 from petune.core.attached.copying import trained_copies
 from petune.core.attached.install import install
 from petune.core.attached.parts import Part, Where, parts
+from petune.core.attached.reach import left_out, with_a_form
 from petune.core.attached.tuning import Tuning, tunings
-from petune.core.forward.link import Link
+from petune.core.forward.link import Link, takes_experts
 from petune.core.frozen.site import KIND_OF, Site
 from petune.core.frozen.where import select
 from petune.core.method.adapter import Adapter, Unfreeze
@@ -57,6 +59,8 @@ def attach(
     sites = find_sites(model)
     tuning = _linked(model, name, [_made(part, sites) for part in wanted], tuple(heads))
     install(model, tuning)
+    for line in left_out(model, wanted, tuning.links, sites):
+        warnings.warn(line, stacklevel=2)
     return tuning
 
 
@@ -131,6 +135,7 @@ def _picked(part: Part, cls: type[Adapter], sites: list[Site]) -> list[Site]:
     except PetuneError as none:
         raise type(none)(f"method {part.name!r}: {none}") from None
     accepted = _accepted_kinds(cls)
+    picked = with_a_form(part, picked)
     for site in picked:
         if accepted and site.kind not in accepted:
             kinds = " and ".join(sorted(accepted))
@@ -144,4 +149,6 @@ def _accepted_kinds(cls: type[Adapter]) -> set[str]:
     """The kinds of site that a method acts on: a map of hidden states stands around a layer as around a block."""
     accepted = {KIND_OF[role] for role in cls.where.split() if role in KIND_OF}
     hidden = {"linear", "block"}
+    if takes_experts(cls):
+        accepted.add("experts")
     return accepted | hidden if accepted & hidden else accepted
