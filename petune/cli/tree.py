@@ -111,6 +111,8 @@ def _sizes(site: Site) -> str:
     if site.kind in ("linear", "embedding"):
         parts = f" = {' + '.join(site.parts)}" if site.parts else ""
         return f"{site.in_features} → {site.out_features}{parts}"
+    if site.kind == "experts":
+        return f"{site.experts} times {site.in_features} → {site.out_features}"
     return "" if site.kind == "module" else str(site.out_features)
 
 

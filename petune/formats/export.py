@@ -8,6 +8,7 @@ from torch import Tensor
 
 from petune.core.frozen.modules import walk
 from petune.errors import UnsupportedError
+from petune.formats.advice import instead
 from petune.formats.base import Base
 from petune.formats.choice import twins_of
 from petune.formats.layouts import LAYOUTS, Surroundings
@@ -79,6 +80,7 @@ def describe(tuning: Tuning, part: Part, twin: PeftTwin) -> Described:
     fused projection PEFT would not read it: the slices go under the names of their sites, the weight is left out.
     """
     links = _own_links(tuning, part)
+    _check_layers(links, part)
     plain = {link.site.name: dict(link.adapter.plain()) for link in links}
     config = _general_options(tuning, twin) | options_of(part, twin)
     check_same(links, twin, config)
@@ -118,6 +120,19 @@ def adapter_links(tuning: Tuning) -> list[Link]:
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+
+
+def _check_layers(links: list[Link], part: Part) -> None:
+    """See that every site is a layer, to which PEFT's names belong.
+
+    Raises:
+        UnsupportedError: one is a parameter that holds the weights of all experts.
+    """
+    for link in links:
+        if link.site.kind == "experts":
+            raise UnsupportedError(
+                f"{link.site.name}: PEFT's format has no layer for stacked experts; {instead([part])}."
+            )
 
 
 def _beside(tuning: Tuning, part: Part, twin: PeftTwin, adapted: set[str]) -> Described:

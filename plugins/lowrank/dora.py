@@ -27,7 +27,8 @@ class DoRA(LoRA):
         self.register_buffer("base_norm", norm, persistent=False)
         self.register_buffer("bias", site.bias(), persistent=False)
 
-    def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
+    # no form for stacked experts, which LoRA has
+    def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:  # type: ignore[override]
         y = super().forward(inner, x)  # (W + s B A) x + b
         gain = self.m / self.norm(inner, x.dtype)
         return torch.addcmul(y, (gain - 1).to(y.dtype), y - self.bias.to(y.dtype))

@@ -1,3 +1,6 @@
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +16,8 @@ class LoRA(petune.Adapter):
     A is Kaiming-uniform (`gaussian`: normal) and B zero; `orthogonal` starts both with B A = 0; `pissa`
     (arXiv:2404.02948) and `olora` (arXiv:2406.01775) start at parts of W and subtract the product B_0 A_0 that they
     start with. So training starts at the base. `rslora` scales by alpha / sqrt(rank) (arXiv:2312.03732). Dropout acts
-    on the input of A. B learns `lr_ratio` times as fast as A (LoRA+, arXiv:2402.12354).
+    on the input of A. B learns `lr_ratio` times as fast as A (LoRA+, arXiv:2402.12354). Each of stacked experts has
+    an A and a B of its own.
     """
 
     where, mergeable, peft = petune.ALL_LINEAR, True, LORA
@@ -40,18 +44,24 @@ class LoRA(petune.Adapter):
         self.register_buffer("A0", a.clone() if subtracted else None)
         self.register_buffer("B0", b.clone() if subtracted else None)
 
-    def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
+    def forward(
+        self, inner: petune.Inner, x: Tensor, *, experts: Sequence[int] = ()
+    ) -> Tensor:
         a, b = self.factors()
         dropout = self.dropout if self.training else 0.0
-        return petune.lowrank_update(inner(x), x, a, b, self.scale, dropout=dropout)
+        if not experts:
+            return petune.lowrank_update(inner(x), x, a, b, self.scale, dropout=dropout)
+        update = partial(petune.lowrank_update, scale=self.scale, dropout=dropout)
+        rows = (torch.split(t, list(experts)) for t in (inner(x), x))
+        return torch.cat(list(map(update, *rows, a, b)))
 
     @petune.derived
     def factors(self) -> tuple[Tensor, Tensor]:
         """(A, B), or factors of B A - B_0 A_0 = (B - B_0) A + B_0 (A - A_0), which lose no small change to rounding."""
         if self.A0 is None or self.B0 is None:
             return self.A, self.B
-        return torch.cat([self.A, self.A - self.A0]), torch.cat(
-            [self.B - self.B0, self.B0], 1
+        return torch.cat([self.A, self.A - self.A0], -2), torch.cat(
+            [self.B - self.B0, self.B0], -1
         )
 
     def plain(self) -> dict[str, Tensor]:

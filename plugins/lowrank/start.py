@@ -16,26 +16,32 @@ Share = Annotated[float, Ge(0), Lt(1)]
 def start(
     init: Start, site: petune.Site, rank: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """A (rank, in) and B (out, rank). What `pissa` and `olora` cut out of the weight has its rank at most."""
+    """A (rank, in) and B (out, rank), for stacked experts one each before that. What `pissa` and `olora` cut out of the
+    weight has its rank at most.
+    """
     if init == "pissa":  # the largest singular vectors, by a randomized decomposition
         weight = site.weight()
-        rank = min(rank, *weight.shape)
-        u, s, v = torch.svd_lowrank(weight, min(2 * rank, *weight.shape), niter=8)
-        root = (s[:rank] / scale).sqrt()
-        return (v[:, :rank] * root).T.contiguous(), u[:, :rank] * root
+        least = min(weight.shape[-2:])
+        rank = min(rank, least)
+        u, s, v = torch.svd_lowrank(weight, min(2 * rank, least), niter=8)
+        root = (s[..., :rank] / scale).sqrt().unsqueeze(-2)
+        return (v[..., :rank] * root).mT.contiguous(), u[..., :rank] * root
     if init == "olora":
         weight = site.weight()
-        q = torch.linalg.qr(weight[:, :rank]).Q  # (out, rank)
-        return q.T @ weight, q
-    a, b = torch.empty(rank, site.in_features), torch.zeros(site.out_features, rank)
+        q = torch.linalg.qr(weight[..., :rank]).Q  # (out, rank)
+        return q.mT @ weight, q
+    each = (site.experts,) if site.experts else ()
+    a = torch.empty(*each, rank, site.in_features)
+    b = torch.zeros(*each, site.out_features, rank)
     if (
         init == "orthogonal"
     ):  # A and B meet in orthogonal halves of the rank, so that B A = 0
         q = torch.linalg.qr(torch.randn(rank, rank)).Q
-        a = (torch.randn(site.in_features, (rank + 1) // 2) @ q[0::2]).T / 10
-        b = torch.randn(site.out_features, rank // 2) @ q[1::2] / 10
+        a = (torch.randn(*each, site.in_features, (rank + 1) // 2) @ q[0::2]).mT / 10
+        b = torch.randn(*each, site.out_features, rank // 2) @ q[1::2] / 10
     elif init == "gaussian":
         a.normal_(std=1 / rank)
     else:
-        torch.nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        for one in a if each else [a]:
+            torch.nn.init.kaiming_uniform_(one, a=math.sqrt(5))
     return a.contiguous(), b

@@ -10,7 +10,14 @@ from torch import nn
 from transformers import AttentionInterface, Cache, GenerationMixin, PreTrainedModel
 
 import petune
-from petune.core.host import attention, cache, generation, parallel, torch_modules
+from petune.core.host import (
+    attention,
+    cache,
+    experts,
+    generation,
+    parallel,
+    torch_modules,
+)
 from petune.core.host.seam import Seams
 from petune.core.host.seams import SEAMS
 from petune.errors import MovedError
@@ -106,7 +113,20 @@ def deepspeed_elsewhere(monkeypatch):
     )
 
 
+def experts_unstacked(monkeypatch):
+    monkeypatch.setattr(experts, "MixtralExperts", lambda config: nn.Linear(2, 1))
+
+
+def experts_by_themselves(monkeypatch):
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        """Asks for no function."""
+
+    monkeypatch.setattr(experts.MixtralExperts, "forward", forward)
+
+
 PLANTED = {
+    "use_experts_implementation": experts_unstacked,
+    "ExpertsInterface": experts_by_themselves,
     "_replicate_for_data_parallel": replicas_unmarked,
     "ds_id": deepspeed_elsewhere,
     "AttentionInterface.get_interface": another_signature,

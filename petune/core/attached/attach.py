@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -15,16 +16,17 @@ from petune.core.attached.copying import trained_copies
 from petune.core.attached.install import install
 from petune.core.attached.parts import Part, Where, parts
 from petune.core.attached.quantized import prepare
+from petune.core.attached.reach import left_out, with_a_form
 from petune.core.attached.sharded import check_whole, whole
 from petune.core.attached.tuning import Tuning, tunings
-from petune.core.forward.link import Link
+from petune.core.forward.link import Link, takes_experts
 from petune.core.frozen.site import KIND_OF, Site
 from petune.core.frozen.where import select
 from petune.core.host.torch_modules import without_memory
 from petune.core.method.adapter import Adapter, Unfreeze
 from petune.core.registry.methods import Method
 from petune.core.registry.sites import find_sites
-from petune.errors import PetuneError, UnsupportedError
+from petune.errors import PetuneError, PetuneWarning, UnsupportedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,6 +75,8 @@ def attach_parts(
         made = [_made(part, sites) for part in wanted]
         tuning = _linked(model, name, made, tuple(heads))
     install(model, tuning)
+    for line in left_out(model, wanted, tuning.links, sites):
+        warnings.warn(line, PetuneWarning, stacklevel=3)
     return tuning
 
 
@@ -180,6 +184,7 @@ def _picked(part: Part, cls: type[Adapter], sites: list[Site]) -> list[Site]:
     except PetuneError as none:
         raise type(none)(f"method {part.name!r}: {none}") from None
     accepted = _accepted_kinds(cls)
+    picked = with_a_form(part, picked)
     for site in picked:
         if accepted and site.kind not in accepted:
             kinds = " and ".join(sorted(accepted))
@@ -193,4 +198,6 @@ def _accepted_kinds(cls: type[Adapter]) -> set[str]:
     """The kinds of site that a method acts on: a map of hidden states stands around a layer as around a block."""
     accepted = {KIND_OF[role] for role in cls.where.split() if role in KIND_OF}
     hidden = {"linear", "block"}
+    if takes_experts(cls):
+        accepted.add("experts")
     return accepted | hidden if accepted & hidden else accepted

@@ -16,6 +16,7 @@ from petune.core.frozen.weights import is_quantized
 from petune.core.graft import observed
 from petune.core.graft.attend import install as install_attention
 from petune.core.graft.board import Board, board_of
+from petune.core.graft.experts import install as install_experts
 from petune.core.graft.module import Alone, Grafted, graft_of
 from petune.core.graft.placing import add, hold, release, remove
 from petune.core.graft.remembering import check_checkpointing, forget, remember
@@ -120,6 +121,8 @@ def _put(model: Any, link: Link, board: Board) -> None:
     if link.site.kind == "attention":
         install_attention()
         link.methods = _methods(link)
+    if link.site.kind == "experts":
+        install_experts()
     add(link, board, PromptTable if isinstance(module, nn.Embedding) else Grafted)
     if isinstance(link.adapter, TrainedParameters):
         here = graft_of(module)

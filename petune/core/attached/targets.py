@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from petune.core.attached.cost import Merged
 from petune.core.attached.quantized import replace_module, requantized
+from petune.core.attached.stacked import ExpertsTarget
 from petune.core.attached.target import TRIED, Map, Target, alike
 from petune.core.forward.link import Acting, Link
 from petune.core.frozen.modules import base_forward, features, is_norm
@@ -173,6 +174,8 @@ def target_of(
 
 def _kind(links: Sequence[Link], quantize: bool) -> type[Target]:
     module = links[0].site.module
+    if links[0].site.kind == "experts":
+        return ExpertsTarget
     if isinstance(links[0].adapter, TrainedParameters):
         return ParametersTarget
     if isinstance(links[0].adapter, TrainedCopy) and len(links) == 1:

@@ -12,11 +12,8 @@ from torch import Tensor, nn
 from petune.core.forward.computation import Computation, ModuleForward, SharedRows, once
 from petune.core.forward.dtypes import apply
 from petune.core.forward.link import Call, Link
-from petune.core.frozen.site import Site
+from petune.core.frozen.site import Part, Site
 from petune.errors import UnsupportedError
-
-Part = slice | Tensor
-"""The outputs of a fused projection that a site covers: a run, or indices where heads interleave."""
 
 
 def chain(links: Iterable[Link], call: Computation) -> Call:
@@ -43,6 +40,8 @@ def bound(link: Link, call: Computation) -> Call:
     adapter: Call = link.adapter
     if link.site.kind == "module":
         adapter = _with_other_arguments(adapter, call)
+    if link.site.kind == "experts":
+        adapter = partial(adapter, experts=call.counts)
     if link.reads_batch:
         adapter = partial(adapter, batch=call.batch(link))
     if link.takes_notes:

@@ -37,6 +37,11 @@ class Computation:
         """The same for some rows of the batch."""
         raise NotImplementedError
 
+    @property
+    def counts(self) -> list[int]:
+        """Of stacked experts, how many rows of the input are each one's, in their order."""
+        raise NotImplementedError
+
     def taken(self, value: Tensor) -> Tensor:
         """Of a tensor with an entry for each row of the batch those that this is for."""
         return value if self.index is None else value[self.index]

@@ -76,10 +76,15 @@ class Acting:
 
 @cache
 def _keywords(cls: Any) -> frozenset[str]:
-    """What the method's `forward` asks for besides its input: `batch`, `notes`."""
+    """What the method's `forward` asks for besides its input: `batch`, `notes`, `experts`."""
     return frozenset(
-        {"batch", "notes"} & set(inspect.signature(cls.forward).parameters)
+        {"batch", "notes", "experts"} & set(inspect.signature(cls.forward).parameters)
     )
+
+
+def takes_experts(cls: Any) -> bool:
+    """Whether a method has a form for stacked experts: its `forward` asks how many rows are whose."""
+    return "experts" in _keywords(cls)
 
 
 @dataclass(eq=False)

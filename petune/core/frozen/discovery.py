@@ -10,6 +10,7 @@ from torch import nn
 from petune.core.frozen.attentions import Attentions, Known
 from petune.core.frozen.block import Block
 from petune.core.frozen.blocks import blocks
+from petune.core.frozen.experts import expert_sites
 from petune.core.frozen.mlps import mlp_sites
 from petune.core.frozen.modules import is_norm, width_of
 from petune.core.frozen.outside import Outside
@@ -43,6 +44,7 @@ def _in_block(block: Block, known: Known) -> list[Site]:
     taken = set(map(attrgetter("name"), found))
     rest = filterfalse(taken.__contains__, block.linears(block.name))
     found += mlp_sites(block, list(rest), {*attentions.wholes} - {block.name})
+    found += expert_sites(block)
     for name, module in block.modules.items():
         if is_norm(module):
             role = _role_of_norm(name, attentions)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from petune.core.frozen.tables import input_table
-from petune.core.frozen.weights import bias_of, stored
+from petune.core.frozen.weights import bias_of, stacked, stored
 
 ALL_LINEAR = "q k v o gate up down"
 """Every linear layer inside the blocks, however the model fuses them."""
@@ -21,8 +21,10 @@ KINDS = {
     "prompt": "prompt",
     "module": "classifier parameters",
 }
-"""The roles of each kind of site."""
+"""The roles of each kind of site; those of kind "experts" have the roles of linear layers."""
 KIND_OF = {role: kind for kind, roles in KINDS.items() for role in roles.split()}
+Part = slice | Tensor
+"""Some of the outputs of a fused projection: a run, or indices where heads interleave."""
 FUSED = {"qkv": ("q", "k", "v"), "kv": ("k", "v"), "gate_up": ("gate", "up")}
 """The roles that a fused projection plays at once."""
 
@@ -33,7 +35,7 @@ class Site:
 
     Attributes:
         name: the name of its module in the model, with `#role` behind it where the module is a site of several kinds,
-            and `[role]` where the site is a part of a fused projection.
+            and `[role]` where the site is a part of a fused projection; of stacked experts, their parameter's name.
         layer: the number of its block within its stack, from 0; None outside the blocks.
         in_features, out_features: the widths of what goes in and comes out.
         heads, kv_heads, head_dim, value_dim: of an attention: the heads of q, those of k and v, and their widths.
@@ -43,6 +45,8 @@ class Site:
         part: the outputs that this site covers, if it is a part of a fused projection.
         tied: the module's table is another module's too: a head's that is the input embedding's, and the other way
             round.
+        parameter: of stacked experts, the module's parameter that holds a projection of all of them.
+        experts: how many there are, 0 at any other site; the widths are those of one.
         peers: all sites of the tuning, this one included.
         methods: what takes the place of the module's own methods while an attention adapter is there, by name.
     """
@@ -59,9 +63,11 @@ class Site:
     head_dim: int = 0
     value_dim: int = 0
     entry: nn.Module | None = field(default=None, repr=False)
-    parts: dict[str, slice | Tensor] = field(default_factory=dict, repr=False)
-    part: slice | Tensor | None = None
+    parts: dict[str, Part] = field(default_factory=dict, repr=False)
+    part: Part | None = None
     tied: bool = False
+    parameter: str = ""
+    experts: int = 0
     peers: list[Site] = field(default_factory=list, repr=False)
     methods: Mapping[str, Callable[..., Any]] = field(default_factory=dict, repr=False)
     pool: dict[Hashable, Any] = field(default_factory=dict, repr=False)
@@ -69,7 +75,8 @@ class Site:
     @property
     def module_name(self) -> str:
         """The name of its module in the model."""
-        return self.whole_name.partition("#")[0]
+        name = self.whole_name.partition("#")[0]
+        return name.removesuffix(f".{self.parameter}")
 
     @property
     def whole_name(self) -> str:
@@ -78,23 +85,29 @@ class Site:
 
     def weight(self) -> Tensor:
         """The dense weight, float32: (out_features, in_features) of a linear layer, read by probing where it is not
-        stored as such, so that it is right for every quantizer; (vocabulary, hidden) of an embedding or a prompt.
+        stored as such, so that it is right for every quantizer; (vocabulary, hidden) of an embedding or a prompt;
+        (experts, out_features, in_features) of stacked experts.
         """
         if self.kind in ("embedding", "prompt"):
             table: Any = (
                 input_table(self.module) if self.kind == "prompt" else self.module
             )
             return table.weight.detach().float()
-        weight, _ = stored(self.module)
-        return self._of_part(weight)
+        if self.kind == "experts":
+            weight, _ = stacked(self.module, self.parameter)
+        else:
+            weight, _ = stored(self.module)
+        return weight if self.part is None else weight[..., self.part, :]
 
     def bias(self) -> Tensor:
-        """The bias of a linear layer, float32, (out_features,); zeros where it has none."""
-        return self._of_part(bias_of(self.module))
-
-    def _of_part(self, outputs: Tensor) -> Tensor:
-        """Of a tensor with a row for each output those that the site covers."""
-        return outputs if self.part is None else outputs[self.part]
+        """The bias of a linear layer, float32, (out_features,); zeros where it has none; (experts, out_features) of
+        stacked experts.
+        """
+        if self.kind == "experts":
+            _, bias = stacked(self.module, self.parameter)
+        else:
+            bias = bias_of(self.module)
+        return bias if self.part is None else bias[..., self.part]
 
     def shared(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """One object for all sites of a tuning: made by the first that asks for `key`."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from petune.core.frozen.modules import base_class, base_forward, features
+from petune.core.host.experts import stacks
 from petune.core.host.quantization import was_transposed
 
 ROWS = 1024
@@ -74,6 +75,16 @@ def _at_zero(
 ) -> Tensor:
     """f(0) in float32, (out,)."""
     return f(torch.zeros(1, into, dtype=dtype, device=device))[0].float()
+
+
+def stacked(module: Any, parameter: str) -> Pair:
+    """(W, b) of a projection of stacked experts, (experts, out, in) and (experts, out). Not to be written to."""
+    stack = stacks(module)[parameter]
+    weight = stack.weight.detach().float()
+    weight = weight.mT if stack.transposed else weight
+    if stack.bias is None:
+        return weight, weight.new_zeros(weight.shape[:2])
+    return weight, stack.bias.detach().float()
 
 
 def stored(layer: Any) -> Pair:

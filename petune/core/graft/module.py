@@ -31,7 +31,8 @@ class Graft:
     Args:
         parameters: the names of the arguments of the module's forward.
         links: the adapters around its forward, the first innermost.
-        attention: the adapters around the attention that it computes.
+        attention: the adapters around what it computes inside its forward: an attention, or the projections of
+            stacked experts.
         rewired: a forward that takes the place of the module's own while an attention adapter is there.
         held: how many adapters elsewhere need this graft: a site that ends at another module begins here, or a
             prompt has its rows here.

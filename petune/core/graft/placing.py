@@ -25,7 +25,7 @@ def add(link: Link, board: Board, mixin: type[nn.Module] = Grafted) -> None:
     """Put an adapter at its site."""
     site = link.site
     here = graft(site.module, board, mixin)
-    if site.kind == "attention":
+    if site.kind in ("attention", "experts"):
         here.attention.append(link)
         _rewire(here, link)
     else:

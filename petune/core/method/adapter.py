@@ -44,6 +44,9 @@ class Adapter(nn.Module):
 
     * `batch`: the `Batch` that the model was called with.
     * `notes`: a dict that all sites of the tuning share within one forward of the model, empty when it begins.
+    * `experts`: then it acts on stacked experts too, where a model keeps a projection of all experts in one parameter
+      (`site.experts` of them). There x is (rows, features), sorted by expert, and `experts` lists how many rows each
+      has; at any other site it is left to its default.
     """
 
     where: ClassVar[str] = ""
