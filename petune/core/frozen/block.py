@@ -15,16 +15,20 @@ from petune.core.frozen.site import Site
 class Block:
     """A block and what it makes sites of.
 
+    Args:
+        embedded: the width of the model's embedding, which is that of the stream where a norm has it.
+
     Attributes:
         modules: the modules in it, itself included, by their names in the model.
         hidden: the width of the residual stream.
     """
 
-    def __init__(self, found: Repeated) -> None:
+    def __init__(self, found: Repeated, embedded: int = 0) -> None:
         self.name, self.layer = found.name, found.layer
         self.modules = dict(walk(found.module, found.name))
         widths = list(map(width_of, filter(is_norm, self.modules.values())))
-        self.hidden = max(widths, key=widths.count, default=0)
+        most = max(widths, key=widths.count, default=0)
+        self.hidden = embedded if embedded in widths else most
 
     def site(
         self, name: str, role: str, width: int, kind: str = "block", **more: Any

@@ -27,10 +27,11 @@ def discover(model: nn.Module, attention: Known | None = None) -> list[Site]:
             place of the class's own while an adapter is there.
     """
     repeated = list(blocks(model))
-    found = list(Outside(model, repeated).sites())
+    outside = Outside(model, repeated)
+    found = list(outside.sites())
     known = attention or {}
     for each in repeated:
-        found += _in_block(Block(each), known)
+        found += _in_block(Block(each, outside.hidden), known)
     return found
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations, count, filterfalse
+from itertools import combinations, compress, count, filterfalse, pairwise
+from operator import itemgetter
 
 from petune.core.frozen.roles import words_of
 
@@ -51,20 +52,49 @@ def mlp_roles(
     """
     layers = list(map(Layer.of, count(), names, sizes))
     roles = ["other"] * len(layers)
-    own = filterfalse(Layer.is_aside, layers)
-    pairs = [pair for pair in combinations(own, 2) if _match(*pair, hidden)]
-    if not pairs:
+    own = list(filterfalse(Layer.is_aside, layers))
+    if not own:
         return roles
+    for one in _one_by_one(own, hidden):
+        _fill(roles, one, hidden)
+    return roles
+
+
+def _one_by_one(layers: Sequence[Layer], hidden: int) -> Iterator[Sequence[Layer]]:
+    """The layers of each MLP, where several stand one after the other: each ends with a layer of one size that gives
+    back the stream.
+    """
+    closing = map(itemgetter(1), _pairs(layers, hidden))
+    into_stream = filter(lambda layer: layer.out == hidden != layer.width, closing)
+    sizes = set(map(Layer.size, into_stream))
+    is_end = [layer.size() in sizes for layer in layers]
+    ends = list(compress(count(1), is_end))
+    if len(sizes) != 1 or not is_end[-1]:
+        ends = [len(layers)]
+    for start, end in pairwise([0, *ends]):
+        yield layers[start:end]
+
+
+def _pairs(layers: Sequence[Layer], hidden: int) -> list[tuple[Layer, Layer]]:
+    """Two layers each, of which the second gives back what the first takes."""
+    every = combinations(layers, 2)
+    return list(filter(lambda pair: _match(pair[0], pair[1], hidden), every))
+
+
+def _fill(roles: list[str], layers: Sequence[Layer], hidden: int) -> None:
+    """Note the roles of the layers of one MLP."""
+    pairs = _pairs(layers, hidden)
+    if not pairs:
+        return
     opening, closing = zip(*pairs, strict=True)
     down = max(closing)
     shapes = set(map(Layer.size, opening))
-    ups = [layer for layer in layers if layer.size() in shapes]
+    ups = list(filter(lambda layer: layer.size() in shapes, layers))
     if down in ups:
         ups.remove(down)
     for up in ups:
         roles[up.index] = _role_of_up(up, down, ups)
     roles[down.index] = "down"
-    return roles
 
 
 def _role_of_up(up: Layer, down: Layer, ups: Sequence[Layer]) -> str:

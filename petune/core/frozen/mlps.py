@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import chain
 
-from torch import nn
+from torch import Tensor, nn
 
 from petune.core.frozen.block import Block
-from petune.core.frozen.mlp import mlp_roles
+from petune.core.frozen.groups import grouped, roles_of
 from petune.core.frozen.modules import linears
 from petune.core.frozen.site import Site, with_role
 
@@ -29,9 +27,8 @@ def mlp_sites(
     mixtures = around_experts & (block.modules.keys() - {block.name})
     mixtures -= set(filter(partial(_is_within, block, attentions), mixtures))
     yield from map(partial(_mixture, block), mixtures)
-    for around, group in _groups(block, layers).items():
-        roles = mlp_roles(group, list(map(block.size, group)), block.hidden)
-        found = list(map(block.linear, group, roles))
+    for around, group in grouped(block, layers).items():
+        found = list(map(block.linear, group, roles_of(block, group)))
         yield from found
         down = with_role(found, "down")
         if down is not None and not _is_within(block, mixtures, around):
@@ -54,16 +51,5 @@ def _are_experts(module: nn.Module) -> bool:
         return min(sizes, default=0) > 1 and len(sizes) > 1
     if isinstance(module, nn.Conv1d):
         return False
-    dimensions = (parameter.dim() for parameter in module.parameters(recurse=False))
+    dimensions = map(Tensor.dim, module.parameters(recurse=False))
     return max(dimensions, default=0) > 2
-
-
-def _groups(block: Block, layers: Sequence[str]) -> dict[str, list[str]]:
-    """Linear layers by the smallest module around two or more of them."""
-    around_each = [list(block.around(layer)) for layer in layers]
-    shared = Counter(chain.from_iterable(around_each))
-    groups: dict[str, list[str]] = {}
-    for layer, around in zip(layers, around_each, strict=True):
-        several = filter(lambda name: shared[name] > 1, around)
-        groups.setdefault(next(several, block.name), []).append(layer)
-    return groups

@@ -16,6 +16,7 @@ OTHER = {
     "relative",
     "gate",
     "indexer",
+    "compressor",
     "global",
     "expert",
     "experts",
@@ -38,9 +39,10 @@ LETTERS = {
     "kv": "kv",
     "wkv": "kv",
     "qkvz": "qkv",
-    "in": "qkv",
 }
 """Words of projections, and the roles that they play."""
+INTO = {"in", "proj"}
+"""The words of a layer that is called after nothing but what goes in: the projection of all three."""
 KNOWN = ("", "q", "k", "v", "qkv", "kv")
 COMPLETE = ({"q", "k", "v"}, {"qkv"}, {"q", "kv"})
 """The roles with which an attention has all its projections."""
@@ -54,9 +56,20 @@ def words_of(name: str) -> list[str]:
 
 def spelled(name: str) -> str:
     """The roles that a name inside an attention spells: `q_proj` q, `query_key_value` qkv, `dense` none; `other` for
-    what is known to be none of them. The first part counts: `indexer.q` belongs to the indexer.
+    what is known to be none of them. The innermost part that spells any counts, `qkv_proj.q_proj` is q; but
+    `indexer.q` belongs to the indexer.
     """
-    words = words_of(name.partition(".")[0])
+    parts = list(map(_spelled_by, name.split(".")))
+    if "other" in parts:
+        return "other"
+    return next(filter(None, reversed(parts)), "")
+
+
+def _spelled_by(part: str) -> str:
+    """The roles that one part of a name spells."""
+    words = words_of(part)
+    if set(words) == INTO:
+        return "qkv"
     letters = "".join(filter(None, map(LETTERS.get, words)))
     is_known = letters in KNOWN and OTHER.isdisjoint(words)
     return letters if is_known else "other"
@@ -80,4 +93,11 @@ def _role_of_the_rest(roles: set[str]) -> str:
     """The role of layers whose names say nothing: a projection, if one is missing."""
     if any(complete <= roles for complete in COMPLETE):
         return "other"
+    if {"k", "v"} <= roles:
+        return "q"
     return "kv" if "q" in roles else "qkv"
+
+
+def are_projections(names: Sequence[str]) -> bool:
+    """Whether layers call themselves queries, keys and values, whatever the module around them is called."""
+    return {"q", "k", "v"} <= set(map(spelled, names))
