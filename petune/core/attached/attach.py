@@ -187,7 +187,7 @@ def _picked(part: Part, cls: type[Adapter], sites: list[Site]) -> list[Site]:
     picked = with_a_form(part, picked)
     for site in picked:
         if accepted and site.kind not in accepted:
-            kinds = " and ".join(sorted(accepted))
+            kinds = " and ".join(sorted(accepted - {"experts"}))
             raise PetuneError(
                 f"method {part.name!r} acts on {kinds} sites; where={part.where!r} picks {site.kind} sites."
             )

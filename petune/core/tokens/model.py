@@ -27,6 +27,7 @@ from petune.core.tokens.generating import (
     plain_processors,
 )
 from petune.core.tokens.layout import Layout
+from petune.core.tokens.resize import check_replaceable, resizing
 
 
 class AdaptedModel(Generating, Checkpointing, Grafted):
@@ -117,6 +118,25 @@ class AdaptedModel(Generating, Checkpointing, Grafted):
     def checkpointing_was_set(self) -> None:
         check_checkpointing(self, self.petune_board.tunings.values())
         remember(self)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's own, unless a tuning acts at the tables of tokens."""
+        resize = super().resize_token_embeddings  # type: ignore[misc]
+        given = (*args, *kwargs.values())
+        if given.count(None) == len(given):  # it only asks for the table
+            return resize(*args, **kwargs)
+        with resizing(self, self.petune_board):
+            return resize(*args, **kwargs)
+
+    def set_input_embeddings(self, value: Any) -> None:
+        """The base's own, unless a tuning acts at the table or answers there for its virtual tokens."""
+        check_replaceable(self.petune_board, self.get_input_embeddings(), value)  # type: ignore[operator]
+        super().set_input_embeddings(value)  # type: ignore[misc]
+
+    def set_output_embeddings(self, value: Any) -> None:
+        """The base's own, unless a tuning acts at the head."""
+        check_replaceable(self.petune_board, self.get_output_embeddings(), value)  # type: ignore[operator]
+        super().set_output_embeddings(value)  # type: ignore[misc]
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """The base's own."""
