@@ -215,7 +215,9 @@ def _task(recipe: Recipe, path: Path) -> Task:
         task = make_task(recipe, state)
         task.model_args()
         return task
-    except (AttributeError, LookupError, TypeError) as error:
+    except PetuneError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise PetuneError(
             f"{path}: is not what the task {recipe.task!r} left ({one_line(error)})."
         ) from None

@@ -60,8 +60,11 @@ class Classification(Task):
         return {"labels": self.labels} | ({"paired": True} if self.paired else {})
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.labels = state["labels"]
-        self.paired = state.get("paired", False)
+        labels = state["labels"]
+        if not isinstance(labels, list) or len(labels) < 2:
+            raise ValueError("its labels are no list")
+        self.labels = [as_label(label) for label in labels]
+        self.paired = bool(state.get("paired", False))
 
     def model_args(self) -> dict[str, Any]:
         names = {i: str(label) for i, label in enumerate(self.labels)}
