@@ -26,11 +26,6 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors = read_tensors(folder / WEIGHTS)
     if not tensors:
         raise PetuneError(f"{folder / WEIGHTS} holds no tensors.")
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise PetuneError(
-                f"{folder / WEIGHTS}: {key} is not finite: the training diverged; take an earlier checkpoint."
-            )
     return config, tensors
 
 

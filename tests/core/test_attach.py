@@ -67,7 +67,10 @@ def test_a_part_of_a_fused_projection_is_that_part():
         ({"method": "lora", "where": "qq"}, "unknown role or name 'qq'"),
         ({"method": "lora", "where": "q experts"}, "unknown role or name 'experts'"),
         ({"method": "lora", "where": "q@x"}, "layers are written"),
-        ({"method": "lora", "where": "attention"}, "acts on block and linear sites"),
+        (
+            {"method": "lora", "where": "attention"},
+            "acts on block and linear sites",
+        ),
         ({"method": "lora", "name": "a.b"}, "letters, digits"),
         ({"method": "lora", "train": ["clasifier"]}, "unknown module to train"),
         ({"method": dict}, "neither a method's name nor a class"),

@@ -169,6 +169,6 @@ def test_formats_that_share_a_name_are_told_apart_by_the_other(plug, tmp_path):
         } == {rank}
     (tmp_path / "peft" / "adapter_model.safetensors").unlink()
     with pytest.raises(
-        petune.PetuneError, match=r"adapter_model\.safetensors: no such file"
+        petune.PetuneError, match=r"adapter_model\.safetensors is missing"
     ):
         petune.load(tiny_model("llama"), tmp_path / "peft")

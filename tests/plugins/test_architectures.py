@@ -45,7 +45,7 @@ def built(kind):
     return tiny.build(kind, head, heads[head])
 
 
-@pytest.mark.filterwarnings("ignore:.* leaves out ", "ignore:.* acts in ")
+@pytest.mark.filterwarnings("ignore::petune.errors.PetuneWarning")
 @pytest.mark.parametrize("kind", NAMED)
 def test_a_method_of_each_hook_point(kind):
     model = built(kind)

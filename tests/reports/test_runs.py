@@ -16,6 +16,7 @@ from samples import changed, jsonl, opinions, same_weights, weights
 from petune import PetuneError, UnmergeableError
 from petune.cli import main
 from petune.training import evaluate, load_run, predict, train
+from petune.training.processes import Processes
 from petune.training.recorder import Recorder
 
 PLUGIN = '''
@@ -208,7 +209,7 @@ def test_a_run_that_diverges_says_so_and_keeps_its_last_finite_checkpoint(
 
 
 def test_a_loss_that_has_risen_beyond_all_measure(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path / "metrics.jsonl", None, 1)  # type: ignore[arg-type]
+    recorder = Recorder(tmp_path / "metrics.jsonl", None, 1, Processes())  # type: ignore[arg-type]
     recorder.first_loss, recorder.loss = 0.7, 90.0
     assert recorder.went_astray is None
     recorder.loss = 101.0
@@ -222,7 +223,7 @@ def test_a_loss_that_is_no_number_from_the_start(
 ) -> None:
     model = shutil.copytree(encoder, tmp_path / "model")
     tensors = safetensors.torch.load_file(model / "model.safetensors")
-    tensors["embeddings.word_embeddings.weight"].fill_(float("nan"))
+    tensors["embeddings.word_embeddings.weight"].fill_(3e38)
     safetensors.torch.save_file(tensors, model / "model.safetensors", {"format": "pt"})
     said = refusal({**recipe, "model": str(model)})
     assert "the loss was nan before anything was trained" in said
