@@ -100,7 +100,8 @@ def explicit_mask(
     mask: Any, module: nn.Module, query: Tensor, key: Tensor, is_causal: bool | None
 ) -> Any:
     """The mask, also where it is left out because the kernel knows it from `is_causal`: with more keys on the left
-    that fails, since a kernel aligns causality with the first key.
+    that fails, since a kernel aligns causality with the first key. So the n-th query sees the first n keys, and
+    none of those that a static cache has room for beyond.
     """
     if is_causal is None:
         is_causal = getattr(module, "is_causal", False)
@@ -111,7 +112,7 @@ def explicit_mask(
     if is_flash(module):  # it aligns causality with the last key
         return None
     seen = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
-    return seen.tril(keys - queries)[None, None]
+    return seen.tril()[None, None]
 
 
 def _with_keys(mask: BlockMask, more: int) -> BlockMask:

@@ -14,8 +14,8 @@ NOTE = "petune_layout"
 
 
 def note_virtual_tokens(cache: Any, layout: Layout, spans: list[Span]) -> None:
-    """Note on a cache which virtual tokens went into it."""
-    if cache is not None:
+    """Note on a cache which virtual tokens went into it; a state that is a plain list has no place for it."""
+    if hasattr(cache, "__dict__"):
         setattr(cache, NOTE, (layout, spans))
 
 

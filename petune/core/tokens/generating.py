@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -92,6 +92,14 @@ def plain_processors(processors: Any, layout: Layout) -> LogitsProcessorList:
 def plain_criteria(criteria: Any, layout: Layout) -> StoppingCriteriaList:
     """The list, none of which sees virtual tokens."""
     return StoppingCriteriaList([PlainCriterion(each, layout) for each in criteria])
+
+
+def without_virtual_ids(made: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    """What processors that count the prompt's tokens are made from, as the user gave it: `encoder_input_ids`."""
+    ids = made.get("encoder_input_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        return {}
+    return {"encoder_input_ids": layout.without_virtual(ids)}
 
 
 def plain_lengths(config: Any, inserted: int) -> Any:

@@ -25,6 +25,7 @@ from petune.core.tokens.generating import (
     plain_criteria,
     plain_lengths,
     plain_processors,
+    without_virtual_ids,
 )
 from petune.core.tokens.layout import Layout
 from petune.core.tokens.resize import check_replaceable, resizing
@@ -95,6 +96,9 @@ class AdaptedModel(Generating, Checkpointing, Grafted):
         )
 
     def as_the_user_counts(self, config: Any, made: dict[str, Any]) -> Any:
+        generation = generation_of(self.petune_board)
+        if generation is not None and generation.inserted is not None:
+            made.update(without_virtual_ids(made, generation.inserted))
         layout = self._layout_in_ids()
         if layout is None:
             return config
