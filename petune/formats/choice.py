@@ -151,4 +151,10 @@ def _foreign_option(
     for option, allowed in twin.neutral.items():
         if option not in beside and config.get(option, allowed[0]) not in allowed:
             return option
-    return None
+    if twin.tensors is None:  # PEFT's own layers compute it
+        return None
+    known = {*twin.neutral, *twin.arguments}
+    asked = (option for option in config if option.startswith("use_"))
+    return next(
+        (key for key in asked if config[key] is True and key not in known), None
+    )

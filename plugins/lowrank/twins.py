@@ -4,6 +4,15 @@ from dataclasses import replace
 
 import petune
 
+VARIANTS = {
+    "use_qalora": (False,),
+    "use_bdlora": (None, False),
+    "monteclora_config": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "velora_config": (None,),
+}
+"""Options by which PEFT's LoRA computes something else."""
 LORA = petune.PeftTwin(
     "LORA",
     arguments={
@@ -28,6 +37,7 @@ LORA = petune.PeftTwin(
         "target_parameters": (None, []),
         "trainable_token_indices": (None,),
         "alora_invocation_tokens": (None,),
+        **VARIANTS,
     },
     ranked="A",
     unsaid=("init", "lr_ratio"),

@@ -1,5 +1,7 @@
 """PEFT's folders that hold more than a method's own tensors, both ways, beside PEFT's own logits."""
 
+import json
+
 import peft
 import pytest
 import torch
@@ -82,5 +84,29 @@ def test_files_that_no_adapter_can_be_made_of(tmp_path):
         petune.load(model, tmp_path)
     (tmp_path / "adapter_model.bin").write_bytes(b"")
     with pytest.raises(petune.PetuneError, match="pickle, which petune never opens"):
+        petune.load(model, tmp_path)
+    assert petune.tunings(model) == {}
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("use_qalora", True),
+        ("use_bdlora", {"target_modules_bd_a": ["q_proj"]}),
+        ("kasa_config", {"beta": 0.1}),
+        ("arrow_config", {"top_k": 1}),
+        ("lora_bias", True),
+        ("use_what_a_later_peft_has", True),
+    ],
+)
+def test_an_option_that_makes_it_another_method_is_refused_by_name(
+    option, value, tmp_path
+):
+    petune.attach(tiny_model("llama"), "lora").save(tmp_path, format="peft")
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {option: value}))
+    model = tiny_model("llama")
+    with pytest.raises(petune.UnsupportedError, match=f"PEFT's LORA with {option}="):
         petune.load(model, tmp_path)
     assert petune.tunings(model) == {}
