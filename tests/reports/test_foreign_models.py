@@ -21,6 +21,7 @@ from transformers import (
 
 import petune
 from petune.core.registry.plugins import registry
+from petune.testing import tiny_model
 
 CONFIGS: dict[str, Any] = {
     "nf4": BitsAndBytesConfig(
@@ -138,3 +139,16 @@ def test_what_another_has_left_dense_stays_what_it_computes(tmp_path):
             assert torch.equal(model(IDS).logits, before)
         tuning.detach()
         assert torch.equal(model(IDS).logits, before)
+
+
+def test_a_second_tuning_leaves_what_trains_in_the_first_as_it_is():
+    """A trained copy of a layer is no layer of the base, for a quantizer to store in codes."""
+    model = tiny_model("gpt2", "int8wo")
+    first = petune.attach(model, "full", name="first")
+    kept = {key: tensor.clone() for key, tensor in first.state()}
+    petune.attach(model, "lora", name="second").detach()
+    assert {key: type(tensor) for key, tensor in first.state()} == dict.fromkeys(
+        kept, torch.nn.Parameter
+    )
+    for key, tensor in first.state():
+        assert torch.equal(tensor, kept[key])

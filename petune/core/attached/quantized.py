@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from petune.core.frozen.modules import base_class, walk
 from petune.core.frozen.weights import compute_dtype, dense, is_quantized
+from petune.core.graft.board import board_of
 from petune.core.graft.module import Graft, grafted_class
 from petune.core.host.quantization import forget_quantization
 from petune.core.host.torch_modules import children_of
@@ -16,13 +17,13 @@ from petune.errors import UnsupportedError
 
 
 def prepare(model: nn.Module) -> None:
-    """Let the quantizers' plugins see to a model with quantized layers, which petune may not have loaded; to one that
-    they have seen to, they do nothing.
+    """Let the quantizers' plugins see to a model with quantized layers, which petune may not have loaded. A model that
+    has a tuning was seen to when its first came, and what trains in it now is no layer of the base.
 
     Raises:
         PetuneError: the layers can't be trained through as they are.
     """
-    if _has_quantized(model):
+    if board_of(model) is None and _has_quantized(model):
         for quantizer in registry().all("petune_quantizers").values():
             quantizer.prepare(model)
 
