@@ -94,6 +94,16 @@ def check_rows(model, row, side):
         torch.testing.assert_close(both, generated(model, alone, every)[0])
 
 
+@cache
+def base_is_as_alone(kind):
+    """Whether the model has the property that its tunings are to keep."""
+    try:
+        check_rows(built(kind), LONG[:5], "left")
+    except AssertionError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_padded_row_is_as_alone(kind, method):
@@ -102,6 +112,8 @@ def test_a_padded_row_is_as_alone(kind, method):
         with pytest.raises(petune.UnsupportedError, match="no softmax attention"):
             petune.attach(model, method)
         return
+    if not base_is_as_alone(kind):
+        pytest.skip("this transformers' own model gives a padded row other logits")
     torch.manual_seed(0)
     tuning = petune.attach(model, method, **METHODS[method])
     with torch.no_grad():
