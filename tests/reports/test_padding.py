@@ -112,8 +112,8 @@ def test_a_padded_row_is_as_alone(kind, method):
         with pytest.raises(petune.UnsupportedError, match="no softmax attention"):
             petune.attach(model, method)
         return
-    if not base_is_as_alone(kind):
-        pytest.skip("this transformers' own model gives a padded row other logits")
+    if kind == "recurrent_gemma" and not base_is_as_alone(kind):
+        pytest.skip("transformers 5.18 itself gives its padded rows other logits")
     torch.manual_seed(0)
     tuning = petune.attach(model, method, **METHODS[method])
     with torch.no_grad():
