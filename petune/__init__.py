@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from petune.core.registry.sites import find_sites as sites
     from petune.loading.fetch import Package, Source
     from petune.loading.models import from_pretrained, load_tokenizer
+    from petune.training.lean import lean, lean_trainer
 
 __version__ = "0.1.0"
 
@@ -58,6 +59,8 @@ __all__ = [
     "discover",
     "from_pretrained",
     "hookimpl",
+    "lean",
+    "lean_trainer",
     "load",
     "load_tokenizer",
     "lowrank_update",
@@ -89,6 +92,7 @@ _HOMES = {
     "petune.core.registry.quantizer": ("Quantizer",),
     "petune.loading.fetch": ("Package", "Source"),
     "petune.loading.models": ("from_pretrained", "load_tokenizer"),
+    "petune.training.lean": ("lean", "lean_trainer"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -14,10 +14,12 @@ from typing import Any
 from torch import nn
 
 from petune.core.host.seam import Seams
-from petune.training import host_model, host_torch
+from petune.training import host_model, host_operations, host_torch
 from petune.training.bytecode import mentions, used_names
 
-SEAMS = Seams(host_model.LOSSES, host_model.SEAMS, host_torch.SEAMS)
+SEAMS = Seams(
+    host_model.LOSSES, host_model.SEAMS, host_torch.SEAMS, host_operations.SEAMS
+)
 """Everything that a training leans on. The checks import Trainer, which takes a second or two."""
 
 
@@ -29,8 +31,8 @@ def _trainer_calls(name: str) -> bool:
 
 OVERRIDDEN = {
     "get_train_dataloader": "visit the rows in an order that a resumed run repeats",
-    "training_step": "lay rows end to end around forward and backward",
-    "compute_loss": "compute logits only where there is a label",
+    "training_step": "let the rows of each process count as they are many",
+    "compute_loss": "let the rows of each process count as they are many",
     "create_optimizer": "train by the learning rates that the method asks for",
     "evaluate": "score the model by its task",
     "save_model": "write the adapter into a checkpoint and not the base",

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from petune.core.frozen.modules import base_class, children
+from petune.core.frozen.modules import base_class
 from petune.core.host.seam import Seams
 from petune.core.method.batch import SKIP
 from petune.errors import UnsupportedError
@@ -198,30 +198,6 @@ def plain_input(model: Any) -> Iterator[None]:
         yield
     finally:
         del model.enable_input_require_grads
-
-
-ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
-"""Where modules come from that have no parameters and map each element by itself."""
-
-
-@SEAMS.lean(
-    "transformers",
-    "the module transformers.activations",
-    since="2.2",
-    why="know an activation, which can be computed again in backward",
-)
-def _activations_live_there() -> bool:
-    from transformers.activations import ACT2FN
-
-    return all(
-        is_activation(ACT2FN[name]) for name in ("gelu", "gelu_new", "silu", "relu")
-    )
-
-
-def is_activation(module: nn.Module) -> bool:
-    """Whether the module maps each element by itself and has no parameters."""
-    plain = not list(children(module)) and not list(module.parameters())
-    return plain and type(module).__module__ in ACTIVATIONS
 
 
 @SEAMS.lean(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from petune.core.host.seam import Seams, installed
 from petune.errors import MovedError
@@ -81,11 +81,20 @@ def _profiler_keeps_its_events() -> bool:
     return reported and kept and held and hasattr(_ProfilerResult, "events")
 
 
-def memory_changes(run: Callable[[], None]) -> list[tuple[int, int]]:
+MARK = "petune: here"
+
+
+def mark() -> None:
+    """Say to `memory_changes` that another part of what it runs begins."""
+    with record_function(MARK):
+        pass
+
+
+def memory_changes(run: Callable[[], None]) -> list[list[int]]:
     """What the CPU's allocator does while `run` runs, in the order of time.
 
     Returns:
-        (time in nanoseconds, bytes), the bytes below 0 where memory is given back.
+        Bytes, below 0 where memory is given back: a list for each part of the run, between its marks.
 
     Raises:
         MovedError: the profiler reports no memory at all.
@@ -94,17 +103,19 @@ def memory_changes(run: Callable[[], None]) -> list[tuple[int, int]]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watch:
         run()
     events: Any = watch.profiler.kineto_results.events()
-    changes = [
-        (event.start_ns(), event.nbytes())
-        for event in events
-        if event.name() == "[memory]"
-    ]
-    if not changes:
+    told = [event for event in events if event.name() in ("[memory]", MARK)]
+    parts: list[list[int]] = [[]]
+    for event in sorted(told, key=lambda event: event.start_ns()):
+        if event.name() == MARK:
+            parts.append([])
+        else:
+            parts[-1].append(event.nbytes())
+    if not any(parts):
         raise MovedError(
             f"torch {installed('torch')}: the profiler reports no event named [memory]. petune measures the memory "
             "of a step by them: install a newer petune, or a torch that it was tested with."
         )
-    return sorted(changes)
+    return parts
 
 
 KEEP_LITTLE = {

@@ -1,134 +1,191 @@
-"""Frozen norms, activations and gated MLPs that keep no more for backward than what goes into them."""
+"""The savings of `petune train` around any loop: `petune.lean(model)`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from petune.core.frozen.blocks import blocks
-from petune.core.frozen.modules import base_forward, children, features, is_norm, walk
-from petune.core.frozen.weights import compute_dtype
-from petune.core.ops import recompute
-from petune.core.registry.sites import find_sites
-from petune.training.host_model import is_activation
-from petune.training.host_torch import storage_key
-from petune.training.swap import base_forward_as, evaluating
+from petune.core.attached.tuning import tunings
+from petune.training.host import SEAMS
+from petune.training.logits import applies, is_routed, labelled_logits
+from petune.training.packing import check_packing, flatten, is_padded, packed
+from petune.training.recompute.forward import watched
+from petune.training.regions import compiled
+from petune.training.swap import forward_as
 
-NEXT_TO_NOTHING = 1.25
-"""A module that keeps at most so many times its input keeps that, and a number or two for each row beside it."""
+
+@dataclass(frozen=True, kw_only=True)
+class Savings:
+    """What a training may spare. None of it changes a loss or a gradient beyond rounding.
+
+    Args:
+        recompute: what backward needs and costs next to nothing (norms, activations, gates, copies, dropout, attention
+            weights) is computed again from what is kept anyway.
+        labelled_logits: logits are computed where there is a label, a few rows at a time.
+        packing: rows of a padded batch stand end to end; None where the model can.
+        compile: "regions" compiles every block, which recomputes as it is told to by `memory_budget`.
+        memory_budget: the share of what compiled blocks would keep that they may keep.
+        offload: what is kept for backward waits in the CPU's memory; on CUDA alone, in place of `recompute`.
+    """
+
+    recompute: bool = True
+    labelled_logits: bool = True
+    packing: bool | None = None
+    compile: Literal["regions"] | None = None
+    memory_budget: float | None = None
+    offload: bool = False
 
 
 @contextmanager
-def recomputed(model: Any) -> Iterator[None]:
-    """Within the context the cheap parts of a model's blocks compute again in backward what they would have kept.
+def lean(model: nn.Module, **savings: Any) -> Iterator[None]:
+    """Within the context a model trains with the savings of `petune train`, in whatever loop.
 
-    A module is left alone if a trial shows that it keeps no more than its input anyway: which do depends on the model
-    and on its dtype (a norm that computes in float32 keeps a float32 copy of a 16-bit input).
+    A call of the model with labels, while gradients are on, gives what it gives otherwise but its logits and its cache;
+    without labels, or without gradients, it gives everything.
+
+    Args:
+        model: an adapted model, or any other; one inside a wrapper (DDP, PEFT, accelerate) is found.
+        savings: those of `Savings`, by name.
+
+    Raises:
+        TypeError: a saving has no such name.
+        PetuneError: one was asked for by name that this model can't have.
+        MovedError: torch or transformers have moved something that petune leans on.
     """
-    lean: dict[nn.Module, Callable[..., Any]] = {}
-    inside: set[nn.Module] = set()
-    for gated in _gated(model):
-        if gated.is_as_expected():
-            lean[gated.mlp] = gated.forward
-            inside |= set(gated.mlp.modules())
-    for module in _cheap(model):
-        if module not in inside and _keeps_more_than_its_input(module, model.dtype):
-            lean[module] = partial(recompute, base_forward(module))
+    SEAMS.require()
+    inner = _inner(model)
+    given = Savings(**savings)
     with ExitStack() as stack:
-        for module, forward in lean.items():
-            stack.enter_context(base_forward_as(module, forward))
+        if given.compile:
+            stack.enter_context(compiled(inner, given.memory_budget))
+        forward = LeanForward(inner, given)
+        stack.callback(forward.stop)
+        stack.enter_context(forward_as(inner, forward.wrapped()))
         yield
 
 
-@dataclass(eq=False)
-class Projections:
-    """The projections of a gated MLP."""
+def lean_trainer(trainer: Any, **savings: Any) -> Any:
+    """A Trainer (transformers' own, or one of TRL's) whose `train` runs within `lean`.
 
-    gate: nn.Module
-    up: nn.Module
-    down: nn.Module
+    Args:
+        savings: those of `Savings`, by name.
 
-
-@dataclass(eq=False)
-class Gated:
-    """An MLP that computes down(act(gate(x)) · up(x)), if it is what it looks like."""
-
-    mlp: nn.Module
-    projections: Projections
-    act: nn.Module
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, hidden) -> (…, hidden); act(gate(x)) · up(x), which is wider, is computed again in backward."""
-        p, act = self.projections, self.act
-        out: Tensor = p.down(recompute(lambda g, u: act(g) * u, p.gate(x), p.up(x)))
-        return out
-
-    @torch.no_grad()
-    def is_as_expected(self) -> bool:
-        """The module computes what `forward` does, as a trial shows."""
-        gate = self.projections.gate
-        width, _ = features(gate) or (0, 0)
-        device = next(self.mlp.parameters()).device
-        x = torch.randn(2, 3, width, device=device).to(compute_dtype(gate))
-        with evaluating(self.mlp):
-            try:
-                return torch.equal(base_forward(self.mlp)(x), self.forward(x))
-            except (RuntimeError, TypeError, AttributeError):
-                return False  # it takes something else, or more
-
-
-def _gated(model: Any) -> Iterator[Gated]:
-    """The modules that hold a gate, an up and a down projection, and beside them an activation alone: a dropout
-    between them could not be computed again.
+    Returns:
+        The same trainer.
     """
-    roles = {field.name for field in fields(Projections)}
-    found: dict[str, dict[str, nn.Module]] = {}
-    for site in find_sites(model):
-        if site.role in roles:
-            parent = site.name.rpartition(".")[0]
-            found.setdefault(parent, {})[site.role] = site.module
-    for name, held in found.items():
-        if held.keys() != roles:
-            continue
-        mlp = model.get_submodule(name)
-        others = [child for _, child in children(mlp) if child not in held.values()]
-        if len(others) == 1 and is_activation(others[0]):
-            yield Gated(mlp, Projections(**held), others[0])
+    train = trainer.train
+
+    @wraps(train)
+    def leanly(*args: Any, **kwargs: Any) -> Any:
+        with lean(trainer.model, **savings):
+            return train(*args, **kwargs)
+
+    trainer.train = leanly
+    return trainer
 
 
-def _cheap(model: Any) -> Iterator[nn.Module]:
-    """The frozen norms and the activations in a model's blocks."""
-    for _, _, block in blocks(model):
-        for _, module in walk(block):
-            trains = any(p.requires_grad for p in module.parameters(recurse=False))
-            if not trains and (is_norm(module) or is_activation(module)):
-                yield module
+def _inner(model: nn.Module) -> nn.Module:
+    """The transformers model in a module, or the module itself."""
+    found = (inner for inner in model.modules() if isinstance(inner, PreTrainedModel))
+    return next(found, model)
 
 
-def _keeps_more_than_its_input(module: Any, dtype: torch.dtype) -> bool:
-    """Whether a norm or an activation keeps more for backward than what goes into it, as a trial shows."""
-    own = list(module.parameters())
-    weight = getattr(module, "weight", None)
-    width = len(weight) if weight is not None else 64
-    x = torch.randn(2, 3, width, dtype=dtype, requires_grad=True)
-    if own:
-        x = x.to(own[0].device)
-    kept = {storage_key(p): 0 for p in own}  # its parameters are there anyway
+class LeanForward:
+    """A model's forward with savings.
 
-    def pack(tensor: Tensor) -> Tensor:
-        kept.setdefault(storage_key(tensor), tensor.untyped_storage().nbytes())
-        return tensor
+    Args:
+        model: whose forward is called.
+        savings: what is spared.
+    """
 
-    with (
-        torch.enable_grad(),
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
-    ):
-        out = base_forward(module)(x)
-    del out
-    return sum(kept.values()) > NEXT_TO_NOTHING * x.nbytes
+    def __init__(self, model: Any, savings: Savings) -> None:
+        self.model, self.savings = model, savings
+        self.inner: Callable[..., Any] = model.forward
+        self.active = True
+        self.labels = savings.labelled_logits and applies(model)
+        self.packed_with: dict[tuple[str, ...], bool] = {}
+        self.packs()
+
+    def wrapped(self) -> Callable[..., Any]:
+        """What takes the forward's place, with its signature, which trainers read."""
+
+        @wraps(self.inner)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self(*args, **kwargs)
+
+        return forward
+
+    def stop(self) -> None:
+        """Be the plain forward from now on, for whoever has put something around this one."""
+        self.active = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.active or not torch.is_grad_enabled():
+            return self.inner(*args, **kwargs)
+        with self._keeping():
+            if args or not _is_plain(kwargs) or is_routed(self.model):
+                return self.inner(*args, **kwargs)
+            return self._with_labels(kwargs)
+
+    def _with_labels(self, batch: dict[str, Any]) -> Any:
+        """A call with labels for tokens, whose logits nobody reads."""
+        with ExitStack() as stack:
+            if self.packs():
+                batch = stack.enter_context(self._laid_out(batch))
+            if not self.labels:
+                return self.inner(**batch)
+            stack.enter_context(labelled_logits(self.model))
+            out = self.inner(**{**batch, "use_cache": False})
+        return type(out)(**{k: v for k, v in out.items() if k != "logits"})
+
+    @contextmanager
+    def _laid_out(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """A batch whose rows stand end to end if it is padded."""
+        tokens = {k: v for k, v in batch.items() if k not in ASIDE}
+        if not is_padded(tokens):
+            yield batch
+            return
+        flat, rows = flatten(tokens)
+        with packed(rows, self.model):
+            yield {**batch, "attention_mask": None, **flat}
+
+    @contextmanager
+    def _keeping(self) -> Iterator[None]:
+        """What autograd keeps within the context is as little as the savings say."""
+        with ExitStack() as stack:
+            if self.savings.offload:
+                offload = torch.autograd.graph.save_on_cpu(pin_memory=True)
+                stack.enter_context(offload)
+            elif self.savings.recompute and not self.savings.compile:
+                stack.enter_context(watched())
+            yield
+
+    def packs(self) -> bool:
+        """Whether padded batches are laid end to end, with the tunings that the model has.
+
+        Raises:
+            PetuneError: it is asked for, and this model or method can't.
+        """
+        attached = tuple(tunings(self.model)) if self.labels else ()
+        if attached not in self.packed_with:
+            self.packed_with[attached] = check_packing(self.model, self.savings.packing)
+        return self.packed_with[attached]
+
+
+ASIDE = frozenset({"num_items_in_batch", "use_cache", "return_dict"})
+"""What a call with labels may say besides its batch."""
+
+
+def _is_plain(call: Mapping[str, Any]) -> bool:
+    """Whether a call says no more than a batch of tokens with their labels, so that nobody reads its logits."""
+    if call.get("labels") is None or call.get("return_dict") is False:
+        return False
+    rest = (value for key, value in call.items() if key not in ASIDE)
+    return all(isinstance(value, Tensor) for value in rest)

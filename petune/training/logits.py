@@ -64,6 +64,12 @@ def applies(model: Any) -> bool:
     return head is not None and has_token_loss(model)
 
 
+def is_routed(model: nn.Module) -> bool:
+    """Whether the rows of a batch go to tunings of their own."""
+    board = board_of(model)
+    return board is not None and board.begin().plan is not None
+
+
 class _Labelled:
     """One model's decoder and loss, as they are within `labelled_logits`."""
 
@@ -106,8 +112,7 @@ class _Labelled:
             UnsupportedError: the batch is routed.
             PetuneError: it does not belong to the labels.
         """
-        board = board_of(self.model)
-        if board is not None and board.begin().plan is not None:
+        if is_routed(self.model):
             raise UnsupportedError(
                 "labelled_logits(): not within route(), which counts on whole rows."
             )

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from petune.training.host import SEAMS
-from petune.training.host_torch import memory_changes, plain_tensors, storage_key
+from petune.training.host_torch import mark, memory_changes, plain_tensors, storage_key
+
+Step = Callable[[Callable[[], None]], None]
+"""A training step, which calls what it is given when its forward is over."""
 
 
 def measure_step(
@@ -23,8 +27,8 @@ def measure_step(
 
     The peak is what the allocator reports on CUDA; on the CPU it is the storages of the model, the optimizer and the
     batch and on top of them the most bytes that the allocator gave out at once, compiled code's too. What a kernel
-    allocates past the allocator is not seen there. Saved activations are the storages that autograd keeps when the
-    forward is over, parameters, buffers and quantized weights left out; each storage counts once.
+    allocates past the allocator is not seen there. Saved activations are what the forward was given and has not given
+    back when it is over: what autograd keeps, by whatever means.
 
     The learning rate is 0 in this step, so the parameters stay what they are. Gradients are cleared.
 
@@ -36,22 +40,18 @@ def measure_step(
         resident = _Storages()
         resident.add(_tensors(model))
         resident.add(_tensors([optimizer.param_groups, dict(optimizer.state)]))
-        saved = _Storages(ignored=resident.sizes)
         resident.add(batch)
 
-        def pack(tensor: Tensor) -> Tensor:
-            saved.add(plain_tensors(tensor))
-            return tensor
-
-        def step() -> None:
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                value = loss()
+        def step(forward_is_over: Callable[[], None]) -> None:
+            value = loss()
+            forward_is_over()
             value.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
 
-        on_cuda = next(model.parameters()).is_cuda
-        peak = _peak_on_cuda(step) if on_cuda else resident.total + _peak_on_cpu(step)
-    return peak, saved.total
+        if next(model.parameters()).is_cuda:
+            return _on_cuda(step)
+        peak, saved = _on_cpu(step)
+    return resident.total + peak, saved
 
 
 def resident_bytes(model: nn.Module) -> int:
@@ -62,22 +62,15 @@ def resident_bytes(model: nn.Module) -> int:
 
 
 class _Storages:
-    """The sizes in bytes of storages, by a key. All of them must stay alive as long as this is used.
+    """The sizes in bytes of storages, by a key. All of them must stay alive as long as this is used."""
 
-    Args:
-        ignored: the keys of storages that are not counted.
-    """
-
-    def __init__(self, ignored: Iterable[int] = ()) -> None:
+    def __init__(self) -> None:
         self.sizes: dict[int, int] = {}
-        self.ignored = frozenset(ignored)
 
     def add(self, tensors: Iterable[Tensor]) -> None:
         """Count the storages of tensors, those that are known already not again."""
         for tensor in tensors:
-            key = storage_key(tensor)
-            if key not in self.ignored:
-                self.sizes[key] = tensor.untyped_storage().nbytes()
+            self.sizes[storage_key(tensor)] = tensor.untyped_storage().nbytes()
 
     @property
     def total(self) -> int:
@@ -99,22 +92,23 @@ def _harmless(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             group["lr"] = rate
 
 
-def _peak_on_cuda(step: Callable[[], None]) -> int:
-    """The most bytes that were given out at once during a step, those before it included."""
+def _on_cuda(step: Step) -> tuple[int, int]:
+    """(the most bytes that were given out at once, those that the forward had kept)."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    step()
+    before = torch.cuda.memory_allocated()
+    after: list[int] = []
+    step(lambda: after.append(torch.cuda.memory_allocated()))
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated()
+    return torch.cuda.max_memory_allocated(), after[0] - before
 
 
-def _peak_on_cpu(step: Callable[[], None]) -> int:
-    """The most bytes that were given out at once during a step, beyond those before it."""
-    now = peak = 0
-    for _, size in memory_changes(step):
-        now += size
-        peak = max(peak, now)
-    return peak
+def _on_cpu(step: Step) -> tuple[int, int]:
+    """(the most bytes that were given out at once, those that the forward had kept), beyond those before the step."""
+    forward, rest = memory_changes(lambda: step(mark))
+    kept = sum(forward)
+    peak = max(accumulate([*forward, *rest], initial=0))
+    return peak, kept
 
 
 def _tensors(thing: Any) -> Iterator[Tensor]:

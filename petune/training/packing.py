@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,11 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from petune.core.attached.tuning import tunings
 from petune.core.frozen.blocks import blocks
 from petune.core.frozen.computes import calls_attention_interface
 from petune.core.frozen.modules import base_class, walk
 from petune.core.host.attention import Attention, wrap_interface
+from petune.core.host.checkpointing import checkpoint_with, checkpointed
 from petune.core.method.batch import SKIP
+from petune.errors import PetuneError
 from petune.training.host_model import predicts_next_token
 from petune.training.logits import applies
 from petune.training.swap import evaluating
@@ -56,7 +59,7 @@ class _Current:
 def is_padded(batch: Mapping[str, Tensor]) -> bool:
     """The batch has padding, labels, and nothing but tensors with an entry for each token."""
     mask = batch.get("attention_mask")
-    if mask is None or "labels" not in batch:
+    if mask is None or "labels" not in batch or "position_ids" in batch:
         return False
     if any(tensor.shape != mask.shape for tensor in batch.values()):
         return False
@@ -77,26 +80,71 @@ def flatten(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Rows]:
 
 
 @contextmanager
-def packed(rows: Rows) -> Iterator[None]:
-    """Within the context a flat batch's attention takes place among the tokens of a row."""
+def packed(rows: Rows, model: nn.Module | None = None) -> Iterator[None]:
+    """Within the context a flat batch's attention takes place among the tokens of a row.
+
+    Args:
+        model: whose checkpointed blocks know the rows when backward runs them again.
+    """
     take_back = wrap_interface("packing", lambda base: partial(_attend, base))
-    _Current.rows = rows
+    before, _Current.rows = _Current.rows, rows
+    try:
+        with nullcontext() if model is None else _remembered(rows, model):
+            yield
+    finally:
+        take_back()
+        _Current.rows = before
+
+
+@contextmanager
+def _remembered(rows: Rows, model: nn.Module) -> Iterator[None]:
+    """Within the context what blocks are checkpointed with lets them run among these rows again."""
+    functions = list(checkpointed(model))
+    for module, checkpoint in functions:
+        checkpoint_with(module, partial(_checkpoint, checkpoint, rows))
     try:
         yield
     finally:
-        take_back()
-        _Current.rows = None
+        for module, checkpoint in functions:
+            checkpoint_with(module, checkpoint)
 
 
-def refusal(model: Any, tuning: Any) -> str:
+def _checkpoint(
+    checkpoint: Callable[..., Any], rows: Rows, run: Callable[..., Any], *inputs: Any
+) -> Any:
+    def among_rows(*given: Any) -> Any:
+        with packed(rows):
+            return run(*given)
+
+    return checkpoint(among_rows, *inputs)
+
+
+def refusal(model: Any) -> str:
     """Why rows can't stand end to end here, "" if they can: the model predicts the next token, an attention that can be
     told of rows is all that mixes tokens, as a trial shows, and no virtual tokens stand at the beginning of rows.
     """
-    if getattr(tuning, "prompts", ()):
+    if any(tuning.prompts for tuning in tunings(model).values()):
         return "virtual tokens need rows of their own"
     if _takes_positions(model) and _asks_for_attention(model) and _is_same(model):
         return ""
     return "this model does not take rows end to end"
+
+
+def check_packing(model: Any, wanted: bool | None) -> bool:
+    """Whether padded batches of a model are laid end to end.
+
+    Args:
+        wanted: whether they are to be; None where the model can.
+
+    Raises:
+        PetuneError: they are to be, and this model or method can't.
+    """
+    if wanted is False:
+        return False
+    reason = refusal(model)
+    if wanted and reason:
+        raise PetuneError(f"training.packing: {reason}; leave it out.")
+    return not reason
 
 
 def _takes_positions(model: Any) -> bool:

@@ -258,6 +258,8 @@ class Session:
 
     def _measure(self, loop: AdapterTrainer) -> tuple[int, int]:
         """(peak_memory_bytes, saved_activation_bytes) of a step on the longest rows."""
+        from accelerate.utils import send_to_device
+
         from petune.training.memory import measure_step
 
         training, lengths = self.recipe.training, loop.recorder.sampler.lengths
@@ -265,6 +267,7 @@ class Session:
             : training.batch_size
         ]
         rows = self.task.collate([self.examples[i] for i in longest])
+        batch = send_to_device(rows, loop.args.device)
         model = self.acting.train()
         optimizer: Any = loop.optimizer or loop.create_optimizer()
         # accelerate's optimizer holds torch's
@@ -272,10 +275,10 @@ class Session:
 
         def loss() -> Tensor:
             with loop.accelerator.autocast():
-                found: Tensor = loop.compute_loss(model, batch)
+                found: Tensor = loop.compute_loss(model, dict(batch))
             return found
 
-        with loop.lean(), loop.laid_out(rows) as batch:
+        with loop.lean():
             if training.compile:
                 loss().backward()  # type: ignore[no-untyped-call]  # compiles for these shapes
             return measure_step(model, plain_optimizer, loss, batch.values())

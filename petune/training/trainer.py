@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
-    PreTrainedModel,
     PrinterCallback,
     ProgressCallback,
     Trainer,
@@ -22,7 +20,6 @@ from transformers import (
 )
 
 from petune.core.attached.tuning import Tuning
-from petune.errors import PetuneError
 from petune.training.checkpoints import write_checkpoint
 from petune.training.host import (
     SEAMS,
@@ -31,9 +28,8 @@ from petune.training.host import (
     tell_scores,
 )
 from petune.training.host_model import checkpointing_arguments, plain_input
-from petune.training.lean import recomputed
-from petune.training.logits import labelled_logits
-from petune.training.packing import flatten, is_padded, packed, refusal
+from petune.training.lean import lean
+from petune.training.packing import check_packing
 from petune.training.processes import (
     LONGEST_WAIT,
     ROWS,
@@ -46,7 +42,6 @@ from petune.training.progress import Progress
 from petune.training.rates import schedule_of
 from petune.training.recipe import Recipe
 from petune.training.recorder import Recorder
-from petune.training.regions import compiled
 from petune.training.schedule import Schedule
 from petune.training.tasks import Task
 
@@ -86,7 +81,8 @@ class AdapterTrainer(ResumesWithoutWeights, Trainer):
         self.recorder = recorder
         self.tuning = tuning
         # Trainer makes its folder; what can't be is said before
-        self.packs = self._packs()
+        self.savings = self._savings()
+        check_packing(model, self.savings["packing"])
         super().__init__(
             model=model, callbacks=[recorder], data_collator=task.collate, **kwargs
         )
@@ -96,6 +92,20 @@ class AdapterTrainer(ResumesWithoutWeights, Trainer):
         self.remove_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(Progress)
+
+    def _savings(self) -> dict[str, Any]:
+        """What `lean` is told. A peer's adapter is packed only where the recipe says so."""
+        t = self.settings
+        ours = isinstance(self.tuning, Tuning)
+        return {
+            # in vain where every block is computed again as a whole
+            "recompute": t.recompute and t.gradient_checkpointing is not True,
+            "labelled_logits": t.labelled_logits,
+            "packing": t.packing if ours or t.packing else False,
+            "compile": t.compile,
+            "memory_budget": t.memory_budget,
+            "offload": t.offload,
+        }
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The training rows in the recorder's order, of which each process gets its share."""
@@ -144,55 +154,15 @@ class AdapterTrainer(ResumesWithoutWeights, Trainer):
 
     @contextmanager
     def lean(self) -> Iterator[None]:
-        """The model as it is trained: compiled, or with what is cheap computed again."""
-        settings = self.settings
-        with ExitStack() as stack:
-            stack.enter_context(plain_input(self.acting))
-            if settings.compile:
-                stack.enter_context(compiled(self.acting, settings.memory_budget))
-            elif self._recomputes():
-                stack.enter_context(recomputed(self.acting))
+        """The model as it is trained."""
+        with plain_input(self.acting), lean(self.acting, **self.savings):
             yield
-
-    def _recomputes(self) -> bool:
-        """Whether the cheap parts of blocks are computed again, in vain where the blocks themselves are."""
-        every_block = self.settings.gradient_checkpointing is True
-        can = isinstance(self.acting, PreTrainedModel)
-        return self.settings.recompute and can and not every_block
-
-    def _packs(self) -> bool:
-        """Whether padded batches are laid end to end.
-
-        Raises:
-            PetuneError: the recipe asks for it, and this model or method can't.
-        """
-        wanted = self.settings.packing
-        tried = isinstance(self.tuning, Tuning) if wanted is None else wanted
-        if not tried:
-            return False
-        reason = refusal(self.acting, self.tuning)
-        if wanted and reason:
-            raise PetuneError(f"training.packing: {reason}; leave it out.")
-        return not reason
-
-    @contextmanager
-    def laid_out(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """A batch on the model's device, laid end to end if it is padded. Stands around forward and backward, since
-        gradient checkpointing runs attention in both.
-        """
-        batch = send_to_device(batch, self.args.device)
-        if not self.packs or not is_padded(batch):
-            yield batch
-            return
-        flat, rows = flatten(batch)
-        with packed(rows):
-            yield flat
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        with self._weighed(inputs), self.laid_out(inputs) as batch:
-            loss = super().training_step(model, batch, *args, **kwargs)
+        with self._weighed(inputs):
+            loss = super().training_step(model, inputs, *args, **kwargs)
         if self.recorder.first_loss is None:
             self.recorder.first_loss = float(loss)
         return loss
@@ -210,15 +180,9 @@ class AdapterTrainer(ResumesWithoutWeights, Trainer):
         if stands_in:  # its tokens are not seen
             inputs["attention_mask"] = torch.zeros_like(inputs["attention_mask"])
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        with ExitStack() as stack:
-            if self.settings.labelled_logits:
-                stack.enter_context(labelled_logits(self.acting))
-            if self.settings.offload:
-                stack.enter_context(torch.autograd.graph.save_on_cpu(pin_memory=True))
-            loss: Any = super().compute_loss(model, inputs, *args, **kwargs)
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's loss, which counts as much as the rows of this process."""
+        loss: Any = super().compute_loss(*args, **kwargs)
         return loss if self.row_weight == 1 else loss * self.row_weight
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

@@ -9,6 +9,7 @@ from petune.training.memory import measure_step
 BATCH, WIDE, NARROW = 64, 1000, 500
 WEIGHTS = 4 * (WIDE * NARROW + NARROW * WIDE)
 X, H = 4 * BATCH * WIDE, 4 * BATCH * NARROW
+LOSS = 4
 
 
 def model() -> nn.Sequential:
@@ -24,9 +25,7 @@ def test_plain_gradient_descent() -> None:
     peak, saved = measure_step(
         net, torch.optim.SGD(net.parameters(), lr=0.1), lambda: net(x).sum(), [x]
     )
-    assert (
-        saved == X + H
-    )  # the first layer's input; the ReLU's result, which is the second layer's input
+    assert saved == H + LOSS  # the ReLU's result; the input was there before
     assert (
         peak == 2 * WEIGHTS + X + H + 8
     )  # weights, gradients, what backward still needs, the loss and its gradient
@@ -37,7 +36,7 @@ def test_adam_keeps_two_moments_and_its_temporaries_are_seen() -> None:
     peak, saved = measure_step(
         net, torch.optim.AdamW(net.parameters(), lr=0.1), lambda: net(x).sum(), [x]
     )
-    assert saved == X + H
+    assert saved == H + LOSS
     assert 4 * WEIGHTS < peak < 6 * WEIGHTS  # up to four of one layer's size on top
 
 
@@ -47,7 +46,7 @@ def test_frozen_weights_need_no_gradient_and_save_no_input() -> None:
     peak, saved = measure_step(
         net, torch.optim.SGD(net[2].parameters(), lr=0.1), lambda: net(x).sum(), [x]
     )
-    assert saved == H  # the second layer's input
+    assert saved == H + LOSS  # the second layer's input
     assert (
         peak < 1.5 * WEIGHTS + 2 * X + H + 100
     )  # the sum's gradient is written out for the matrix product
@@ -64,7 +63,7 @@ def test_a_storage_saved_twice_counts_once() -> None:
     _, saved = measure_step(
         weight, torch.optim.SGD(weight.parameters(), lr=0.1), loss, [x]
     )
-    assert saved == 2 * X  # x, and h once
+    assert saved == X + LOSS  # h, once
 
 
 def test_checkpointing_saves_only_the_inputs_of_its_part() -> None:
@@ -74,7 +73,7 @@ def test_checkpointing_saves_only_the_inputs_of_its_part() -> None:
         return torch.as_tensor(checkpoint(net, x, use_reentrant=False)).sum()
 
     _, saved = measure_step(net, torch.optim.SGD(net.parameters(), lr=0.1), loss, [x])
-    assert saved <= X
+    assert saved < X / 10  # the state of the random generator
 
 
 def test_what_a_quantized_weight_carries_along_is_counted() -> None:

@@ -125,12 +125,6 @@ def nothing_asks_for_gradients(patch: Patch) -> None:
         patch.setattr(PreTrainedModel, caller, lambda self: None)
 
 
-def activations_live_elsewhere(patch: Patch) -> None:
-    patch.setattr(
-        transformers.activations.NewGELUActivation, "__module__", "transformers.layers"
-    )
-
-
 def quantizers_want_to_know_more(patch: Patch) -> None:
     patch.setattr(HfQuantizer, "is_serializable", lambda self, path: True)
 
@@ -169,6 +163,14 @@ def the_compiler_is_looked_for_elsewhere(patch: Patch) -> None:
     patch.delattr(torch._inductor.cpp_builder, "get_cpp_compiler")
 
 
+def nothing_is_a_view(patch: Patch) -> None:
+    patch.delattr(torch.ops.aten.transpose.int, "is_view")
+
+
+def views_do_not_know_their_base(patch: Patch) -> None:
+    patch.setattr(torch.Tensor, "_base", None)
+
+
 def builders_live_elsewhere(patch: Patch) -> None:
     patch.setattr(Json, "__module__", "datasets.builders")
 
@@ -202,7 +204,6 @@ PLANTED: list[tuple[str, str, Callable[[Patch], None]]] = [
     ("transformers", "TrainingArguments.n_gpu", the_number_of_devices_is_a_field),
     ("transformers", "activation_checkpointing", checkpointing_has_a_third_name),
     ("transformers", "enable_input_require_grads", nothing_asks_for_gradients),
-    ("transformers", "transformers.activations", activations_live_elsewhere),
     ("transformers", "is_serializable", quantizers_want_to_know_more),
     ("torch", "UntypedStorage._cdata", storages_have_no_number),
     ("torch", "UntypedStorage._cdata", every_view_has_a_storage_of_its_own),
@@ -211,6 +212,8 @@ PLANTED: list[tuple[str, str, Callable[[Patch], None]]] = [
     ("torch", "torch._functorch.config", functorch_has_other_rules),
     ("torch", "torch._dynamo.config", dynamo_has_another_limit),
     ("torch", "get_cpp_compiler", the_compiler_is_looked_for_elsewhere),
+    ("torch", "OpOverload.is_view", nothing_is_a_view),
+    ("torch", "TorchDispatchMode", views_do_not_know_their_base),
     ("datasets", "packaged_modules", builders_live_elsewhere),
 ]
 

@@ -6,7 +6,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -100,13 +100,11 @@ class Contender:
     def memory(self, batch: Batch) -> tuple[int, int]:
         """(peak bytes above the base, bytes kept for backward) of a step."""
         trainer = self.trainer
-        laid_out: Any = getattr(trainer, "laid_out", nullcontext)
-        with laid_out(batch) as given:
 
-            def loss() -> Any:
-                return trainer.compute_loss(self.model, dict(given))
+        def loss() -> Any:
+            return trainer.compute_loss(self.model, dict(batch))
 
-            peak, kept = measure_step(self.model, self.optimizer, loss, given.values())
+        peak, kept = measure_step(self.model, self.optimizer, loss, batch.values())
         return peak - self.base_bytes, kept
 
     def close(self) -> None:
