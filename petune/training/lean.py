@@ -15,10 +15,12 @@ from transformers import PreTrainedModel
 from petune.core.attached.tuning import tunings
 from petune.training.host import SEAMS
 from petune.training.logits import applies, is_routed, labelled_logits
+from petune.training.own_loss import own_loss
 from petune.training.packing import check_packing, flatten, is_padded, packed
 from petune.training.recompute.forward import watched
 from petune.training.regions import compiled
 from petune.training.swap import forward_as
+from petune.training.unpadded import can_be_unpadded, unpadded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +112,11 @@ class LeanForward:
         self.inner: Callable[..., Any] = model.forward
         self.active = True
         self.labels = savings.labelled_logits and applies(model)
+        self.own_loss = own_loss(model) if savings.labelled_logits else None
         self.packed_with: dict[tuple[str, ...], bool] = {}
-        self.packs()
+        self.unpadded_with: dict[tuple[str, ...], bool] = {}
+        if not self.packs():  # trials are made before anything is trained
+            self.unpads()
 
     def wrapped(self) -> Callable[..., Any]:
         """What takes the forward's place, with its signature, which trainers read."""
@@ -130,17 +135,32 @@ class LeanForward:
         if not self.active or not torch.is_grad_enabled():
             return self.inner(*args, **kwargs)
         with self._keeping():
-            if args or not _is_plain(kwargs) or is_routed(self.model):
+            if args or is_routed(self.model):
                 return self.inner(*args, **kwargs)
-            return self._with_labels(kwargs)
+            if _is_plain(kwargs) and (self.labels or self.own_loss is not None):
+                return self._with_labels(kwargs)
+            with self._without_padding(kwargs):
+                return self.inner(**kwargs)
+
+    @contextmanager
+    def _without_padding(self, call: Mapping[str, Any]) -> Iterator[None]:
+        """The blocks compute no padding, where the model can and nobody asks for what they find in between."""
+        asked = any(call.get(key) for key in INNER)
+        if asked or not self.unpads():
+            yield
+            return
+        with unpadded(self.model, call.get("attention_mask")):
+            yield
 
     def _with_labels(self, batch: dict[str, Any]) -> Any:
         """A call with labels for tokens, whose logits nobody reads."""
+        if self.own_loss is not None:
+            return self.own_loss(batch)
         with ExitStack() as stack:
             if self.packs():
                 batch = stack.enter_context(self._laid_out(batch))
-            if not self.labels:
-                return self.inner(**batch)
+            else:
+                stack.enter_context(self._without_padding(batch))
             stack.enter_context(labelled_logits(self.model))
             out = self.inner(**{**batch, "use_cache": False})
         return type(out)(**{k: v for k, v in out.items() if k != "logits"})
@@ -167,6 +187,15 @@ class LeanForward:
                 stack.enter_context(watched())
             yield
 
+    def unpads(self) -> bool:
+        """Whether the blocks compute the tokens of a padded batch alone, with the tunings that the model has."""
+        attached = tuple(tunings(self.model))
+        if attached not in self.unpadded_with:
+            wanted = self.savings.packing is not False and not self.savings.compile
+            can = wanted and isinstance(self.model, PreTrainedModel)
+            self.unpadded_with[attached] = can and can_be_unpadded(self.model)
+        return self.unpadded_with[attached]
+
     def packs(self) -> bool:
         """Whether padded batches are laid end to end, with the tunings that the model has.
 
@@ -178,6 +207,9 @@ class LeanForward:
             self.packed_with[attached] = check_packing(self.model, self.savings.packing)
         return self.packed_with[attached]
 
+
+INNER = ("output_hidden_states", "output_attentions")
+"""What a call may ask for of what blocks find."""
 
 ASIDE = frozenset({"num_items_in_batch", "use_cache", "return_dict"})
 """What a call with labels may say besides its batch."""

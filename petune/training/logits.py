@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from petune.core.frozen.modules import base_forward
 from petune.core.graft.board import board_of
 from petune.core.method.batch import SKIP
 from petune.errors import PetuneError, UnsupportedError
+from petune.training.chunked_loss import ChunkedLoss, chunks, token_loss
 from petune.training.host_model import (
     LOSSES,
     has_token_loss,
@@ -26,8 +26,6 @@ from petune.training.swap import forward_as
 
 ROWS = 128
 """How many rows of logits exist at a time."""
-
-Head = Callable[[Tensor], Tensor]
 
 
 @contextmanager
@@ -70,23 +68,84 @@ def is_routed(model: nn.Module) -> bool:
     return board is not None and board.begin().plan is not None
 
 
-class _Labelled:
-    """One model's decoder and loss, as they are within `labelled_logits`."""
+class LabelledDecoder:
+    """A model whose decoder tells its caller of one row alone, and whose head is applied to chosen rows.
 
-    def __init__(self, model: Any, rows: int) -> None:
+    Args:
+        rows: how many rows of logits exist at a time.
+    """
+
+    def __init__(self, model: Any, rows: int = ROWS) -> None:
         decoder = model.get_decoder()
         is_inside = decoder in set(model.base_model.modules())
-        self.model = model
-        self.rows = rows
+        self.model, self.rows = model, rows
         self.decoder = decoder if is_inside else model.base_model
-        self.shifted = predicts_next_token(model)
+        self.encoder = getattr(model, "encoder", None)
         self.inner = self.decoder.forward
         self.out: Any = None
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The decoder's forward; the caller sees one row of what it found."""
         self.out = self.inner(*args, **kwargs)
-        return self._answer(self.out[0][:1, :1].detach())
+        return self.answer(self.out[0][:1, :1].detach())
+
+    def answer(self, hidden: Tensor) -> Any:
+        """The decoder's last output with other hidden states in it."""
+        if isinstance(self.out, tuple):
+            return hidden, *self.out[1:]
+        return type(self.out)(**{**self.out, "last_hidden_state": hidden})
+
+    def summed(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+        """The summed loss of the labelled tokens, and how many there are.
+
+        Args:
+            hidden: (batch, length, hidden).
+            targets: (batch, length), `SKIP` where there is no label.
+        """
+        labels = targets.flatten()
+        rows = (labels != SKIP).nonzero().squeeze(1)
+        picked = hidden.flatten(0, 1).index_select(0, rows)  # (labelled, hidden)
+        return self._summed(picked, labels.index_select(0, rows)), len(rows)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(n, hidden) -> (n, vocabulary): what the model does behind its decoder."""
+        ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+        with forward_as(self.decoder, lambda *_, **__: self.answer(hidden[None])):
+            logits: Tensor = base_forward(self.model)(**self.head_inputs(ids)).logits
+        return logits[0]
+
+    def head_inputs(self, ids: Tensor) -> dict[str, Any]:
+        """What the model is called with where its head alone is wanted."""
+        return {"input_ids": ids}
+
+    def _summed(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """The sum of the losses of hidden states (labelled, hidden) with targets (labelled,)."""
+        if torch.is_grad_enabled():
+            total: Tensor = ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+                self.head, self.rows, targets, hidden, *self._trained()
+            )
+            return total
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for here in chunks(len(targets), self.rows):
+            total += token_loss(self.head(hidden[here]), targets[here])
+        return total
+
+    def _trained(self) -> Iterable[nn.Parameter]:
+        """The parameters outside the base model that train, each once."""
+        found: dict[int, nn.Parameter] = {}
+        for child in self.model.children():
+            inside = {*child.modules(), child}
+            if self.decoder not in inside and child is not self.encoder:
+                found |= {id(p): p for p in child.parameters() if p.requires_grad}
+        return found.values()
+
+
+class _Labelled(LabelledDecoder):
+    """One model's decoder and loss, as they are within `labelled_logits`."""
+
+    def __init__(self, model: Any, rows: int) -> None:
+        super().__init__(model, rows)
+        self.shifted = predicts_next_token(model)
 
     def loss(
         self,
@@ -99,11 +158,9 @@ class _Labelled:
         """Takes the place of the model's loss function; the logits are those of the one row."""
         hidden = self._hidden(labels)  # (batch, length, hidden)
         targets = F.pad(labels, (0, 1), value=SKIP)[:, 1:] if self.shifted else labels
-        rows = (targets.flatten() != SKIP).nonzero().squeeze(1)
-        picked = hidden.flatten(0, 1).index_select(0, rows)  # (labelled, hidden)
-        total = self._summed(picked, targets.flatten().index_select(0, rows))
+        total, count = self.summed(hidden, targets)
         self.out = None
-        return total / (len(rows) if num_items_in_batch is None else num_items_in_batch)
+        return total / (count if num_items_in_batch is None else num_items_in_batch)
 
     def _hidden(self, labels: Tensor) -> Tensor:
         """What the decoder has found.
@@ -122,94 +179,3 @@ class _Labelled:
                 "training.labelled_logits: this model reads its labels otherwise; set it to false."
             )
         return hidden
-
-    def _summed(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """The sum of the losses of hidden states (labelled, hidden) with targets (labelled,)."""
-        if torch.is_grad_enabled():
-            total: Tensor = _Chunked.apply(  # type: ignore[no-untyped-call]
-                self.head, self.rows, targets, hidden, *self._trained()
-            )
-            return total
-        total = hidden.new_zeros((), dtype=torch.float32)
-        for here in _chunks(len(targets), self.rows):
-            total += _loss(self.head(hidden[here]), targets[here])
-        return total
-
-    def _trained(self) -> Iterable[nn.Parameter]:
-        """The parameters outside the base model that train, each once."""
-        found: dict[int, nn.Parameter] = {}
-        for child in self.model.children():
-            if child is not self.model.base_model:
-                found |= {id(p): p for p in child.parameters() if p.requires_grad}
-        return found.values()
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """(n, hidden) -> (n, vocabulary): what the model does behind its decoder."""
-        ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-        with forward_as(self.decoder, lambda *_, **__: self._answer(hidden[None])):
-            logits: Tensor = base_forward(self.model)(input_ids=ids).logits
-        return logits[0]
-
-    def _answer(self, hidden: Tensor) -> Any:
-        """The decoder's last output with other hidden states in it."""
-        if isinstance(self.out, tuple):
-            return hidden, *self.out[1:]
-        return type(self.out)(**{**self.out, "last_hidden_state": hidden})
-
-
-def _loss(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
-
-
-def _chunks(count: int, size: int) -> Iterator[slice]:
-    for start in range(0, count, size):
-        yield slice(start, start + size)
-
-
-class _Chunked(torch.autograd.Function):
-    """The summed loss of all rows. The gradient of a sum is known up to a factor when the sum is, so that every chunk
-    computes its own in forward and its logits are gone before the next.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        head: Head,
-        rows: int,
-        targets: Tensor,
-        hidden: Tensor,
-        *params: Tensor,
-    ) -> Tensor:
-        ctx.wanted = [t.requires_grad for t in (hidden, *params)]
-        sums = {
-            id(t): torch.zeros_like(t) for t in (hidden, *params) if t.requires_grad
-        }
-        total = hidden.new_zeros((), dtype=torch.float32)
-        for here in _chunks(len(targets), rows):
-            chunk = hidden[here].detach().requires_grad_(hidden.requires_grad)
-            with torch.enable_grad():
-                loss = _loss(head(chunk), targets[here])
-            total += loss.detach()
-            grads = _gradients(loss, [t for t in (chunk, *params) if t.requires_grad])
-            if chunk in grads:
-                sums[id(hidden)][here].add_(grads.pop(chunk))
-            for param, grad in grads.items():
-                sums[id(param)].add_(grad)
-        ctx.save_for_backward(*sums.values())
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        sums = iter(ctx.saved_tensors)
-        scaled = (next(sums) * grad if wanted else None for wanted in ctx.wanted)
-        return None, None, None, *scaled
-
-
-def _gradients(loss: Tensor, inputs: list[Tensor]) -> dict[Tensor, Tensor]:
-    """The gradients of those inputs that the loss depends on."""
-    if not inputs:
-        return {}
-    found = torch.autograd.grad(loss, inputs, allow_unused=True)
-    pairs = zip(inputs, found, strict=True)
-    return {tensor: gradient for tensor, gradient in pairs if gradient is not None}

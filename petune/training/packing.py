@@ -125,7 +125,7 @@ def refusal(model: Any) -> str:
     """
     if any(tuning.prompts for tuning in tunings(model).values()):
         return "virtual tokens need rows of their own"
-    if _takes_positions(model) and _asks_for_attention(model) and _is_same(model):
+    if _takes_positions(model) and asks_for_attention(model) and _is_same(model):
         return ""
     return "this model does not take rows end to end"
 
@@ -154,7 +154,7 @@ def _takes_positions(model: Any) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
-def _asks_for_attention(model: Any) -> bool:
+def asks_for_attention(model: Any) -> bool:
     """Every block has an attention that is asked for at transformers' interface."""
     found = False
     for _, _, block in blocks(model):
@@ -211,14 +211,13 @@ def _attend(
         return base(module, query, key, value, mask, **options)
     padded = (_padded(tensor, rows) for tensor in (query, key, value))
     out, _ = base(module, *padded, _mask_of(mask[0, 0], rows), **options)
-    flat: Tensor = _Pick.apply(out.flatten(0, 1), rows.place)  # type: ignore[no-untyped-call]
-    return flat[None], None
+    return pick(out.flatten(0, 1), rows.place)[None], None
 
 
 def _padded(x: Tensor, rows: Rows) -> Tensor:
     """(1, heads, tokens, head_dim) -> (batch, heads, length, head_dim)."""
     by_token = x[0].transpose(0, 1)  # (tokens, heads, head_dim)
-    placed: Tensor = _Place.apply(by_token, rows.column.flatten(), rows.place)  # type: ignore[no-untyped-call]
+    placed = place(by_token, rows)
     return placed.view(*rows.real.shape, *placed.shape[1:]).transpose(1, 2)
 
 
@@ -231,6 +230,18 @@ def _mask_of(mask: Tensor, rows: Rows) -> Tensor:
     seen, hidden = (True, False) if is_boolean else (0.0, torch.finfo(mask.dtype).min)
     of_rows = of_rows.masked_fill(~rows.real[:, None, :], hidden)
     return of_rows.masked_fill(~rows.real[:, :, None], seen)[:, None]
+
+
+def place(x: Tensor, rows: Rows) -> Tensor:
+    """Tokens (tokens, …) in their places in the batch, (batch · length, …); padding holds another token's values."""
+    placed: Tensor = _Place.apply(x, rows.column.flatten(), rows.place)  # type: ignore[no-untyped-call]
+    return placed
+
+
+def pick(x: Tensor, index: Tensor) -> Tensor:
+    """The rows of x at `index`, in which no row stands twice."""
+    picked: Tensor = _Pick.apply(x, index)  # type: ignore[no-untyped-call]
+    return picked
 
 
 class _Place(torch.autograd.Function):
