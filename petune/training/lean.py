@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from petune.core.attached.tuning import tunings
+from petune.core.method.batch import SKIP
 from petune.training.host import SEAMS
 from petune.training.logits import applies, is_routed, labelled_logits
 from petune.training.own_loss import own_loss
@@ -149,13 +150,22 @@ class LeanForward:
         if asked or not self.unpads():
             yield
             return
-        with unpadded(self.model, call.get("attention_mask")):
+        with unpadded(self.model, call.get("attention_mask"), self._decoded(call)):
             yield
+
+    def _decoded(self, call: Mapping[str, Any]) -> Tensor | None:
+        """Where an encoder-decoder's decoder has tokens, if its labels alone are read and tell it."""
+        if self.own_loss is None or not _is_plain(call) or "decoder_input_ids" in call:
+            return None
+        labelled = call["labels"] != SKIP
+        until_last = labelled.flip(1).cumsum(1).flip(1) > 0
+        return until_last.long()
 
     def _with_labels(self, batch: dict[str, Any]) -> Any:
         """A call with labels for tokens, whose logits nobody reads."""
         if self.own_loss is not None:
-            return self.own_loss(batch)
+            with self._without_padding(batch):
+                return self.own_loss(batch)
         with ExitStack() as stack:
             if self.packs():
                 batch = stack.enter_context(self._laid_out(batch))
@@ -191,7 +201,7 @@ class LeanForward:
         """Whether the blocks compute the tokens of a padded batch alone, with the tunings that the model has."""
         attached = tuple(tunings(self.model))
         if attached not in self.unpadded_with:
-            wanted = self.savings.packing is not False and not self.savings.compile
+            wanted = self.savings.packing is not False
             can = wanted and isinstance(self.model, PreTrainedModel)
             self.unpadded_with[attached] = can and can_be_unpadded(self.model)
         return self.unpadded_with[attached]

@@ -94,13 +94,14 @@ class AdapterTrainer(ResumesWithoutWeights, Trainer):
             self.add_callback(Progress)
 
     def _savings(self) -> dict[str, Any]:
-        """What `lean` is told. A peer's adapter is packed only where the recipe says so."""
+        """What `lean` is told. A peer's adapter is compared as it is, without petune's savings."""
         t = self.settings
         ours = isinstance(self.tuning, Tuning)
+        # in vain where every block is computed again as a whole
+        recompute = t.recompute and t.gradient_checkpointing is not True
         return {
-            # in vain where every block is computed again as a whole
-            "recompute": t.recompute and t.gradient_checkpointing is not True,
-            "labelled_logits": t.labelled_logits,
+            "recompute": ours and recompute,
+            "labelled_logits": ours and t.labelled_logits,
             "packing": t.packing if ours or t.packing else False,
             "compile": t.compile,
             "memory_budget": t.memory_budget,

@@ -23,8 +23,8 @@ from petune.training.swap import evaluating, forward_as
 WORTH = 0.9
 """A batch of which a larger share are tokens is left padded: moving them would take longer than the padding."""
 
-INSIDE = ("linear", "block", "norm", "embedding")
-"""Kinds of sites whose adapters map each token by itself."""
+AMONG_TOKENS = {"prompt", "attention"}
+"""Kinds of sites whose adapters do more than map each token by itself."""
 
 
 class _Current:
@@ -34,22 +34,43 @@ class _Current:
 
 
 @contextmanager
-def unpadded(model: nn.Module, mask: Tensor | None) -> Iterator[None]:
+def unpadded(
+    model: nn.Module, mask: Tensor | None, decoder_mask: Tensor | None = None
+) -> Iterator[None]:
     """Within the context a model's blocks compute the tokens of a batch alone.
 
     Args:
         mask: (batch, length), 1 where there is a token; None where all are.
+        decoder_mask: (batch, length) of an encoder-decoder's decoder; None where its blocks are left as they are.
     """
-    if mask is None or mask.dim() != 2 or float(mask.float().mean()) > WORTH:
-        yield
-        return
-    rows = Rows.of(mask)
     with ExitStack() as stack:
-        stack.callback(wrap_interface("unpadded", lambda base: partial(_attend, base)))
-        for _, _, block in blocks(model):
-            forward = partial(_run, block.forward, rows)
-            stack.enter_context(forward_as(block, forward))
+        moved = 0
+        for blocks_of, of_them in _stacks(model, mask, decoder_mask):
+            if of_them.dim() != 2 or float(of_them.float().mean()) > WORTH:
+                continue
+            rows = Rows.of(of_them)
+            for block in blocks_of:
+                forward = partial(_run, block.forward, rows)
+                stack.enter_context(forward_as(block, forward))
+                moved += 1
+        if moved:
+            wrap = wrap_interface("unpadded", lambda base: partial(_attend, base))
+            stack.callback(wrap)
         yield
+
+
+def _stacks(
+    model: Any, mask: Tensor | None, decoder_mask: Tensor | None
+) -> Iterator[tuple[list[nn.Module], Tensor]]:
+    """The blocks of each stack that computes padding, and its mask."""
+    found = [block for _, _, block in blocks(model)]
+    decoding: set[nn.Module] = set()
+    if model.config.is_encoder_decoder:
+        decoding = set(model.get_decoder().modules())
+    if mask is not None:
+        yield [block for block in found if block not in decoding], mask
+    if decoder_mask is not None:
+        yield [block for block in found if block in decoding], decoder_mask
 
 
 def can_be_unpadded(model: Any) -> bool:
@@ -58,7 +79,7 @@ def can_be_unpadded(model: Any) -> bool:
     """
     for tuning in tunings(model).values():
         kinds = {link.site.kind for link in tuning.links}
-        if tuning.reads_batch or tuning.shares_notes or not kinds <= {*INSIDE}:
+        if tuning.reads_batch or tuning.shares_notes or kinds & AMONG_TOKENS:
             return False
     return asks_for_attention(model) and _is_same(model)
 
@@ -105,33 +126,66 @@ def _attend(
         (1, tokens, heads, head_dim), and no attention weights.
     """
     rows = _Current.rows
-    if rows is None or len(query) != 1 or key.shape[2] != len(rows.place):
+    tokens = 0 if rows is None else len(rows.place)
+    if rows is None or len(query) != 1 or query.shape[2] != tokens:
         return base(module, query, key, value, mask, **options)
-    moved = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, …)
-    padded = (
-        place(x, rows).view(*rows.real.shape, *x.shape[1:]).transpose(1, 2)
-        for x in moved
-    )
-    out, _ = base(module, *padded, mask, **options)  # (batch, length, heads, …)
+    among_itself = key.shape[2] == tokens and len(key) == 1
+    query = _by_row(query, rows)
+    if among_itself:  # else they are the encoder's, padded
+        key, value = _by_row(key, rows), _by_row(value, rows)
+    bias = options.get("position_bias")
+    if bias is not None:
+        options["position_bias"] = _bias_by_row(bias, rows, among_itself)
+    out, _ = base(module, query, key, value, mask, **options)
     return pick(out.flatten(0, 1), rows.place)[None], None
+
+
+def _by_row(x: Tensor, rows: Rows) -> Tensor:
+    """(1, heads, tokens, head_dim) -> (batch, heads, length, head_dim)."""
+    by_token = x[0].transpose(0, 1)  # (tokens, heads, head_dim)
+    placed = place(by_token, rows).view(*rows.real.shape, *by_token.shape[1:])
+    return placed.transpose(1, 2)
+
+
+def _bias_by_row(bias: Tensor, rows: Rows, among_itself: bool) -> Tensor:
+    """A bias (1, heads, tokens, keys) as (batch, heads, length, length or keys). Tokens of a row lie as far apart end
+    to end as they do in the row.
+    """
+    of_queries = bias[0][:, rows.column]  # (heads, batch, length, keys)
+    if not among_itself:
+        return of_queries.transpose(0, 1)
+    keys = rows.column[None, :, None, :].expand(*of_queries.shape[:3], -1)
+    return of_queries.gather(-1, keys).transpose(0, 1)
 
 
 @torch.no_grad()
 def _is_same(model: Any) -> bool:
     """A batch with padding gives the same padded and not."""
     table = model.get_input_embeddings()
-    if model.config.is_encoder_decoder or not isinstance(table, nn.Embedding):
+    if not isinstance(table, nn.Embedding):
         return False
     ids = torch.arange(5, 17, device=model.device).view(2, 6) % table.num_embeddings
-    mask = (torch.arange(6, device=model.device) < torch.tensor([[6], [3]])).long()
+    mask = _mask([6, 3], 6, ids)
+    call = {"input_ids": ids, "attention_mask": mask}
+    decoder_mask = None
+    if model.config.is_encoder_decoder:
+        decoder_mask = _mask([2, 5], 5, ids)
+        call["decoder_input_ids"] = ids[:, :5]
     with evaluating(model):
         try:
-            padded = model(input_ids=ids, attention_mask=mask)[0]
-            with unpadded(model, mask):
-                found = model(input_ids=ids, attention_mask=mask)[0]
+            padded = model(**call)[0]
+            with unpadded(model, mask, decoder_mask):
+                found = model(**call)[0]
         except Exception:  # whatever a stranger's model says: it is left as it is
             return False
-    if padded.shape[:2] == mask.shape:
-        padded, found = padded[mask.bool()], found[mask.bool()]
+    real = mask if decoder_mask is None else decoder_mask
+    if padded.shape[:2] == real.shape:
+        padded, found = padded[real.bool()], found[real.bool()]
     rounding = torch.finfo(padded.dtype).eps ** 0.5
     return float((found - padded).abs().max()) <= rounding * float(padded.abs().max())
+
+
+def _mask(lengths: list[int], length: int, like: Tensor) -> Tensor:
+    """(rows, length) of rows so long."""
+    places = torch.arange(length, device=like.device)
+    return (places < torch.tensor(lengths, device=like.device)[:, None]).long()

@@ -6,7 +6,6 @@ import transformers
 from shaken import shaken
 
 import petune
-from petune.testing import tiny_model
 from petune.training.unpadded import can_be_unpadded
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -74,7 +73,45 @@ def test_methods_that_act_by_position_keep_their_rows(method):
     assert not can_be_unpadded(model)
 
 
+@pytest.mark.parametrize("name", ["T5", "Bart"])
+def test_both_stacks_of_an_encoder_decoder(name):
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "vocab_size": 96, "decoder_start_token_id": 0}
+    if name == "T5":
+        config = transformers.T5Config(
+            **sizes, d_kv=8, d_ff=48, num_layers=2, num_heads=4
+        )
+        model = transformers.T5ForConditionalGeneration(config).eval()
+    else:
+        layers = {f"{stack}_{what}": n for stack in ("encoder", "decoder")
+                  for what, n in (("layers", 2), ("ffn_dim", 48), ("attention_heads", 4))}  # fmt: skip
+        config = transformers.BartConfig(**sizes, **layers)
+        model = transformers.BartForConditionalGeneration(config).eval()
+    tuning = shaken(model, "lora")
+    labels = torch.randint(4, 90, (3, 7))
+    labels[1, 2:] = labels[2, 4:] = -100
+    labels[2, 1] = -100  # a gap is no padding
+    batch = batch_of() | {"labels": labels}
+    loss = model(**batch).loss
+    gradients = torch.autograd.grad(loss, tuning.parameters(), allow_unused=True)
+    widths = {}
+
+    def note(module, given, out):
+        widths[module] = out.shape[:-1].numel()
+
+    for name, module in model.named_modules():
+        if name.endswith(("wo", "fc2")):
+            module.register_forward_hook(note)
+    with petune.lean(model):
+        widths.clear()
+        ours = model(**batch).loss
+        found = torch.autograd.grad(ours, tuning.parameters(), allow_unused=True)
+    assert set(widths.values()) == {16, 13}
+    torch.testing.assert_close(ours, loss)
+    for one, other in zip(found, gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
 def test_who_can_not():
-    assert not can_be_unpadded(tiny_model("t5"))
     config = transformers.DebertaV2Config(**SIZES, relative_attention=True)
     assert not can_be_unpadded(transformers.DebertaV2ForSequenceClassification(config))
