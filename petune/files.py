@@ -70,12 +70,17 @@ def writing(path: str | Path) -> Iterator[None]:
         raise PetuneError(f"{culprit}: {error.strerror or error}.") from error
 
 
-def expanded(path: str) -> str:
-    """A path with `~` at its beginning replaced by the home folder that it stands for.
+def at_home(path: str | os.PathLike[str]) -> Path:
+    """A path that a user names, `~` at its beginning replaced by the home folder that it stands for.
 
     Raises:
         PetuneError: no such user, or a path that no system has.
     """
+    return Path(expanded(os.fspath(path)))
+
+
+def expanded(path: str) -> str:
+    """The same for a text that may be a path, or a name of something else."""
     if "\0" in path:
         raise PetuneError(f"{path!r}: a path has no NUL character in it.")
     if not path.startswith("~"):

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field, ValidationError, field_validator
 
 from petune.errors import PetuneError, unknown
-from petune.files import expanded
+from petune.files import at_home, expanded
 from petune.training.settings import Strict, Training
 from petune.training.yaml_text import read_file, read_value
 
@@ -149,8 +149,9 @@ def load_recipe(
     if isinstance(source, Mapping):
         name, values = "recipe", dict(source)
     else:
-        name = expanded(str(source))
-        values = _mapping(read_file(Path(name)), name)
+        path = at_home(source)
+        name = str(path)
+        values = _mapping(read_file(path), name)
     _check_once(overrides)
     for override in overrides:
         _override(values, override)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from petune.errors import PetuneError
-from petune.files import read_json, write_text
+from petune.files import at_home, read_json, write_text
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Result:
     def write(self, run: str | Path) -> None:
         """Into `run/result.json`, the metrics beside the other keys."""
         values = asdict(self)
-        write_json(Path(run) / "result.json", {**values.pop("metrics"), **values})
+        write_json(at_home(run) / "result.json", {**values.pop("metrics"), **values})
 
     @classmethod
     def read(cls, run: str | Path) -> Result:
@@ -51,12 +51,11 @@ class Result:
         Raises:
             PetuneError: the run has no result, or not one of petune's.
         """
-        values = read_json(Path(run) / "result.json")
+        path = at_home(run) / "result.json"
+        values = read_json(path)
         known = {field.name for field in fields(cls)} - {"metrics"}
         if missing := known - values.keys():
-            raise PetuneError(
-                f"{Path(run) / 'result.json'}: no {', '.join(sorted(missing))}."
-            )
+            raise PetuneError(f"{path}: no {', '.join(sorted(missing))}.")
         return cls(
             **{key: values[key] for key in known},
             metrics={k: v for k, v in values.items() if k not in known},

@@ -23,6 +23,7 @@ from petune.core.registry.plugins import Plugin, registry
 from petune.errors import PetuneWarning
 from petune.testing import tiny_batch, tiny_model
 from petune.testing.behaviours import logits
+from petune.training import Result, load_recipe, load_run
 
 Spoil = Callable[[Path], Any]
 Q = "model.layers.0.self_attn.q_proj"
@@ -265,6 +266,61 @@ def test_another_width_is_refused_with_both_shapes(lora):
         petune.PetuneError, match=r"is \(8, 64\), the model needs \(8, 32\)"
     ):
         petune.load(model, lora)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "home"
+    folder.mkdir()
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+@pytest.mark.parametrize("format", ["petune", "peft"])
+@pytest.mark.parametrize("kind", [str, Path])
+def test_home_is_found_by_every_function(home, format, kind, single_files):
+    model, tuning = moved("lora")
+    tuning.save(kind("~/out"), format=format)
+    assert (home / "out").is_dir()
+    save_tokenizer(home / "model")
+    model.save_pretrained(home / "model")
+    again = petune.from_pretrained(kind("~/model"), cache_dir=kind("~/cache"))
+    petune.load(again, kind("~/out"))
+    torch.testing.assert_close(
+        logits(again, tiny_batch("llama")), logits(model, tiny_batch("llama"))
+    )
+    assert petune.load_tokenizer(kind("~/model")).pad_token == "[PAD]"
+    (home / "scaled.py").write_text(SCALED.format(where="q", factor=1.0, more=""))
+    registry().add_file(kind("~/scaled.py"))
+    assert petune.attach(again, "scaled", name="other").method == "scaled"
+    assert not Path("~").exists()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda path: moved("lora")[1].save(path),
+        lambda path: petune.load(tiny_model("llama"), path),
+        petune.from_pretrained,
+        petune.load_tokenizer,
+        lambda path: registry().add_file(path),
+        load_run,
+        load_recipe,
+        Result.read,
+    ],
+)
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("~nobody-here/x", "no home folder of ~nobody-here"),
+        ("a\0b", "no NUL character"),
+    ],
+)
+def test_paths_that_no_system_has(use, path, words):
+    with pytest.raises(petune.PetuneError, match=words) as caught:
+        use(path)
+    assert "\n" not in str(caught.value)
 
 
 SCALED = """

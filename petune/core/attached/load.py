@@ -32,6 +32,7 @@ from petune.core.host.seams import SEAMS
 from petune.core.registry.methods import Method
 from petune.core.registry.plugins import registry
 from petune.errors import PetuneError, PetuneWarning
+from petune.files import at_home
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -59,7 +60,7 @@ def load(
     """
     SEAMS.require()  # here, since a check may ask for more memory than the tuning may
     check_name(model, name)
-    folder = Path(path)
+    folder = at_home(path)
     form = _format(folder)
     if form is not None:
         return _loaded_by(form, model, folder, name)
