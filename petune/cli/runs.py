@@ -94,11 +94,11 @@ def evaluate(
 
 
 def _print_figures(figures: Mapping[str, Any]) -> None:
-    """A table of them. The score is left out: it is the main metric once more."""
+    """A table of them. The score is left out, it is the main metric once more; so are cut rows, which are said."""
     rows = [
         (name, number(value))
         for name, value in figures.items()
-        if name not in ("score", "metric")
+        if name not in ("score", "metric", "cut_rows")
     ]
     table(("figure", "value"), rows)
 

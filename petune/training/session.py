@@ -145,6 +145,7 @@ class Session:
             load_seconds=self.load_seconds,
             eval_seconds=eval_seconds,
             device=_device_name(self.acting),
+            cut_rows=self.task.cuts.by_use,
         )
 
     def _write_notes(self) -> None:
