@@ -2,8 +2,10 @@
 
 import errno
 import json
+import math
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,18 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+from datasets import Dataset
 from samples import changed, jsonl, opinions, same_weights, weights
 
+import petune
 from petune import PetuneError, UnmergeableError
 from petune.cli import main
-from petune.training import evaluate, load_run, predict, train
+from petune.errors import PetuneWarning
+from petune.training import evaluate, load_recipe, load_run, predict, train
+from petune.training.health import trouble
 from petune.training.processes import Processes
 from petune.training.recorder import Recorder
+from petune.training.setup import make_task
 
 PLUGIN = '''
 import petune, torch
@@ -216,6 +223,59 @@ def test_a_loss_that_has_risen_beyond_all_measure(tmp_path: Path) -> None:
     assert recorder.went_astray == "its loss has risen from 0.7 to 101"
     recorder.first_loss = 2.0
     assert recorder.went_astray is None
+
+
+@pytest.mark.parametrize(
+    ("rate", "method", "words"),
+    [
+        (1e6, "lora", "the model answers every row alike"),
+        (1e6, "full", "the model answers every row alike"),
+        (1e-2, "prefix-tuning", None),
+        (1e-2, "lora", None),
+        (1e-12, "lora", None),
+        (0.3, "lora", None),
+    ],
+)
+def test_a_model_that_ends_dead_at_a_finite_loss_is_told_from_others(
+    generation: dict[str, Any], rate: float, method: str, words: str | None
+) -> None:
+    asked = {**generation, "method": method, "method_args": {}}
+    asked = changed(asked, learning_rate=rate, steps=12)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        result = train(asked, quiet=True)
+    assert math.isfinite(result.train_loss)
+    lines = [str(one.message) for one in said if one.category is PetuneWarning]
+    where = f"{generation['output']}: after the training {words}."
+    expected = f"{where} Lower training.learning_rate ({rate:g})."
+    assert lines == ([expected] if words else [])
+
+
+@pytest.mark.parametrize(
+    ("losses", "words"),
+    [
+        ((0.7, 3.1, None), "the loss has risen from 0.7 to 3.1"),
+        ((2.0, 6.1, 2.0), "the loss has risen from 2 to 6.1"),
+        ((0.7, 0.0, 10.5), "the loss on the test split is 10.5, where the first"),
+        ((0.01, 2.9, 9.9), None),
+        ((2.5, 7.4, 24.0), None),
+        ((None, 50.0, 50.0), None),
+        ((0.7, float("nan"), None), None),
+    ],
+)
+def test_losses_that_no_healthy_run_ends_with(
+    recipe: dict[str, Any],
+    encoder: Path,
+    losses: tuple[float | None, float, float | None],
+    words: str | None,
+) -> None:
+    task = make_task(load_recipe(recipe))
+    task.fit(Dataset.from_list([{"text": "a", "label": x} for x in ("neg", "pos")]))
+    model = petune.from_pretrained(encoder, head=task.head, **task.model_args())
+    rows = [{"text": text, "label": "neg"} for text in ("good film", "bad film")]
+    found = trouble(model, task, [task.encode(row) for row in rows], losses)
+    assert (found or "").startswith(words or "")
+    assert bool(found) == bool(words)
 
 
 def test_a_loss_that_is_no_number_from_the_start(
