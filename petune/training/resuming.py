@@ -8,12 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import TrainerCallback
 
 from petune.errors import PetuneError
 from petune.training.adapting import Checkpoint
@@ -76,19 +71,11 @@ class Rejoined(TrainerCallback):
     logged, scored and saved, and the rate of the next step by the schedule that was planned then.
     """
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **given: Any,
-    ) -> None:
-        untyped: Any = state
-        untyped.compute_steps(args, state.max_steps)
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        state.compute_steps(args, state.max_steps)
         schedule: Any = given["lr_scheduler"]
-        schedule = getattr(
-            schedule, "scheduler", schedule
-        )  # accelerate's holds torch's
+        # accelerate's holds torch's
+        schedule = getattr(schedule, "scheduler", schedule)
         if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
             return
         pairs = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
