@@ -38,7 +38,8 @@ class _Told(argparse.Action):
 class _Once(_Told):
     def with_more(self, values: Any) -> Any:
         if self.given is not None and self.option_strings:
-            raise argparse.ArgumentError(self, "is given twice; give it once.")
+            said = f"{self.option_strings[0]} is given twice; give it once."
+            raise argparse.ArgumentError(None, said)
         return values
 
 

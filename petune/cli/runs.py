@@ -118,7 +118,10 @@ def predict(
     from petune.training.run_folder import check_can_be_made
 
     if out is not None:
-        check_can_be_made(out.parent)  # said before the rows are answered
+        # said before the rows are answered
+        check_can_be_made(out.parent)
+        if out.is_file() and data.exists() and out.samefile(data):
+            raise PetuneError(f"--out {out}: holds the rows to answer; name another.")
     rows = ask(run, data, quiet=False)
     try:
         lines = [

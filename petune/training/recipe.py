@@ -8,7 +8,7 @@ from pathlib import Path
 from reprlib import Repr
 from typing import Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from petune.errors import PetuneError, unknown
 from petune.files import at_home, expanded
@@ -39,8 +39,12 @@ class Recipe(Strict):
 
     @field_validator("model", "data", "output")
     @classmethod
-    def _at_home(cls, path: str | dict[str, str]) -> str | dict[str, str]:
+    def _at_home(
+        cls, path: str | dict[str, str], info: ValidationInfo
+    ) -> str | dict[str, str]:
         """`~` stands for the home folder, here and nowhere later."""
+        if not path:
+            raise PetuneError(f"{info.field_name}: is empty; name one, or a path.")
         if isinstance(path, str):
             return expanded(path)
         return {key: expanded(value) for key, value in path.items()}

@@ -17,7 +17,7 @@ from petune.training.rates import rates
 from petune.training.recorder import Recorder
 from petune.training.remarks import remark
 from petune.training.rows import one_line
-from petune.training.run_folder import RESULT
+from petune.training.run_folder import CHECKPOINTS, RESULT
 from petune.training.settings import Training
 
 _LOOKED_AT = 1000
@@ -30,6 +30,7 @@ def check_goes_on(run: Path, checkpoint: Checkpoint | None, steps: int) -> None:
     Raises:
         PetuneError: one of them does not hold.
     """
+    _say_broken(run, checkpoint)
     if checkpoint is None:
         if (run / RESULT).exists():
             raise PetuneError(
@@ -42,6 +43,20 @@ def check_goes_on(run: Path, checkpoint: Checkpoint | None, steps: int) -> None:
             f"{folder}: has trained {done} steps and the recipe asks for {steps}; ask for more, or --overwrite."
         )
     check_whole(folder)
+
+
+def _say_broken(run: Path, checkpoint: Checkpoint | None) -> None:
+    """One line of a newer checkpoint, which is of no use: a crash, or another hand, has left it without its state."""
+    done = checkpoint[1] if checkpoint else 0
+    steps = [
+        int(path.name.partition("-")[2])
+        for path in (run / CHECKPOINTS).glob("checkpoint-*")
+        if path.name.partition("-")[2].isdecimal()
+    ]
+    newest = max(steps, default=0)
+    if newest > done:
+        begins = f"the run goes on from step {done}" if done else "the run begins anew"
+        remark(f"{run / CHECKPOINTS}/checkpoint-{newest}: is not whole; {begins}.")
 
 
 def prepare(

@@ -183,6 +183,50 @@ def test_a_damaged_checkpoint(recipe: dict[str, Any]) -> None:
             assert str(path) in refusal(changed(recipe, steps=8), resume=True)
 
 
+@pytest.mark.parametrize("how", ["gone", "cut", "empty", "other"])
+def test_a_checkpoint_that_is_passed_over_is_said(
+    recipe: dict[str, Any], caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    train(changed(recipe, checkpoint_every=3), quiet=True, final_eval=False)
+    run = Path(recipe["output"])
+    expected = weights(recipe["output"])
+    for step, begins in ((6, "goes on from step 3"), (3, "begins anew")):
+        (run / "result.json").unlink()
+        newest = run / "checkpoints" / "checkpoint-6"
+        damage(newest.with_name(f"checkpoint-{step}") / "trainer_state.json", how)
+        if step == 3:
+            damage(newest / "trainer_state.json", how)
+        caplog.clear()
+        asked = changed(recipe, checkpoint_every=3)
+        train(asked, quiet=True, resume=True, final_eval=False)
+        assert caplog.messages == [f"{newest}: is not whole; the run {begins}."]
+        assert same_weights(weights(recipe["output"]), expected)
+
+
+def test_rows_of_the_log_that_are_no_text_are_dropped(recipe: dict[str, Any]) -> None:
+    train(recipe, quiet=True, final_eval=False)
+    log = Path(recipe["output"]) / "metrics.jsonl"
+    whole = log.read_text()
+    log.write_bytes(log.read_bytes() + b"\x00\xff{[")
+    train(changed(recipe, steps=8), quiet=True, resume=True, final_eval=False)
+    assert log.read_text().startswith(whole)
+    assert "\ufffd" not in log.read_text()
+
+
+def test_answers_do_not_take_the_place_of_the_rows(
+    recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(recipe, quiet=True, final_eval=False)
+    data = Path(recipe["data"])
+    before = data.read_bytes()
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(data)
+    for out in (data, link):
+        words = ["predict", recipe["output"], "--data", str(data), "--out", str(out)]
+        assert "holds the rows to answer" in said_by(capsys, *words)
+    assert data.read_bytes() == before
+
+
 def test_a_checkpoint_of_another_optimizer_is_named(recipe: dict[str, Any]) -> None:
     train(recipe, quiet=True, final_eval=False)
     checkpoint = Path(recipe["output"]) / "checkpoints" / "checkpoint-6"

@@ -1,6 +1,7 @@
 """Values in data: understood as a person means them, or one line that names file, column, row and remedy."""
 
 import csv
+import gzip
 import json
 import random
 from datetime import date, datetime
@@ -191,6 +192,9 @@ def test_encodings_and_line_ends(tmp_path: Path, encoding: str, ends: str) -> No
     ("name", "content", "said"),
     [
         ("d.csv", "text\ncafé\n".encode("latin-1"), r"d\.csv line 2: byte 0xe9 is not UTF-8.*iconv"),
+        ("d.csv", gzip.compress(b"text\na\n"), r"d\.csv: is a gzip archive, no text; unpack it"),
+        ("d.tsv", b"PK\x03\x04rest", r"d\.tsv: is a zip archive or a spreadsheet, no text"),
+        ("d.jsonl", b"\x28\xb5\x2f\xfdrest", r"d\.jsonl: is a zstd archive"),
         ("d.jsonl", '{"a": "é"}'.encode("latin-1"), r"d\.jsonl line 1: byte 0xe9 is not UTF-8"),
         ("d.csv", b"text\nwell\nx\0y\n", r"d\.csv line 3: a NUL character"),
         ("d.csv", b"text,label\n\na,b,c\n", r"d\.csv: line 3 has 3 cells between commas, the header 2"),
