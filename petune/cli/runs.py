@@ -117,11 +117,9 @@ def predict(
     from petune.training.run import predict as ask
     from petune.training.run_folder import check_can_be_made
 
-    if out is not None:
-        # said before the rows are answered
+    if out is not None:  # said before the rows are answered
         check_can_be_made(out.parent)
-        if out.is_file() and data.exists() and out.samefile(data):
-            raise PetuneError(f"--out {out}: holds the rows to answer; name another.")
+        _check_apart(data, out)
     rows = ask(run, data, quiet=False)
     try:
         lines = [
@@ -137,6 +135,12 @@ def predict(
         print("\n".join(lines))
     elif out is None:
         table(list(rows[0]), [list(row.values()) for row in rows])
+
+
+def _check_apart(data: Path, out: Path) -> None:
+    """See that answers don't take the place of the rows that they belong to."""
+    if out.is_file() and data.exists() and out.samefile(data):
+        raise PetuneError(f"--out {out}: holds the rows to answer; name another.")
 
 
 def merge(

@@ -187,7 +187,7 @@ def _in_words(error: Exception) -> str | None:
     said = " ".join(str(error).split())
     if isinstance(error, RecursionError):
         return "one of its JSON files is nested too deeply."
-    if isinstance(error, RuntimeError | MemoryError | AssertionError):
+    if isinstance(error, RuntimeError | MemoryError):
         return None
     if "safetensors" in said and "file named" in said:
         return "no .safetensors file, and nothing is ever unpickled; save the weights as safetensors."

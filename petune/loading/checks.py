@@ -22,16 +22,20 @@ def check_complete(
     model: PreTrainedModel, info: Mapping[str, Any], name: str | Path
 ) -> None:
     """See that the checkpoint has the whole base model. A head may be new, and what lies around the blocks (a pooler);
-    a block of which something is missing would compute nonsense.
+    a block of which something is missing would compute nonsense. A head of another size may give way to a new one.
 
     Raises:
-        PetuneError: it lacks something of a block; the message names the first tensor.
+        PetuneError: it lacks something of a block, or something of the base has another shape; the message names the
+            first tensor.
     """
     block = re.compile(rf"{re.escape(_inside(model))}(.*\.)?\d+\.")
     missing = sorted(filter(block.match, info["missing_keys"]))
     if missing:
         what = f"the checkpoint has no {missing[0]}, which its config.json asks for"
         raise PetuneError(f"{name}: {what}.")
+    for found in sorted(info["mismatched_keys"]):
+        if not _is_of_head(model, found[0]):
+            raise PetuneError(f"{name}: {_sizes(*found)}.")
 
 
 def remarks(
@@ -97,12 +101,15 @@ def mismatch(loader: Any, place: str, options: Mapping[str, Any]) -> str | None:
     keys = sorted(info["mismatched_keys"])
     if not keys:
         return None
-    key, stored, wanted = keys[0]
-    what = f"{key} is {tuple(stored)}, its config.json makes it {tuple(wanted)}"
+    what = _sizes(*keys[0])
     inside = f"{model.base_model_prefix}."
     if not any(key.startswith(inside) for key, *_ in keys):
         what += "; its head has another size; give its num_labels, or ignore_mismatched_sizes=True for a new one"
     return what
+
+
+def _sizes(key: str, stored: Iterable[int], wanted: Iterable[int]) -> str:
+    return f"{key} is {tuple(stored)}, its config.json makes it {tuple(wanted)}"
 
 
 def check_finite(model: PreTrainedModel, name: str | Path, precision: str) -> None:

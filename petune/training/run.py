@@ -88,7 +88,9 @@ class Run:
     def _assigned(self, rows: Table, roles: Sequence[str]) -> Dataset:
         """Rows as the task takes them, by the names that the training data's columns have."""
         optional, reads = self.task.optional, self.task.reads
-        return assign(rows, self._columns(), roles, optional, reads)
+        # no recipe can say any more which column plays what
+        columns = {**{role: role for role in roles}, **self._columns()}
+        return assign(rows, columns, roles, optional, reads)
 
     def merge(self, out: str | Path, *, quantized: bool = False) -> Merged:
         """Fold the tuning into the base and write a transformers folder that needs no petune.

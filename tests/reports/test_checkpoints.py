@@ -147,10 +147,29 @@ def test_heads_come_and_go_unsaid(model, head):
         petune.from_pretrained(model, head=head)
 
 
+@pytest.mark.parametrize("model", ["llama"], indirect=True)
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"vocab_size": 10}, r"embed_tokens.weight is \(96, 64\), .* it \(10, 64\)"),
+        ({"intermediate_size": 64}, r"down_proj.weight is \(64, 128\)"),
+    ],
+)
+def test_only_a_head_of_another_size_gives_way(model, changes, words):
+    options = {"head": "sequence-classification", "ignore_mismatched_sizes": True}
+    petune.from_pretrained(model, num_labels=5, **options).save_pretrained(model)
+    other = petune.from_pretrained(model, num_labels=3, **options)
+    assert (other.score.weight.shape, other.petune_fresh) == ((3, 64), ("score",))
+    configured(**changes)(model)
+    with pytest.raises(petune.PetuneError, match=words):
+        petune.from_pretrained(model, **options)
+
+
 @pytest.mark.parametrize(
     ("model", "spoil", "words"),
     [
         ("llama", configured(num_hidden_layers=3), "has no model.layers.2."),
+        ("llama", configured(pad_token_id=99999), "Padding_idx must be within"),
         ("llama", without(UP), f"has no {UP}, which its config.json asks for"),
         ("llama", with_value(NORM, NAN), f"{NORM} holds NaN"),
         ("llama", with_value(UP, -float("inf")), f"{UP} holds NaN or infinite"),

@@ -213,6 +213,35 @@ def test_rows_of_the_log_that_are_no_text_are_dropped(recipe: dict[str, Any]) ->
     assert "\ufffd" not in log.read_text()
 
 
+def test_rows_without_a_column_are_not_told_of_a_recipe(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    train(recipe, quiet=True, final_eval=False)
+    data = jsonl(tmp_path / "asked.jsonl", [{"phrase": "good film"}])
+    with pytest.raises(
+        PetuneError, match=r"'sentence'\. Known: phrase\. It plays 'text'"
+    ):
+        predict(recipe["output"], data)
+    recipe |= {"columns": {}, "output": str(tmp_path / "plain")}
+    named = [{"text": row["sentence"], "label": row["gold"]} for row in opinions(60)]
+    jsonl(Path(recipe["data"]), named)
+    train(recipe, quiet=True, final_eval=False)
+    with pytest.raises(PetuneError, match=r"'text'\. Known: phrase\. It plays 'text'"):
+        predict(recipe["output"], data)
+
+
+def test_a_token_that_the_model_has_no_embedding_for(
+    recipe: dict[str, Any], encoder: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(encoder, tmp_path / "model")
+    tokenizer = petune.load_tokenizer(model)
+    tokenizer.add_tokens(["blockbuster"])
+    tokenizer.save_pretrained(model)
+    train({**recipe, "model": str(model)}, quiet=True, final_eval=False)
+    with pytest.raises(PetuneError, match=r"has token .* \('blockbuster'\), and"):
+        predict(recipe["output"], [{"sentence": "a blockbuster"}])
+
+
 def test_answers_do_not_take_the_place_of_the_rows(
     recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
