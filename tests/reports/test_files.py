@@ -86,6 +86,11 @@ def deep(folder: Path) -> None:
     path.write_text(path.read_text().replace('"alpha": 16.0', f'"alpha": {nested}'))
 
 
+def doubled(folder: Path) -> None:
+    path = folder / "adapter.json"
+    path.write_text(path.read_text().replace('"rank": 8', '"rank": 4, "rank": 8'))
+
+
 def a_file(folder: Path) -> None:
     shutil.rmtree(folder)
     folder.write_text("not a folder")
@@ -114,6 +119,9 @@ REFUSED: list[tuple[Spoil, str]] = [
     (config(train=["zz"]), "unknown module to train: 'zz'"),
     (config(train=[Q]), f"{Q} is adapted, and among what trains along"),
     (config(weight="1"), "'weight': Input should be a valid number, not '1'"),
+    (config(weight=1e39), r"weight=1e\+39 of tuning 'default': wanted is a finite"),
+    (text("adapter.json", '{"petune": 1, "petune": 1}'), "'petune' is given twice"),
+    (doubled, r"not JSON \(the key 'rank' is given twice"),
     (config(weight=float("nan")), "one of its numbers is NaN or infinite"),
     (config(wieght=1), "unknown key 'wieght'. Did you mean 'weight'"),
     (config(petune=99), "format 99 is newer than this petune; upgrade it"),
@@ -315,6 +323,8 @@ def test_home_is_found_by_every_function(home, format, kind, single_files):
     [
         ("~nobody-here/x", "no home folder of ~nobody-here"),
         ("a\0b", "no NUL character"),
+        (3, "3 is no path"),
+        (None, "None is no path"),
     ],
 )
 def test_paths_that_no_system_has(use, path, words):
