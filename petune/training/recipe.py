@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from reprlib import Repr
@@ -60,14 +59,15 @@ class Recipe(Strict):
             PetuneError: a name that nothing installed goes by, or an argument that the method doesn't take.
         """
         from petune.core.attached.parts import parts
+        from petune.core.method.arguments import check_finite
         from petune.core.registry.plugins import registry
         from petune.training.data import check_source
 
         try:
             self._check_names()
             if method:
+                check_finite(self.method_args, "method_args.")
                 parts(self.method, self.method_args, self.where)
-                _check_finite(self.method_args, "method_args")
             check_source(self.data)
             self._check_training()
             roles = registry().get("petune_tasks", self.task).roles()
@@ -127,15 +127,6 @@ class Recipe(Strict):
         is_here = Path(self.model).exists()
         model = _absolute(self.model) if is_here else self.model
         return self.model_copy(update={"data": data, "model": model})
-
-
-def _check_finite(values: Mapping[str, Any], key: str) -> None:
-    """Refuse a method's argument that is no number, or none that a weight can be."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            _check_finite(value, f"{key}.{name}")
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise PetuneError(f"{key}.{name}: {value} should be a finite number.")
 
 
 def _absolute(path: str) -> str:
