@@ -48,9 +48,7 @@ def remarks(
     what = f"{name}: the checkpoint has"
     if drawn := _drawn(model, info["missing_keys"]):
         yield f"{what} no {_named(drawn)}, which its config.json asks for: drawn anew."
-    if left := sorted(
-        key for key in info["unexpected_keys"] if _is_of_base(model, key)
-    ):
+    if left := _left_over(model, info["unexpected_keys"]):
         yield f"{what} {_named(left)}, for which its config.json has no place: left out."
 
 
@@ -81,12 +79,18 @@ def _is_of_head(model: PreTrainedModel, key: str) -> bool:
     return not key.startswith(_inside(model)) or isinstance(top, nn.Linear)
 
 
-def _is_of_base(model: PreTrainedModel, key: str) -> bool:
-    """Whether a checkpoint's tensor is of a block that the base model could have, or of a layer that it has."""
-    within = key.removeprefix(f"{model.base_model_prefix}.")
-    numbered = re.match(r"(.+?)\.\d+\.", within)
-    place = numbered[1] if numbered else within.rpartition(".")[0]
-    module = dict(model.base_model.named_modules()).get(place)
+def _left_over(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
+    """A checkpoint's tensors that are of a block which the base model could have, or of a layer that it has."""
+    modules = dict(model.base_model.named_modules())
+    prefix = f"{model.base_model_prefix}."
+    return sorted(
+        key for key in unexpected if _is_of_one(modules, key.removeprefix(prefix))
+    )
+
+
+def _is_of_one(modules: Mapping[str, nn.Module], key: str) -> bool:
+    numbered = re.match(r"(.+?)\.\d+\.", key)
+    module = modules.get(numbered[1] if numbered else key.rpartition(".")[0])
     if numbered:
         return isinstance(module, nn.ModuleList)
     return module is not None and bool(dict(module.named_parameters(recurse=False)))
