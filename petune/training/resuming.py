@@ -17,7 +17,7 @@ from petune.training.rates import rates
 from petune.training.recorder import Recorder
 from petune.training.remarks import remark
 from petune.training.rows import one_line
-from petune.training.run_folder import CHECKPOINTS, RESULT
+from petune.training.run_folder import ADAPTER, CHECKPOINTS, RESULT
 from petune.training.settings import Training
 
 _LOOKED_AT = 1000
@@ -32,7 +32,7 @@ def check_goes_on(run: Path, checkpoint: Checkpoint | None, steps: int) -> None:
     """
     _say_broken(run, checkpoint)
     if checkpoint is None:
-        if (run / RESULT).exists():
+        if (run / RESULT).exists() or (run / ADAPTER).exists():
             raise PetuneError(
                 f"{run}: is finished and has no checkpoint to go on from; --overwrite trains it anew."
             )

@@ -192,6 +192,7 @@ def test_a_checkpoint_that_is_passed_over_is_said(
     expected = weights(recipe["output"])
     for step, begins in ((6, "goes on from step 3"), (3, "begins anew")):
         (run / "result.json").unlink()
+        shutil.rmtree(run / "adapter")
         newest = run / "checkpoints" / "checkpoint-6"
         damage(newest.with_name(f"checkpoint-{step}") / "trainer_state.json", how)
         if step == 3:
@@ -201,6 +202,18 @@ def test_a_checkpoint_that_is_passed_over_is_said(
         train(asked, quiet=True, resume=True, final_eval=False)
         assert caplog.messages == [f"{newest}: is not whole; the run {begins}."]
         assert same_weights(weights(recipe["output"]), expected)
+
+
+def test_an_adapter_without_a_checkpoint_is_not_trained_over(
+    recipe: dict[str, Any],
+) -> None:
+    train(recipe, quiet=True, final_eval=False)
+    run, kept = Path(recipe["output"]), weights(recipe["output"])
+    shutil.rmtree(run / "checkpoints")
+    (run / "result.json").unlink()
+    said = refusal(changed(recipe, steps=8), resume=True)
+    assert said.endswith("no checkpoint to go on from; --overwrite trains it anew.")
+    assert same_weights(weights(recipe["output"]), kept)
 
 
 def test_rows_of_the_log_that_are_no_text_are_dropped(recipe: dict[str, Any]) -> None:
