@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from petune.core.method.batch import SKIP
-from petune.errors import PetuneError
+from petune.errors import PetuneError, PetuneWarning
 from petune.training.launch import started
 from petune.training.remarks import LOG
 
@@ -60,7 +61,9 @@ class Processes:
                 f"{count} processes were started, and accelerate found {state.num_processes}."
             )
         if state.process_index:
-            LOG.setLevel(logging.ERROR)  # the first has said it
+            # the first has said it
+            LOG.setLevel(logging.ERROR)
+            warnings.simplefilter("ignore", PetuneWarning)
         return cls(state.process_index, count)
 
     @property
