@@ -45,13 +45,19 @@ LISTED = 4
 def unknown(what: str, name: object, known: Iterable[str]) -> str:
     """`unknown key 'stpes'. Did you mean 'steps'? Known: batch_size, epochs, seed, steps, …`"""
     names = sorted(known)
-    near = get_close_matches(str(name), names, n=2, cutoff=0.6)
+    near = _near(str(name), names)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     others = [name for name in names if name not in near]
     shown = sorted([*near, *others][:LISTED])
     left_out = len(shown) < len(names)
     said = ", ".join(shown) or "none"
     return f"unknown {what} {name!r}.{hint} Known: {said}{', …' if left_out else '.'}"
+
+
+def _near(name: str, names: list[str]) -> list[str]:
+    """The names that are meant, perhaps: one that differs in letter case alone, else the two that look most alike."""
+    same = [other for other in names if other.casefold() == name.casefold()]
+    return same or get_close_matches(name, names, n=2, cutoff=0.6)
 
 
 def listed(names: Iterable[object]) -> str:

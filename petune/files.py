@@ -16,10 +16,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        PetuneError: no such file, or no JSON object in it.
+        PetuneError: no such file, or no JSON object in it, or a key is given twice.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        found = json.loads(text, object_pairs_hook=_each_once)
     except OSError as error:
         raise PetuneError(f"{path}: {error.strerror or error}.") from None
     except ValueError as error:
@@ -28,6 +29,16 @@ def read_json(path: Path) -> dict[str, Any]:
         raise PetuneError(f"{path}: its JSON is nested too deeply.") from None
     if not isinstance(found, dict):
         raise PetuneError(f"{path}: not a JSON object.")
+    return found
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys and values; of a key that is given twice the last value would win."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} is given twice")
     return found
 
 
@@ -70,12 +81,21 @@ def writing(path: str | Path) -> Iterator[None]:
         raise PetuneError(f"{culprit}: {error.strerror or error}.") from error
 
 
-def expanded(path: str) -> str:
-    """A path with `~` at its beginning replaced by the home folder that it stands for.
+def at_home(path: str | os.PathLike[str]) -> Path:
+    """A path that a user names, `~` at its beginning replaced by the home folder that it stands for.
 
     Raises:
-        PetuneError: no such user, or a path that no system has.
+        PetuneError: no path, no such user, or a path that no system has.
     """
+    try:
+        named = os.fsdecode(path)
+    except TypeError:
+        raise PetuneError(f"{path!r} is no path; give a text or a Path.") from None
+    return Path(expanded(named))
+
+
+def expanded(path: str) -> str:
+    """The same for a text that may be a path, or a name of something else."""
     if "\0" in path:
         raise PetuneError(f"{path!r}: a path has no NUL character in it.")
     if not path.startswith("~"):

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache
 
 import petune
+from petune.testing import tiny_model
 
 
 def close(one: torch.Tensor, other: torch.Tensor) -> None:
@@ -31,6 +32,12 @@ def shaken(
     tuning = petune.attach(model, method, name=name, **arguments)
     shake(tuning.parameters(), seed=len(petune.tunings(model)))
     return tuning
+
+
+def moved(method: Any, **arguments: Any) -> tuple[Any, petune.Tuning]:
+    """A tiny model with a tuning that acts."""
+    model = tiny_model("llama")
+    return model, shaken(model, method, **arguments)
 
 
 def cache_of(tuning: petune.Tuning, rows: int) -> DynamicCache:

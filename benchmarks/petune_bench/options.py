@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from typing import Any
 
 
@@ -17,8 +16,10 @@ class Parser(argparse.ArgumentParser):
         self.register("action", "words", _Words)
 
 
-class _Once(argparse.Action):
-    given = False
+class _Told(argparse.Action):
+    """An option, of which `given` is what it has come to so far."""
+
+    given: Any = None
 
     def __call__(
         self,
@@ -27,23 +28,23 @@ class _Once(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        if self.given and self.option_strings:
-            parser.error(f"{option_string} is given twice; give it once.")
-        self.given = True
-        setattr(namespace, self.dest, values)
+        self.given = self.with_more(values)
+        setattr(namespace, self.dest, self.given)
+
+    def with_more(self, values: Any) -> Any:
+        raise NotImplementedError
 
 
-class _Words(argparse.Action):
+class _Once(_Told):
+    def with_more(self, values: Any) -> Any:
+        if self.given is not None and self.option_strings:
+            said = f"{self.option_strings[0]} is given twice; give it once."
+            raise argparse.ArgumentError(None, said)
+        return values
+
+
+class _Words(_Told):
     """Words separated by spaces, each once; the option may be given several times."""
 
-    given: Sequence[str] = ()
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        self.given = list(dict.fromkeys([*self.given, *str(values).split()]))
-        setattr(namespace, self.dest, self.given)
+    def with_more(self, values: Any) -> list[str]:
+        return list(dict.fromkeys([*(self.given or ()), *str(values).split()]))

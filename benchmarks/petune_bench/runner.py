@@ -13,6 +13,7 @@ from pathlib import Path
 
 from petune.core.registry.plugins import registry
 from petune.errors import PetuneError, unknown
+from petune.files import at_home
 from petune_bench import cluster, local, results
 from petune_bench.cell import Cell, Row, configuration, folder_of
 from petune_bench.environment import machine, versions
@@ -52,7 +53,7 @@ def run(
     if executor not in EXECUTORS:
         raise PetuneError(f"--executor: {unknown('executor', executor, EXECUTORS)}")
     loaded, name, source = load_suite(suite)
-    bench = Bench(loaded, name, source, out or Path("bench") / name)
+    bench = Bench(loaded, name, source, at_home(out or f"bench/{name}"))
     if executor == "ray":
         cluster.load()
     else:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from petune.errors import PetuneError, unknown
+from petune.files import at_home
 from petune.training.recipe import Recipe, parse, shown
 from petune.training.settings import Training
 from petune.training.yaml_text import read_file, read_text, read_value
@@ -101,7 +102,7 @@ def load_suite(name: str) -> tuple[Suite, str, str]:
     Raises:
         PetuneError: no such suite, or a key or value in it that no suite has.
     """
-    path = Path(name)
+    path = at_home(name)
     if path.suffix not in (".yaml", ".yml"):
         found = files("petune_bench.suites").iterdir()
         known = {

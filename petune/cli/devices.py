@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from petune.errors import PetuneError, listed, unknown
+
 CPUINFO = Path("/proc/cpuinfo")
 # the instruction sets that change how fast a model runs -> what Linux calls them
 X86 = {
@@ -23,6 +25,24 @@ ARM = {"NEON": "asimd", "SVE": "sve", "BF16": "bf16", "I8MM": "i8mm"}
 def devices() -> list[dict[str, Any]]:
     """Every device with its name and its memory in bytes; None where a system does not tell."""
     return [_processor(), *_cuda(), *_mps()]
+
+
+def check_device(name: str) -> None:
+    """See that there is a device of this name, as torch writes it.
+
+    Raises:
+        PetuneError: there is none here.
+    """
+    import torch
+
+    here = [str(device["device"]) for device in devices()]
+    known = {*here, *(device.partition(":")[0] for device in here)}
+    try:
+        torch.device(name)
+    except RuntimeError:
+        raise PetuneError(f"--device: {unknown('device', name, known)}") from None
+    if name not in known:
+        raise PetuneError(f"--device {name}: this machine has {listed(sorted(known))}.")
 
 
 def _processor() -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from petune.cli.devices import check_device
 from petune.cli.output import as_json, table, warn_of_failures
 from petune.core.registry.plugins import Plugin, registry
 from petune.errors import PetuneError
@@ -119,6 +120,7 @@ def check(
     json: AsJson = False,
 ) -> None:
     """Run the conformance kit on a method: one row a behaviour, one column a family and precision."""
+    check_device(device)
     rows = _run_checks(
         method.split("+"),
         _values(argument or []),

@@ -94,11 +94,11 @@ def evaluate(
 
 
 def _print_figures(figures: Mapping[str, Any]) -> None:
-    """A table of them. The score is left out: it is the main metric once more."""
+    """A table of them. The score is left out, it is the main metric once more; so are cut rows, which are said."""
     rows = [
         (name, number(value))
         for name, value in figures.items()
-        if name not in ("score", "metric")
+        if name not in ("score", "metric", "cut_rows")
     ]
     table(("figure", "value"), rows)
 
@@ -117,8 +117,9 @@ def predict(
     from petune.training.run import predict as ask
     from petune.training.run_folder import check_can_be_made
 
-    if out is not None:
-        check_can_be_made(out.parent)  # said before the rows are answered
+    if out is not None:  # said before the rows are answered
+        check_can_be_made(out.parent)
+        _check_apart(data, out)
     rows = ask(run, data, quiet=False)
     try:
         lines = [
@@ -134,6 +135,12 @@ def predict(
         print("\n".join(lines))
     elif out is None:
         table(list(rows[0]), [list(row.values()) for row in rows])
+
+
+def _check_apart(data: Path, out: Path) -> None:
+    """See that answers don't take the place of the rows that they belong to."""
+    if out.is_file() and data.exists() and out.samefile(data):
+        raise PetuneError(f"--out {out}: holds the rows to answer; name another.")
 
 
 def merge(

@@ -27,6 +27,7 @@ from transformers.utils import logging as chatter
 
 from petune.core.registry.plugins import registry
 from petune.errors import PetuneError, unknown
+from petune.files import at_home
 from petune.loading.fetch import cache_folder, fetch, once
 from petune.loading.host import dense_gguf, hidden_bars
 
@@ -38,7 +39,9 @@ def resolve(name: str | Path, options: dict[str, Any], *, weights: bool = True) 
     Raises:
         PetuneError: there is no such model.
     """
-    path = Path(name).expanduser()
+    path = at_home(name)
+    if options.get("cache_dir") is not None:
+        options["cache_dir"] = str(at_home(options["cache_dir"]))
     config = str(Path(options.get("subfolder", "")) / "config.json")
     if (path / config).is_file():
         return str(path)
@@ -184,7 +187,7 @@ def _in_words(error: Exception) -> str | None:
     said = " ".join(str(error).split())
     if isinstance(error, RecursionError):
         return "one of its JSON files is nested too deeply."
-    if isinstance(error, RuntimeError | MemoryError | AssertionError):
+    if isinstance(error, RuntimeError | MemoryError):
         return None
     if "safetensors" in said and "file named" in said:
         return "no .safetensors file, and nothing is ever unpickled; save the weights as safetensors."

@@ -1,9 +1,11 @@
-"""What a loaded model's weights must be: all there, of the shapes that the configuration says, and finite."""
+"""What a loaded model's weights must be: all there, none left over, of the shapes that the configuration says, and
+finite.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +22,78 @@ def check_complete(
     model: PreTrainedModel, info: Mapping[str, Any], name: str | Path
 ) -> None:
     """See that the checkpoint has the whole base model. A head may be new, and what lies around the blocks (a pooler);
-    a block of which something is missing would compute nonsense.
+    a block of which something is missing would compute nonsense. A head of another size may give way to a new one.
 
     Raises:
-        PetuneError: it lacks something of a block; the message names the first tensor.
+        PetuneError: it lacks something of a block, or something of the base has another shape; the message names the
+            first tensor.
     """
-    prefix = model.base_model_prefix
-    inside = f"{prefix}." if hasattr(model, prefix) else ""
-    block = re.compile(rf"{re.escape(inside)}(.*\.)?\d+\.")
+    block = re.compile(rf"{re.escape(_inside(model))}(.*\.)?\d+\.")
     missing = sorted(filter(block.match, info["missing_keys"]))
     if missing:
         what = f"the checkpoint has no {missing[0]}, which its config.json asks for"
         raise PetuneError(f"{name}: {what}.")
+    for found in sorted(info["mismatched_keys"]):
+        if not _is_of_head(model, found[0]):
+            raise PetuneError(f"{name}: {_sizes(*found)}.")
+
+
+def remarks(
+    model: PreTrainedModel, info: Mapping[str, Any], name: str | Path
+) -> Iterator[str]:
+    """What a user should know of a checkpoint that fits its configuration, a line each: tensors that it lacks, which
+    are drawn anew, and some that the base model has no place for. Poolers come and go, and so does what is around the
+    base, unless the model is of the class that was saved.
+    """
+    what = f"{name}: the checkpoint has"
+    if drawn := _drawn(model, info["missing_keys"]):
+        yield f"{what} no {_named(drawn)}, which its config.json asks for: drawn anew."
+    if left := _left_over(model, info["unexpected_keys"]):
+        yield f"{what} {_named(left)}, for which its config.json has no place: left out."
+
+
+def _drawn(model: PreTrainedModel, missing: Iterable[str]) -> list[str]:
+    """The tensors that a checkpoint of this model should have had."""
+    needed = [key for key in missing if "pool" not in key]
+    is_as_saved = type(model).__name__ in (model.config.architectures or ())
+    if not is_as_saved:
+        needed = [key for key in needed if not _is_of_head(model, key)]
+    return sorted(needed)
+
+
+def _named(keys: list[str]) -> str:
+    return f"{keys[0]} and {len(keys) - 1} more" if len(keys) > 1 else keys[0]
+
+
+def _inside(model: PreTrainedModel) -> str:
+    """What the names of the base model's tensors begin with; "" where the model is the base itself."""
+    prefix = model.base_model_prefix
+    return f"{prefix}." if hasattr(model, prefix) else ""
+
+
+def _is_of_head(model: PreTrainedModel, key: str) -> bool:
+    """Whether a tensor of the model is around the base, or of the one layer that stands for it in a model of its own
+    base.
+    """
+    top = getattr(model, key.partition(".")[0], None)
+    return not key.startswith(_inside(model)) or isinstance(top, nn.Linear)
+
+
+def _left_over(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
+    """A checkpoint's tensors that are of a block which the base model could have, or of a layer that it has."""
+    modules = dict(model.base_model.named_modules())
+    prefix = f"{model.base_model_prefix}."
+    return sorted(
+        key for key in unexpected if _is_of_one(modules, key.removeprefix(prefix))
+    )
+
+
+def _is_of_one(modules: Mapping[str, nn.Module], key: str) -> bool:
+    numbered = re.match(r"(.+?)\.\d+\.", key)
+    module = modules.get(numbered[1] if numbered else key.rpartition(".")[0])
+    if numbered:
+        return isinstance(module, nn.ModuleList)
+    return module is not None and bool(dict(module.named_parameters(recurse=False)))
 
 
 def mismatch(loader: Any, place: str, options: Mapping[str, Any]) -> str | None:
@@ -43,12 +105,15 @@ def mismatch(loader: Any, place: str, options: Mapping[str, Any]) -> str | None:
     keys = sorted(info["mismatched_keys"])
     if not keys:
         return None
-    key, stored, wanted = keys[0]
-    what = f"{key} is {tuple(stored)}, its config.json makes it {tuple(wanted)}"
+    what = _sizes(*keys[0])
     inside = f"{model.base_model_prefix}."
     if not any(key.startswith(inside) for key, *_ in keys):
         what += "; its head has another size; give its num_labels, or ignore_mismatched_sizes=True for a new one"
     return what
+
+
+def _sizes(key: str, stored: Iterable[int], wanted: Iterable[int]) -> str:
+    return f"{key} is {tuple(stored)}, its config.json makes it {tuple(wanted)}"
 
 
 def check_finite(model: PreTrainedModel, name: str | Path, precision: str) -> None:
@@ -64,7 +129,8 @@ def check_finite(model: PreTrainedModel, name: str | Path, precision: str) -> No
 
 
 def _not_finite(model: nn.Module) -> Iterator[str]:
-    """The names of the parameters that are not finite."""
+    """The names of the parameters, and of the buffers that a checkpoint has, that are not finite."""
+    saved = model.state_dict(keep_vars=True)
     module: Any
     for path, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
@@ -74,9 +140,12 @@ def _not_finite(model: nn.Module) -> Iterator[str]:
             is_here = not module.weight.is_meta
             if is_here and not _is_finite(_outputs(module)):
                 yield f"{path}.weight"
-        for key, parameter in own.items():
-            if type(parameter) is nn.Parameter and not _is_finite(parameter):
-                yield f"{path}.{key}".lstrip(".")
+        own = {key: value for key, value in own.items() if type(value) is nn.Parameter}
+        buffers = dict(module.named_buffers(recurse=False))
+        for key, tensor in (own | buffers).items():
+            name = f"{path}.{key}".lstrip(".")
+            if name in saved and not _is_finite(tensor):
+                yield name
 
 
 @torch.no_grad()

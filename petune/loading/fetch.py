@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import IO, Protocol
 
 from petune.errors import PetuneError
+from petune.files import at_home
 
 LIMIT = 1800
 """Seconds for one download: a stalled index must end in an error, not in a night's wait."""
@@ -92,7 +93,7 @@ def cache_folder() -> Path:
         os.environ.get("PETUNE_CACHE"),
         os.environ.get("XDG_CACHE_HOME") or "~/.cache",
     )
-    return Path(named or f"{parent}/petune").expanduser()
+    return at_home(named or f"{parent}/petune")
 
 
 def once(folder: Path, make: Callable[[Path], object], what: str) -> Path:

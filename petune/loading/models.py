@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from transformers import (
 from petune.core.frozen.weights import is_quantized
 from petune.core.registry.plugins import registry
 from petune.core.registry.quantizer import Quantizer
-from petune.errors import PetuneError, unknown
+from petune.errors import PetuneError, PetuneWarning, unknown
 from petune.loading.checkpoint import plainly, resolve
-from petune.loading.checks import check_complete, check_finite, mismatch
+from petune.loading.checks import check_complete, check_finite, mismatch, remarks
 from petune.loading.host import SEAMS, built
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -152,12 +153,16 @@ def _seeded(
 
 
 def _check_has_weights(model: Any, info: Mapping[str, Any], name: str | Path) -> None:
-    """Refuse a checkpoint of another architecture, which leaves the base model as it was drawn, or a part of it."""
+    """Refuse a checkpoint of another architecture, which leaves the base model as it was drawn, or a part of it; of
+    one that is whole say what else does not fit.
+    """
     fresh = model.petune_fresh
     if "" in fresh or model.base_model_prefix in fresh:
         kind = type(model.base_model).__name__
         raise PetuneError(f"{name}: the checkpoint has no weights of a {kind}.")
     check_complete(model, info, name)
+    for line in remarks(model, info, name):
+        warnings.warn(line, PetuneWarning, stacklevel=3)
 
 
 def _prepare(model: PreTrainedModel, name: str | Path, precision: str) -> None:

@@ -13,6 +13,10 @@ class Cuts:
     def __init__(self, most: int) -> None:
         self.most = most
         self.lost: list[int] = []
+        self.by_use: dict[str, dict[str, int]] = {}
+        """What was told last of each use of rows in which some were cut: how many, of how many, and by how many
+        tokens at least and at most.
+        """
 
     def add(self, tokens: int) -> None:
         """A row has lost so many tokens, perhaps none."""
@@ -22,9 +26,12 @@ class Cuts:
     def told(self, what: str, rows: int) -> str:
         """One line that says how many of the rows were cut and by how much; "" if none was."""
         lost, self.lost = self.lost, []
+        self.by_use.pop(what, None)
         if not lost:
             return ""
         least, most = min(lost), max(lost)
+        tokens = {"least_tokens": least, "most_tokens": most}
+        self.by_use[what] = {"rows": len(lost), "of": rows, **tokens}
         by = f"{most}" if least == most else f"{least} to {most}"
         return (
             f"{what}: {len(lost)} of {rows} rows are longer than training.max_length={self.most} and were cut, "

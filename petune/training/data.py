@@ -74,7 +74,8 @@ def load_splits(
     tables, known = _read_source(data)
     if "train" not in tables:
         raise PetuneError(
-            f"data {name}: no 'train' split; it has {', '.join(tables) or 'none'}."
+            f"data {name}: no 'train' split; it has {', '.join(tables) or 'none'}. "
+            "Name a file: data: {train: …}."
         )
     named = {**known, **columns}
     wanted = [*roles, *(role for role in optional if _occurs(role, named, tables))]

@@ -16,6 +16,13 @@ _MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 """The byte order marks that a file may begin with, and what each says."""
+_PACKED = {
+    b"\x1f\x8b": "a gzip archive",
+    b"PK\x03\x04": "a zip archive or a spreadsheet",
+    b"\x28\xb5\x2f\xfd": "a zstd archive",
+    b"\xfd7zXZ": "an xz archive",
+}
+"""How files begin that hold no text, and what each is."""
 _BEGIN = 1000  # bytes, of which every second is 0 in most texts of UTF-16
 
 
@@ -26,6 +33,9 @@ def read_text(path: Path) -> str:
         PetuneError: bytes that are no such text; the message names the line and the remedy.
     """
     raw = path.read_bytes()
+    for begin, what in _PACKED.items():
+        if raw.startswith(begin):
+            raise PetuneError(f"{path}: is {what}, no text; unpack it.")
     encoding = _encoding(raw)
     try:
         text = raw.decode(encoding)

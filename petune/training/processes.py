@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,17 +14,12 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from petune.core.method.batch import SKIP
-from petune.errors import PetuneError, UnsupportedError
+from petune.errors import PetuneError, PetuneWarning
+from petune.training.launch import started
 from petune.training.remarks import LOG
 
 LONGEST_WAIT = timedelta(days=1)
 """How long a process waits for the others, which may have a long evaluation to do."""
-UNSUPPORTED = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-}
-"""What `accelerate launch` may ask for by variables of the environment."""
 
 
 def on_cpu() -> bool:
@@ -49,30 +44,26 @@ class Processes:
 
         Raises:
             UnsupportedError: the launcher was asked for more than equal processes that each hold the model.
-            PetuneError: the launcher has not told this process which one it is.
+            PetuneError: the launcher has not told this process how to find the others, or they can't meet.
         """
-        for variable, name in UNSUPPORTED.items():
-            if os.environ.get(variable, "").lower() in ("1", "true"):
-                raise UnsupportedError(
-                    f"`petune train` does not run under {name}: start it by "
-                    "`torchrun --nproc-per-node N -m petune.cli train RECIPE.yaml`."
-                )
-        count = int(os.environ.get("WORLD_SIZE") or 1)
+        count = started()
         if count == 1:
             return cls()
-        if "LOCAL_RANK" not in os.environ:
-            raise PetuneError(
-                f"WORLD_SIZE={count} without LOCAL_RANK: start petune by torchrun, or unset WORLD_SIZE."
-            )
         from accelerate import PartialState
 
-        state = PartialState(cpu=on_cpu(), timeout=LONGEST_WAIT)
+        try:
+            state = PartialState(cpu=on_cpu(), timeout=LONGEST_WAIT)
+        except (ValueError, torch.distributed.DistError) as error:
+            said = " ".join(str(error).split())
+            raise PetuneError(f"{count} processes can't meet: {said}") from error
         if state.num_processes != count:
             raise PetuneError(
                 f"{count} processes were started, and accelerate found {state.num_processes}."
             )
         if state.process_index:
-            LOG.setLevel(logging.ERROR)  # the first has said it
+            # the first has said it
+            LOG.setLevel(logging.ERROR)
+            warnings.simplefilter("ignore", PetuneWarning)
         return cls(state.process_index, count)
 
     @property

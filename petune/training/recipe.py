@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from reprlib import Repr
 from typing import Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from petune.errors import PetuneError, unknown
-from petune.files import expanded
+from petune.files import at_home, expanded
 from petune.training.settings import Strict, Training
 from petune.training.yaml_text import read_file, read_value
 
@@ -39,8 +38,12 @@ class Recipe(Strict):
 
     @field_validator("model", "data", "output")
     @classmethod
-    def _at_home(cls, path: str | dict[str, str]) -> str | dict[str, str]:
+    def _at_home(
+        cls, path: str | dict[str, str], info: ValidationInfo
+    ) -> str | dict[str, str]:
         """`~` stands for the home folder, here and nowhere later."""
+        if not path:
+            raise PetuneError(f"{info.field_name}: is empty; name one, or a path.")
         if isinstance(path, str):
             return expanded(path)
         return {key: expanded(value) for key, value in path.items()}
@@ -56,14 +59,15 @@ class Recipe(Strict):
             PetuneError: a name that nothing installed goes by, or an argument that the method doesn't take.
         """
         from petune.core.attached.parts import parts
+        from petune.core.method.arguments import check_finite
         from petune.core.registry.plugins import registry
         from petune.training.data import check_source
 
         try:
             self._check_names()
             if method:
+                check_finite(self.method_args, "method_args.")
                 parts(self.method, self.method_args, self.where)
-                _check_finite(self.method_args, "method_args")
             check_source(self.data)
             self._check_training()
             roles = registry().get("petune_tasks", self.task).roles()
@@ -125,15 +129,6 @@ class Recipe(Strict):
         return self.model_copy(update={"data": data, "model": model})
 
 
-def _check_finite(values: Mapping[str, Any], key: str) -> None:
-    """Refuse a method's argument that is no number, or none that a weight can be."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            _check_finite(value, f"{key}.{name}")
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise PetuneError(f"{key}.{name}: {value} should be a finite number.")
-
-
 def _absolute(path: str) -> str:
     return str(Path(path).resolve())
 
@@ -149,8 +144,9 @@ def load_recipe(
     if isinstance(source, Mapping):
         name, values = "recipe", dict(source)
     else:
-        name = expanded(str(source))
-        values = _mapping(read_file(Path(name)), name)
+        path = at_home(source)
+        name = str(path)
+        values = _mapping(read_file(path), name)
     _check_once(overrides)
     for override in overrides:
         _override(values, override)

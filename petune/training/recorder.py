@@ -76,7 +76,7 @@ class Recorder(TrainerCallback):
         except (KeyError, TypeError, ValueError):
             raise PetuneError(f"{checkpoint / CLOCK}: is damaged.") from None
         rows = (
-            self.path.read_text(encoding="utf-8").splitlines()
+            self.path.read_text(encoding="utf-8", errors="replace").splitlines()
             if self.path.exists()
             else []
         )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from petune.errors import PetuneError
-from petune.files import read_json, write_text
+from petune.files import at_home, read_json, write_text
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,15 @@ class Result:
     load_seconds: float
     eval_seconds: float
     device: str
+    cut_rows: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By the use of rows in which some were longer than `training.max_length`: how many `rows` were cut, `of` how many,
+    and by how many tokens: `least_tokens`, `most_tokens`. The results of earlier versions don't tell.
+    """
 
     def write(self, run: str | Path) -> None:
         """Into `run/result.json`, the metrics beside the other keys."""
         values = asdict(self)
-        write_json(Path(run) / "result.json", {**values.pop("metrics"), **values})
+        write_json(at_home(run) / "result.json", {**values.pop("metrics"), **values})
 
     @classmethod
     def read(cls, run: str | Path) -> Result:
@@ -51,14 +55,15 @@ class Result:
         Raises:
             PetuneError: the run has no result, or not one of petune's.
         """
-        values = read_json(Path(run) / "result.json")
-        known = {field.name for field in fields(cls)} - {"metrics"}
-        if missing := known - values.keys():
-            raise PetuneError(
-                f"{Path(run) / 'result.json'}: no {', '.join(sorted(missing))}."
-            )
+        path = at_home(run) / "result.json"
+        values = read_json(path)
+        own = [field for field in fields(cls) if field.name != "metrics"]
+        known = {field.name for field in own}
+        needed = {field.name for field in own if field.default_factory is MISSING}
+        if missing := needed - values.keys():
+            raise PetuneError(f"{path}: no {', '.join(sorted(missing))}.")
         return cls(
-            **{key: values[key] for key in known},
+            **{key: values[key] for key in known & values.keys()},
             metrics={k: v for k, v in values.items() if k not in known},
         )
 

@@ -8,12 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import TrainerCallback
 
 from petune.errors import PetuneError
 from petune.training.adapting import Checkpoint
@@ -22,7 +17,7 @@ from petune.training.rates import rates
 from petune.training.recorder import Recorder
 from petune.training.remarks import remark
 from petune.training.rows import one_line
-from petune.training.run_folder import RESULT
+from petune.training.run_folder import ADAPTER, CHECKPOINTS, RESULT
 from petune.training.settings import Training
 
 _LOOKED_AT = 1000
@@ -35,8 +30,9 @@ def check_goes_on(run: Path, checkpoint: Checkpoint | None, steps: int) -> None:
     Raises:
         PetuneError: one of them does not hold.
     """
+    _say_broken(run, checkpoint)
     if checkpoint is None:
-        if (run / RESULT).exists():
+        if (run / RESULT).exists() or (run / ADAPTER).exists():
             raise PetuneError(
                 f"{run}: is finished and has no checkpoint to go on from; --overwrite trains it anew."
             )
@@ -47,6 +43,20 @@ def check_goes_on(run: Path, checkpoint: Checkpoint | None, steps: int) -> None:
             f"{folder}: has trained {done} steps and the recipe asks for {steps}; ask for more, or --overwrite."
         )
     check_whole(folder)
+
+
+def _say_broken(run: Path, checkpoint: Checkpoint | None) -> None:
+    """One line of a newer checkpoint, which is of no use: a crash, or another hand, has left it without its state."""
+    done = checkpoint[1] if checkpoint else 0
+    steps = [
+        int(path.name.partition("-")[2])
+        for path in (run / CHECKPOINTS).glob("checkpoint-*")
+        if path.name.partition("-")[2].isdecimal()
+    ]
+    newest = max(steps, default=0)
+    if newest > done:
+        begins = f"the run goes on from step {done}" if done else "the run begins anew"
+        remark(f"{run / CHECKPOINTS}/checkpoint-{newest}: is not whole; {begins}.")
 
 
 def prepare(
@@ -76,19 +86,11 @@ class Rejoined(TrainerCallback):
     logged, scored and saved, and the rate of the next step by the schedule that was planned then.
     """
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **given: Any,
-    ) -> None:
-        untyped: Any = state
-        untyped.compute_steps(args, state.max_steps)
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        state.compute_steps(args, state.max_steps)
         schedule: Any = given["lr_scheduler"]
-        schedule = getattr(
-            schedule, "scheduler", schedule
-        )  # accelerate's holds torch's
+        # accelerate's holds torch's
+        schedule = getattr(schedule, "scheduler", schedule)
         if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
             return
         pairs = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from petune.errors import PetuneError, unknown
+from petune.files import at_home
 from petune.training.delimited import read_delimited
 from petune.training.objects import read_objects
 from petune.training.table import Table
@@ -40,7 +41,7 @@ def existing(path: str | Path) -> Path:
     Raises:
         PetuneError: it is not; the message names the nearest beside it.
     """
-    path = Path(path).expanduser()
+    path = at_home(path)
     if not path.exists():
         siblings = (
             [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []

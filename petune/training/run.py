@@ -10,7 +10,7 @@ from warnings import catch_warnings
 
 from petune.core.registry.plugins import registry
 from petune.errors import PetuneError, UnmergeableError
-from petune.files import expanded, read_json
+from petune.files import at_home, read_json
 from petune.training import fingerprint, plugin_files, run_folder
 from petune.training.disk import whole_folder
 from petune.training.recipe import Recipe, load_recipe
@@ -88,7 +88,9 @@ class Run:
     def _assigned(self, rows: Table, roles: Sequence[str]) -> Dataset:
         """Rows as the task takes them, by the names that the training data's columns have."""
         optional, reads = self.task.optional, self.task.reads
-        return assign(rows, self._columns(), roles, optional, reads)
+        # no recipe can say any more which column plays what
+        columns = {**{role: role for role in roles}, **self._columns()}
+        return assign(rows, columns, roles, optional, reads)
 
     def merge(self, out: str | Path, *, quantized: bool = False) -> Merged:
         """Fold the tuning into the base and write a transformers folder that needs no petune.
@@ -178,7 +180,7 @@ def _read(data: str | Path | Sequence[Mapping[str, Any]]) -> Table:
 
 def _free(out: str | Path) -> Path:
     """The path, at which nothing lies yet but perhaps an empty folder, and where one can be made."""
-    out = Path(expanded(str(out)))
+    out = at_home(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PetuneError(f"{out}: exists already; name a new folder.")
     run_folder.check_can_be_made(out)
@@ -193,7 +195,7 @@ def load_run(path: str | Path) -> Run:
     """
     from petune.core.attached.load import load
 
-    path = Path(expanded(str(path)))
+    path = at_home(path)
     if not (path / run_folder.ADAPTER).is_dir():
         what = "an unfinished run" if (path / run_folder.RECIPE).exists() else "no run"
         raise PetuneError(

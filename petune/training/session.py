@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import shutil
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from petune.errors import DivergedError
+from petune.errors import DivergedError, PetuneWarning
 from petune.files import write_text
 from petune.training import fingerprint, plugin_files, run_folder
 from petune.training.processes import Processes
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from petune.training.adapting import Adapt
+    from petune.training.recorder import Recorder
     from petune.training.tasks import Task
     from petune.training.trainer import AdapterTrainer
 
@@ -126,6 +128,7 @@ class Session:
         began = time.perf_counter()
         metrics = self._score() if final_eval else {}
         eval_seconds = time.perf_counter() - began
+        self._say_trouble(loop.recorder, metrics.get("loss"))
         peak, saved = self._measure(loop)
         recorder = loop.recorder
         return Result(
@@ -145,6 +148,7 @@ class Session:
             load_seconds=self.load_seconds,
             eval_seconds=eval_seconds,
             device=_device_name(self.acting),
+            cut_rows=self.task.cuts.by_use,
         )
 
     def _write_notes(self) -> None:
@@ -181,6 +185,20 @@ class Session:
         return DivergedError(
             f"{self.path}: the training diverged: {how}; {kept}. Lower training.learning_rate ({rate:g})."
         )
+
+    def _say_trouble(self, recorder: Recorder, test_loss: float | None) -> None:
+        """One line where the training has spoilt the model, though its weights are finite."""
+        from petune.training.health import trouble
+
+        losses = recorder.first_loss, recorder.loss, test_loss
+        found = trouble(self.acting, self.task, self.examples, losses)
+        if found:
+            rate = self.recipe.training.learning_rate
+            warnings.warn(
+                f"{self.path}: after the training {found}. Lower training.learning_rate ({rate:g}).",
+                PetuneWarning,
+                stacklevel=2,
+            )
 
     def _loop(self) -> AdapterTrainer:
         from petune.training.order import EpochSampler

@@ -67,6 +67,7 @@ def make_model(recipe: Recipe, task: Task) -> PreTrainedModel:
     if torch.cuda.is_available() and not places_itself:
         model.to("cuda")
     task.bind(model)
+    task.embeddings = getattr(model.get_input_embeddings(), "num_embeddings", None)
     return model
 
 

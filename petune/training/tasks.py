@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from petune.errors import PetuneError
 from petune.training.cuts import Cuts
 from petune.training.remarks import remark
 
@@ -45,6 +46,8 @@ class Task:
         self.tokenizer = tokenizer
         self.recipe = recipe
         self.quiet = True
+        self.embeddings: int | None = None
+        """How many tokens the model has embeddings for, None before there is one."""
         self.cuts = Cuts(recipe.training.max_length)
         self.said: set[str] = set()
 
@@ -135,7 +138,18 @@ class Task:
             if isinstance(values[0], list):
                 values = _padded(values, fill.get(key, 0), side)
             batch[key] = torch.tensor(values)
+        if "input_ids" in batch:
+            self._check_tokens(int(batch["input_ids"].max()))
         return batch
+
+    def _check_tokens(self, last: int) -> None:
+        """See that the model has an embedding for a token, and so for those before it."""
+        if self.embeddings is not None and last >= self.embeddings:
+            token = self.tokenizer.convert_ids_to_tokens(last)
+            what = f"has token {last} ({token!r}), and the model embeddings for {self.embeddings}"
+            raise PetuneError(
+                f"{self.recipe.model}: its tokenizer {what}; take the tokenizer that belongs to it."
+            )
 
     def answers(
         self,

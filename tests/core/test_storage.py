@@ -1,4 +1,4 @@
-"""Saved tunings: what is written, and what a damaged or foreign folder says."""
+"""Saved tunings: what is written, and formats of anyone's."""
 
 import json
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from shaken import moved
 
 import petune
 from petune.core.registry.plugins import registry
@@ -52,48 +53,6 @@ def test_over_an_older_one(saved):
     assert petune.load(tiny_model("llama"), saved).method == "ia3"
 
 
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (
-            lambda p: (p / "adapter.json").unlink(),
-            "no adapter.json there, so no tuning",
-        ),
-        (lambda p: (p / "adapter.safetensors").unlink(), "no such file"),
-        (lambda p: (p / "adapter.json").write_text("{"), "not JSON"),
-        (lambda p: (p / "adapter.json").write_text("{}"), "is not a tuning's"),
-        (lambda p: (p / "adapter.json").write_text("[]"), "not a JSON object"),
-        (lambda p: (p / "adapter.safetensors").write_bytes(b"x" * 50), "is damaged"),
-        (lambda p: edit(p, method="gone"), "unknown method 'gone'"),
-        (lambda p: edit(p, petune=99), "newer than this petune"),
-        (lambda p: edit(p, where="q"), "which this model has no place for"),
-        (lambda p: edit(p, where="q v o"), "it has no 'model.layers"),
-        (
-            lambda p: edit_argument(p, rank=8),
-            r"is \(4, 64\), the model needs \(8, 64\)",
-        ),
-    ],
-)
-def test_a_folder_that_does_not_fit(saved, spoil, message):
-    spoil(saved)
-    model = tiny_model("llama")
-    before = model(**tiny_batch("llama")).logits
-    with pytest.raises(petune.PetuneError, match=message):
-        petune.load(model, saved)
-    assert petune.tunings(model) == {}
-    assert torch.equal(model(**tiny_batch("llama")).logits, before)
-
-
-def edit(folder, **changes):
-    path = folder / "adapter.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def edit_argument(folder, **changes):
-    old = json.loads((folder / "adapter.json").read_text())["arguments"]
-    edit(folder, arguments=old | changes)
-
-
 @pytest.fixture
 def plug(tmp_path):
     """Give a single-file plugin."""
@@ -115,19 +74,10 @@ def documented():
     return next(block for block in blocks if "def petune_formats" in block)
 
 
-def moved(method="lora", **arguments):
-    torch.manual_seed(0)
-    model = tiny_model("llama")
-    tuning = petune.attach(model, method, **arguments)
-    with torch.no_grad():
-        for p in tuning.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    return model, tuning
-
-
 def test_a_format_of_anyones(plug, tmp_path):
     plug("updates", documented())
-    model, tuning = moved(where="q v down", rank=3, rank_pattern={"q": 5}, rslora=True)
+    options = {"where": "q v down", "rank": 3, "rank_pattern": {"q": 5}, "rslora": True}
+    model, tuning = moved("lora", **options)
     tuning.weight = 0.5
     tuning.save(tmp_path / "out", format="updates")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
@@ -159,7 +109,7 @@ def test_formats_that_share_a_name_are_told_apart_by_the_other(plug, tmp_path):
     """PEFT's JSON has the same name; a folder with only that goes to PEFT's, which says what is missing."""
     plug("updates", documented().replace("updates.json", "adapter_config.json"))
     for format, rank in (("updates", 3), ("peft", 4)):
-        _, tuning = moved(rank=rank)
+        _, tuning = moved("lora", rank=rank)
         tuning.save(tmp_path / format, format=format)
         assert {
             len(a.A)

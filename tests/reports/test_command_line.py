@@ -39,13 +39,18 @@ def said_by(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["check", "lora", "--device", "cpu", "--device", "cpu"], "--device is given twice"),
         (["check", "lora", "--argument", "rank=2", "--argument", "rank=4"], "'rank' is given twice"),
         (["check", "lora", "--argument", "rank"], "write KEY=VALUE"),
+        (["check", "lora", "--device", "tpu"], "unknown device 'tpu'. Did you mean 'cpu'"),
+        (["check", "lora", "--device", "CPU"], "Did you mean 'cpu'"),
+        (["check", "lora", "--device", "cpu:7"], "--device cpu:7: this machine has cpu"),
+        (["export", "run", "out", "--format", "PEFT"], "Did you mean 'peft'"),
+        (["check", "LoRA"], "Did you mean 'lora'?"),
         (["bench", "quickstart", "--seeds", "1", "--seeds", "2"], "--seeds is given twice"),
         (["bench", "quickstart", "--out", "a", "--out", "b"], "--out is given twice"),
         (["bench", "quickstart", "--method", "lora rank=2 rank=4"], "'rank' is given twice"),
         (["bench", "quickstart", "--cells", "lora", "--cells", "nothing*"], "unknown cell 'nothing*'"),
     ],
 )  # fmt: skip
-def test_an_option_that_is_given_twice_is_refused(
+def test_what_an_option_can_not_be_is_refused(
     capsys: pytest.CaptureFixture[str], argv: list[str], words: str
 ) -> None:
     assert words in said_by(capsys, *argv)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from samples import SMALL, save_tokenizer, write_gguf
+from shaken import moved
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import petune
@@ -23,20 +24,10 @@ from petune.core.registry.plugins import Plugin, registry
 from petune.errors import PetuneWarning
 from petune.testing import tiny_batch, tiny_model
 from petune.testing.behaviours import logits
+from petune.training import Result, load_recipe, load_run
 
 Spoil = Callable[[Path], Any]
 Q = "model.layers.0.self_attn.q_proj"
-
-
-def moved(method: Any, **arguments: Any) -> tuple[Any, Any]:
-    """A model and a tuning off its start."""
-    torch.manual_seed(0)
-    model = tiny_model("llama")
-    tuning = petune.attach(model, method, **arguments)
-    with torch.no_grad():
-        for p in tuning.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    return model, tuning
 
 
 def config(**changes: Any) -> Spoil:
@@ -95,6 +86,11 @@ def deep(folder: Path) -> None:
     path.write_text(path.read_text().replace('"alpha": 16.0', f'"alpha": {nested}'))
 
 
+def doubled(folder: Path) -> None:
+    path = folder / "adapter.json"
+    path.write_text(path.read_text().replace('"rank": 8', '"rank": 4, "rank": 8'))
+
+
 def a_file(folder: Path) -> None:
     shutil.rmtree(folder)
     folder.write_text("not a folder")
@@ -110,17 +106,25 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 REFUSED: list[tuple[Spoil, str]] = [
     (text("adapter.json", "[" * 10_000), r"adapter\.json: its JSON is nested too deep"),
     (deep, r"adapter\.json: its JSON is nested too deeply"),
+    (text("adapter.json", "{"), r"adapter\.json: not JSON"),
+    (text("adapter.json", "{}"), "is not a tuning's: it has no 'arguments'"),
     (text("adapter.json", "[1, 2]"), r"adapter\.json: not a JSON object"),
     (text("adapter.json", bytes(range(256))), r"adapter\.json: not JSON"),
     (config(arguments=[]), "'arguments': Input should be an object, not "),
     (config(where=3), "'where': Input should be a valid string, not 3"),
+    (config(where="q"), "v_proj.A', which this model has no place for"),
+    (config(where="q v o"), "it has no 'model.layers.0.self_attn.o_proj.A'"),
     (config(where="zz"), "unknown role or name 'zz'"),
     (config(train="lm_head"), "'train': Input should be a valid array"),
     (config(train=["zz"]), "unknown module to train: 'zz'"),
     (config(train=[Q]), f"{Q} is adapted, and among what trains along"),
     (config(weight="1"), "'weight': Input should be a valid number, not '1'"),
+    (config(weight=1e39), r"weight=1e\+39 of tuning 'default': wanted is a finite"),
+    (text("adapter.json", '{"petune": 1, "petune": 1}'), "'petune' is given twice"),
+    (doubled, r"not JSON \(the key 'rank' is given twice"),
     (config(weight=float("nan")), "one of its numbers is NaN or infinite"),
     (config(wieght=1), "unknown key 'wieght'. Did you mean 'weight'"),
+    (config(petune=99), "format 99 is newer than this petune; upgrade it"),
     (config(petune="1"), "format '1' is none; this petune reads 1"),
     (config(method="gone"), "unknown method 'gone'"),
     (config(method=["lora"]), "with several methods, where="),
@@ -132,6 +136,10 @@ REFUSED: list[tuple[Spoil, str]] = [
     (arguments(alpha=float("inf")), "one of its numbers is NaN or infinite"),
     (arguments(name="x"), "unknown argument of method 'lora': 'name'"),
     (arguments(rank_pattern={"zz": 4}), "'zz' matches none of the sites adapted"),
+    (
+        arguments(rank=4),
+        rf"'{Q}.A' is \(8, 64\), the model needs \(4, 64\)",
+    ),
     (
         arguments(rank=10**9),
         rf"adapter\.safetensors does not fit .*'{Q}.A' is \(8, 64\), .*\(1000000000, 64\)",
@@ -170,6 +178,7 @@ REFUSED: list[tuple[Spoil, str]] = [
         lambda folder: (folder / "adapter.safetensors").unlink(),
         r"adapter\.safetensors: no such file",
     ),
+    (lambda folder: (folder / "adapter.json").unlink(), "so no tuning"),
     (a_file, "so no tuning"),
     (shutil.rmtree, "so no tuning"),
 ]
@@ -265,6 +274,63 @@ def test_another_width_is_refused_with_both_shapes(lora):
         petune.PetuneError, match=r"is \(8, 64\), the model needs \(8, 32\)"
     ):
         petune.load(model, lora)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "home"
+    folder.mkdir()
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+@pytest.mark.parametrize("format", ["petune", "peft"])
+@pytest.mark.parametrize("kind", [str, Path])
+def test_home_is_found_by_every_function(home, format, kind, single_files):
+    model, tuning = moved("lora")
+    tuning.save(kind("~/out"), format=format)
+    assert (home / "out").is_dir()
+    expected = logits(model, tiny_batch("llama"))
+    tuning.detach()
+    save_tokenizer(home / "model")
+    model.save_pretrained(home / "model")
+    again = petune.from_pretrained(kind("~/model"), cache_dir=kind("~/cache"))
+    petune.load(again, kind("~/out"))
+    torch.testing.assert_close(logits(again, tiny_batch("llama")), expected)
+    assert petune.load_tokenizer(kind("~/model")).pad_token == "[PAD]"
+    (home / "scaled.py").write_text(SCALED.format(where="q", factor=1.0, more=""))
+    registry().add_file(kind("~/scaled.py"))
+    assert petune.attach(again, "scaled", name="other").method == "scaled"
+    assert not Path("~").exists()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda path: moved("lora")[1].save(path),
+        lambda path: petune.load(tiny_model("llama"), path),
+        petune.from_pretrained,
+        petune.load_tokenizer,
+        lambda path: registry().add_file(path),
+        load_run,
+        load_recipe,
+        Result.read,
+    ],
+)
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("~nobody-here/x", "no home folder of ~nobody-here"),
+        ("a\0b", "no NUL character"),
+        (3, "3 is no path"),
+        (None, "None is no path"),
+    ],
+)
+def test_paths_that_no_system_has(use, path, words):
+    with pytest.raises(petune.PetuneError, match=words) as caught:
+        use(path)
+    assert "\n" not in str(caught.value)
 
 
 SCALED = """

@@ -273,3 +273,25 @@ def test_formats_without_a_place_for_stacked_experts_refuse(model, tmp_path):
         with pytest.raises(petune.UnsupportedError, match="stacked experts"):
             tuning.save(tmp_path / format, format=format)
         assert not (tmp_path / format).exists()
+
+
+@pytest.mark.parametrize("format", ["petune", "peft"])
+@pytest.mark.parametrize(
+    ("method", "more"), [("dora", {}), ("lora", {"where": "q", "train": ["lm_head"]})]
+)
+def test_a_load_does_not_say_again_what_the_folder_decides(
+    method, more, format, tmp_path
+):
+    config = copy.deepcopy(kept("mixtral").config)
+    config.tie_word_embeddings = "train" in more
+    models = [type(kept("mixtral"))(config) for _ in range(2)]
+    with pytest.warns(petune.errors.PetuneWarning):
+        tuning = petune.attach(models[0], method, **more)
+    tuning.save(tmp_path, format=format)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", petune.errors.PetuneWarning)
+        loaded = petune.load(models[1], tmp_path)
+    assert loaded.adapters.keys() == tuning.adapters.keys()
+    loaded.detach()
+    with pytest.warns(petune.errors.PetuneWarning):
+        petune.attach(models[1], method, **more)

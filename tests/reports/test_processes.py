@@ -113,11 +113,43 @@ def test_a_launcher_that_shares_out_the_model_is_refused_by_name(
     assert "torchrun" in capsys.readouterr().err
 
 
-def test_a_launcher_that_does_not_count_is_refused(file, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+WHOLE = "should be a whole number"
+TWO = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+TWO |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29533"}
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without LOCAL_RANK"),
+        ({**TWO, "RANK": ""}, "WORLD_SIZE=2 without RANK"),
+        ({**TWO, "MASTER_ADDR": ""}, "WORLD_SIZE=2 without MASTER_ADDR"),
+        ({**TWO, "MASTER_PORT": ""}, "WORLD_SIZE=2 without MASTER_PORT"),
+        ({"WORLD_SIZE": "abc"}, f"WORLD_SIZE=abc: {WHOLE}"),
+        ({"WORLD_SIZE": "2.0"}, f"WORLD_SIZE=2.0: {WHOLE}"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0: should be at least 1"),
+        ({"RANK": "x"}, f"RANK=x: {WHOLE}"),
+        ({"LOCAL_RANK": "x"}, f"LOCAL_RANK=x: {WHOLE}"),
+        ({"LOCAL_WORLD_SIZE": "-1"}, "LOCAL_WORLD_SIZE=-1: should be at least 1"),
+        ({**TWO, "MASTER_PORT": "http"}, f"MASTER_PORT=http: {WHOLE}"),
+        ({**TWO, "MASTER_PORT": "65536"}, "MASTER_PORT=65536: ports end at 65535"),
+        ({**TWO, "RANK": "7"}, "RANK=7: the ranks of 2 processes are 0 to 1"),
+        ({**TWO, "LOCAL_RANK": "2"}, "LOCAL_RANK=2: the ranks of 2 processes"),
+        ({**TWO, "LOCAL_RANK": "-1"}, "LOCAL_RANK=-1: the ranks of 2 processes"),
+        ({**TWO, "MASTER_ADDR": ".."}, "MASTER_ADDR=..: no such host"),
+        ({"ACCELERATE_USE_CPU": "maybe"}, "ACCELERATE_USE_CPU=maybe: should be true"),
+        ({"ACCELERATE_MIXED_PRECISION": "half"}, "ACCELERATE_MIXED_PRECISION=half"),
+        ({"ACCELERATE_USE_FSDP": "yes"}, "does not run under FSDP"),
+    ],
+)
+def test_what_a_launcher_says_wrong_is_named(told, words, file, monkeypatch, capsys):
+    for variable in TWO:
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in told.items():
+        monkeypatch.setenv(variable, value)
     assert main(["train", file]) == 2
-    assert "WORLD_SIZE=2 without LOCAL_RANK" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
 
 
 def test_shares_are_the_batches():

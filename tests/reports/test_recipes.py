@@ -162,6 +162,16 @@ def test_every_optimizer_trains_or_is_refused_by_name(
     assert train(asked, quiet=True, final_eval=False).steps == 2
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("model", ""), ("data", ""), ("data", {}), ("output", "")]
+)
+def test_an_empty_name_is_refused_by_its_key(
+    recipe: dict[str, Any], key: str, value: Any
+) -> None:
+    with pytest.raises(PetuneError, match=f"^recipe: {key}: is empty"):
+        train({**recipe, key: value}, quiet=True)
+
+
 def test_a_head_that_is_not_the_tasks(recipe: dict[str, Any]) -> None:
     said = refusal({**recipe, "head": "token-classification"})
     assert "'classification' trains a 'sequence-classification'" in said

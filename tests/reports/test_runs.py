@@ -2,8 +2,10 @@
 
 import errno
 import json
+import math
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,18 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+from datasets import Dataset
 from samples import changed, jsonl, opinions, same_weights, weights
 
+import petune
 from petune import PetuneError, UnmergeableError
 from petune.cli import main
-from petune.training import evaluate, load_run, predict, train
+from petune.errors import PetuneWarning
+from petune.training import evaluate, load_recipe, load_run, predict, train
+from petune.training.health import trouble
 from petune.training.processes import Processes
 from petune.training.recorder import Recorder
+from petune.training.setup import make_task
 
 PLUGIN = '''
 import petune, torch
@@ -176,6 +183,92 @@ def test_a_damaged_checkpoint(recipe: dict[str, Any]) -> None:
             assert str(path) in refusal(changed(recipe, steps=8), resume=True)
 
 
+@pytest.mark.parametrize("how", ["gone", "cut"])
+def test_a_checkpoint_that_is_passed_over_is_said(
+    recipe: dict[str, Any], caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    train(changed(recipe, checkpoint_every=3), quiet=True, final_eval=False)
+    run = Path(recipe["output"])
+    expected = weights(recipe["output"])
+    for step, begins in ((6, "goes on from step 3"), (3, "begins anew")):
+        (run / "result.json").unlink()
+        shutil.rmtree(run / "adapter")
+        newest = run / "checkpoints" / "checkpoint-6"
+        damage(newest.with_name(f"checkpoint-{step}") / "trainer_state.json", how)
+        if step == 3:
+            damage(newest / "trainer_state.json", how)
+        caplog.clear()
+        asked = changed(recipe, checkpoint_every=3)
+        train(asked, quiet=True, resume=True, final_eval=False)
+        assert caplog.messages == [f"{newest}: is not whole; the run {begins}."]
+        assert same_weights(weights(recipe["output"]), expected)
+
+
+def test_an_adapter_without_a_checkpoint_is_not_trained_over(
+    recipe: dict[str, Any],
+) -> None:
+    train(recipe, quiet=True, final_eval=False)
+    run, kept = Path(recipe["output"]), weights(recipe["output"])
+    shutil.rmtree(run / "checkpoints")
+    (run / "result.json").unlink()
+    said = refusal(changed(recipe, steps=8), resume=True)
+    assert said.endswith("no checkpoint to go on from; --overwrite trains it anew.")
+    assert same_weights(weights(recipe["output"]), kept)
+
+
+def test_rows_of_the_log_that_are_no_text_are_dropped(recipe: dict[str, Any]) -> None:
+    train(recipe, quiet=True, final_eval=False)
+    log = Path(recipe["output"]) / "metrics.jsonl"
+    whole = log.read_text()
+    log.write_bytes(log.read_bytes() + b"\x00\xff{[")
+    train(changed(recipe, steps=8), quiet=True, resume=True, final_eval=False)
+    assert log.read_text().startswith(whole)
+    assert "\ufffd" not in log.read_text()
+
+
+def test_rows_without_a_column_are_not_told_of_a_recipe(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    train(recipe, quiet=True, final_eval=False)
+    data = jsonl(tmp_path / "asked.jsonl", [{"phrase": "good film"}])
+    with pytest.raises(
+        PetuneError, match=r"'sentence'\. Known: phrase\. It plays 'text'"
+    ):
+        predict(recipe["output"], data)
+    recipe |= {"columns": {}, "output": str(tmp_path / "plain")}
+    named = [{"text": row["sentence"], "label": row["gold"]} for row in opinions(60)]
+    jsonl(Path(recipe["data"]), named)
+    train(recipe, quiet=True, final_eval=False)
+    with pytest.raises(PetuneError, match=r"'text'\. Known: phrase\. It plays 'text'"):
+        predict(recipe["output"], data)
+
+
+def test_a_token_that_the_model_has_no_embedding_for(
+    recipe: dict[str, Any], encoder: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(encoder, tmp_path / "model")
+    tokenizer = petune.load_tokenizer(model)
+    tokenizer.add_tokens(["blockbuster"])
+    tokenizer.save_pretrained(model)
+    train({**recipe, "model": str(model)}, quiet=True, final_eval=False)
+    with pytest.raises(PetuneError, match=r"has token .* \('blockbuster'\), and"):
+        predict(recipe["output"], [{"sentence": "a blockbuster"}])
+
+
+def test_answers_do_not_take_the_place_of_the_rows(
+    recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(recipe, quiet=True, final_eval=False)
+    data = Path(recipe["data"])
+    before = data.read_bytes()
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(data)
+    for out in (data, link):
+        words = ["predict", recipe["output"], "--data", str(data), "--out", str(out)]
+        assert "holds the rows to answer" in said_by(capsys, *words)
+    assert data.read_bytes() == before
+
+
 def test_a_checkpoint_of_another_optimizer_is_named(recipe: dict[str, Any]) -> None:
     train(recipe, quiet=True, final_eval=False)
     checkpoint = Path(recipe["output"]) / "checkpoints" / "checkpoint-6"
@@ -216,6 +309,59 @@ def test_a_loss_that_has_risen_beyond_all_measure(tmp_path: Path) -> None:
     assert recorder.went_astray == "its loss has risen from 0.7 to 101"
     recorder.first_loss = 2.0
     assert recorder.went_astray is None
+
+
+@pytest.mark.parametrize(
+    ("rate", "method", "words"),
+    [
+        (1e6, "lora", "the model answers every row alike"),
+        (1e6, "full", "the model answers every row alike"),
+        (1e-2, "prefix-tuning", None),
+        (1e-2, "lora", None),
+        (1e-12, "lora", None),
+        (0.3, "lora", None),
+    ],
+)
+def test_a_model_that_ends_dead_at_a_finite_loss_is_told_from_others(
+    generation: dict[str, Any], rate: float, method: str, words: str | None
+) -> None:
+    asked = {**generation, "method": method, "method_args": {}}
+    asked = changed(asked, learning_rate=rate, steps=12)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        result = train(asked, quiet=True)
+    assert math.isfinite(result.train_loss)
+    lines = [str(one.message) for one in said if one.category is PetuneWarning]
+    where = f"{generation['output']}: after the training {words}."
+    expected = f"{where} Lower training.learning_rate ({rate:g})."
+    assert lines == ([expected] if words else [])
+
+
+@pytest.mark.parametrize(
+    ("losses", "words"),
+    [
+        ((0.7, 3.1, None), "the loss has risen from 0.7 to 3.1"),
+        ((2.0, 6.1, 2.0), "the loss has risen from 2 to 6.1"),
+        ((0.7, 0.0, 10.5), "the loss on the test split is 10.5, where the first"),
+        ((0.01, 2.9, 9.9), None),
+        ((2.5, 7.4, 24.0), None),
+        ((None, 50.0, 50.0), None),
+        ((0.7, float("nan"), None), None),
+    ],
+)
+def test_losses_that_no_healthy_run_ends_with(
+    recipe: dict[str, Any],
+    encoder: Path,
+    losses: tuple[float | None, float, float | None],
+    words: str | None,
+) -> None:
+    task = make_task(load_recipe(recipe))
+    task.fit(Dataset.from_list([{"text": "a", "label": x} for x in ("neg", "pos")]))
+    model = petune.from_pretrained(encoder, head=task.head, **task.model_args())
+    rows = [{"text": text, "label": "neg"} for text in ("good film", "bad film")]
+    found = trouble(model, task, [task.encode(row) for row in rows], losses)
+    assert (found or "").startswith(words or "")
+    assert bool(found) == bool(words)
 
 
 def test_a_loss_that_is_no_number_from_the_start(

@@ -1,6 +1,7 @@
 """Values in data: understood as a person means them, or one line that names file, column, row and remedy."""
 
 import csv
+import gzip
 import json
 import random
 from datetime import date, datetime
@@ -16,7 +17,15 @@ from samples import changed, jsonl, questions
 
 from petune import PetuneError
 from petune.cli import main
-from petune.training import as_label, as_text, as_texts, load_recipe, predict, train
+from petune.training import (
+    Result,
+    as_label,
+    as_text,
+    as_texts,
+    load_recipe,
+    predict,
+    train,
+)
 from petune.training.data import assign, load_splits
 from petune.training.rows import read_rows
 from petune.training.setup import make_task
@@ -183,6 +192,9 @@ def test_encodings_and_line_ends(tmp_path: Path, encoding: str, ends: str) -> No
     ("name", "content", "said"),
     [
         ("d.csv", "text\ncafé\n".encode("latin-1"), r"d\.csv line 2: byte 0xe9 is not UTF-8.*iconv"),
+        ("d.csv", gzip.compress(b"text\na\n"), r"d\.csv: is a gzip archive, no text; unpack it"),
+        ("d.tsv", b"PK\x03\x04rest", r"d\.tsv: is a zip archive or a spreadsheet, no text"),
+        ("d.jsonl", b"\x28\xb5\x2f\xfdrest", r"d\.jsonl: is a zstd archive"),
         ("d.jsonl", '{"a": "é"}'.encode("latin-1"), r"d\.jsonl line 1: byte 0xe9 is not UTF-8"),
         ("d.csv", b"text\nwell\nx\0y\n", r"d\.csv line 3: a NUL character"),
         ("d.csv", b"text,label\n\na,b,c\n", r"d\.csv: line 3 has 3 cells between commas, the header 2"),
@@ -336,8 +348,30 @@ def test_a_run_says_how_many_rows_were_cut_and_by_how_much(
     ]
     caplog.clear()
     train(changed(recipe, max_length=6), quiet=True)
-    assert caplog.messages[0].startswith("training: ")
-    assert "max_length=6 and were cut, by 1 to " in caplog.messages[0]
+    result = json.loads((Path(recipe["output"]) / "result.json").read_text())
+    cuts = result["cut_rows"]
+    assert list(cuts) == ["training", "answers"]
+    for line, (use, cut) in zip(caplog.messages, cuts.items(), strict=True):
+        assert line == (
+            f"{use}: {cut['rows']} of {cut['of']} rows are longer than training.max_length=6 and were cut, "
+            f"by {cut['least_tokens']} to {cut['most_tokens']} tokens."
+        )
+
+
+def test_a_run_that_cuts_nothing_says_so_in_its_result(
+    generation: dict[str, Any],
+) -> None:
+    assert train(generation, quiet=True).cut_rows == {}
+    file = Path(generation["output"]) / "result.json"
+    values = json.loads(file.read_text())
+    assert values.pop("cut_rows") == {}
+    file.write_text(json.dumps(values))  # as earlier versions wrote it
+    assert Result.read(file.parent).cut_rows == {}
+    task = generation_task(generation, 8)
+    for words, kept in (("good " * 20, {"held-out loss"}), ("one", set())):
+        rows = [{"prompt": "one", "completion": words}]
+        task.encoded(Dataset.from_list(rows), "held-out loss")
+        assert task.cuts.by_use.keys() == kept
 
 
 def test_a_prompt_without_a_token_is_answered(generation: dict[str, Any]) -> None:

@@ -60,6 +60,8 @@ def attach(
     """
     wanted = parts(method, arguments, where)
     heads = getattr(model, "petune_fresh", ()) if train is None else train
+    if isinstance(heads, str) or not isinstance(heads, Sequence):
+        raise PetuneError(f"train={heads!r}: give a list of modules' names.")
     return attach_parts(model, wanted, name, heads)
 
 
@@ -69,6 +71,8 @@ def attach_parts(
     """Adapt a model in place by methods whose arguments have been checked; see `attach`."""
     check_name(model, name)
     check_whole(model)
+    if not hasattr(model, "get_output_embeddings"):
+        raise UnsupportedError(f"a {type(model).__name__} is no transformers model.")
     prepare(model)
     sites = find_sites(model)
     with whole(model):
@@ -128,7 +132,12 @@ def check_name(model: PreTrainedModel, name: str) -> None:
 
     Raises:
         PetuneError: another has it, or it is none.
+        UnsupportedError: it is no model.
     """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedError(f"{model!r} is no transformers model.")
+    if not isinstance(name, str):
+        raise PetuneError(f"name={name!r}: should be a text.")
     if name in tunings(model):
         raise PetuneError(
             f"a tuning named {name!r} is attached already; give this one another name=…"

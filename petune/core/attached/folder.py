@@ -19,6 +19,7 @@ from petune.core.attached.settled import brought_by, own_version, settled
 from petune.core.attached.sharded import gathered, is_sharded, write_once
 from petune.core.registry.plugins import registry
 from petune.errors import PetuneError
+from petune.files import at_home
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -84,7 +85,7 @@ def save(tuning: Kept, path: str | PathLike[str], format: str = "petune") -> Non
         key: tensor.detach().cpu().contiguous()
         for key, tensor in gathered(tensors).items()
     }
-    write = partial(_write, Path(path), form, tensors, config)
+    write = partial(_write, at_home(path), form, tensors, config)
     write_once(write) if spread else write()
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from petune.core.attached.attach import attach_parts, check_name, planned
 from petune.core.attached.folder import CONFIG, WEIGHTS, Format
 from petune.core.attached.parts import Part, parts
+from petune.core.attached.reach import decided_before
 from petune.core.attached.room import room_for
 from petune.core.attached.saved import (
     Config,
@@ -31,6 +32,7 @@ from petune.core.host.seams import SEAMS
 from petune.core.registry.methods import Method
 from petune.core.registry.plugins import registry
 from petune.errors import PetuneError, PetuneWarning
+from petune.files import at_home
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -58,7 +60,7 @@ def load(
     """
     SEAMS.require()  # here, since a check may ask for more memory than the tuning may
     check_name(model, name)
-    folder = Path(path)
+    folder = at_home(path)
     form = _format(folder)
     if form is not None:
         return _loaded_by(form, model, folder, name)
@@ -67,7 +69,7 @@ def load(
     wanted = _parts(config, method, folder / CONFIG)
     _check_planned(model, wanted, forms, folder / WEIGHTS)
     tensors = read_tensors(folder / WEIGHTS)
-    with room_for(model, forms, folder / CONFIG):
+    with room_for(model, forms, folder / CONFIG), decided_before():
         tuning = _attached(model, wanted, name, config, folder / CONFIG)
     try:
         fill(tuning, tensors, folder / WEIGHTS)
@@ -177,7 +179,7 @@ def _loaded_by(form: Format, model: PreTrainedModel, folder: Path, name: str) ->
     assert form.load is not None
     weights = folder / form.weights
     saved = read_forms(weights) if weights.is_file() else {}
-    with room_for(model, saved, folder / form.config):
+    with room_for(model, saved, folder / form.config), decided_before():
         tuning: Tuning = form.load(model, folder, name)
     return tuning
 

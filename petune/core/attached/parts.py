@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from petune.core.method.arguments import check_arguments
+from petune.core.method.arguments import check_arguments, check_finite
 from petune.core.registry.methods import Method, method_of
 from petune.errors import PetuneError, unknown
 
@@ -58,7 +58,11 @@ def parts(
 def _part(
     name: str, cls: Method, arguments: Mapping[str, Any], where: str | None
 ) -> Part:
-    return Part(name, cls, check_arguments(name, cls, arguments), where)
+    if not isinstance(where, str | None):
+        raise PetuneError(f"where={where!r}: should be one text, such as 'q v'.")
+    checked = check_arguments(name, cls, arguments)
+    check_finite(checked, f"method {name!r}: ")
+    return Part(name, cls, checked, where)
 
 
 def _several(

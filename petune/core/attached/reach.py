@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from itertools import filterfalse
 from operator import attrgetter
@@ -24,6 +26,18 @@ NAME, LAYER = attrgetter("name"), attrgetter("layer")
 SITE, MODULE = attrgetter("site"), attrgetter("module")
 Sizes = Mapping[str, int]
 """How many numbers a parameter has, by its name in the model."""
+_DECIDED = ContextVar("_DECIDED", default=False)
+"""Whether what is left out has been decided before, and so said."""
+
+
+@contextmanager
+def decided_before() -> Iterator[None]:
+    """Within the context nothing is said of what is left out: it is a saved tuning that says where it acts."""
+    token = _DECIDED.set(True)
+    try:
+        yield
+    finally:
+        _DECIDED.reset(token)
 
 
 def with_a_form(part: Part, picked: Sequence[Site]) -> list[Site]:
@@ -52,6 +66,8 @@ def left_out(
         links: the tuning's.
         sites: all sites of the model.
     """
+    if _DECIDED.get():
+        return
     yield from _tied_to_copies(model, links)
     for part in filter(_adapts, parts):
         layers = Layers(model, sites)

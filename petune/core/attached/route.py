@@ -25,6 +25,9 @@ def route(model: PreTrainedModel, names: Sequence[str | None]) -> Iterator[None]
     Raises:
         PetuneError: a name is not attached, or a batch does not have one row a name.
     """
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        how = "give a list, a name for each row of the batch"
+        raise PetuneError(f"route(): {names!r} is no list of names; {how}.")
     board = board_of(model)
     known = {} if board is None else board.tunings
     strange = set(names) - {None} - known.keys()

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
+
+import torch
 
 from petune.core.frozen.site import Site
 from petune.core.method.adapter import Adapter
 from petune.errors import PetuneError, UnsupportedError
 
 Call = Callable[..., Any]
+LARGEST = torch.finfo(torch.float32).max
+"""Beyond it a weight is infinite in a forward."""
 
 
 class Acting:
@@ -63,7 +66,7 @@ class Acting:
             PetuneError: it is no finite number.
             UnsupportedError: the tuning has virtual tokens, and the weight is not 1.
         """
-        if not isinstance(weight, int | float) or not math.isfinite(weight):
+        if not isinstance(weight, int | float) or not abs(weight) <= LARGEST:
             raise PetuneError(
                 f"weight={weight!r} of tuning {self.name!r}: wanted is a finite number."
             )

@@ -8,6 +8,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import filterfalse
+from operator import attrgetter
 from typing import Annotated, Any
 
 from torch import nn
@@ -17,6 +18,8 @@ from petune.errors import PetuneError, unknown
 
 PATTERN = "_pattern"
 """The end of an argument that gives another one its values by site."""
+NOT_FINITE = ("nan", "inf", "-inf")
+"""How Python writes the floats that no weight can be."""
 UNION = (typing.Union, types.UnionType)
 
 
@@ -28,7 +31,7 @@ def arguments(method: type) -> dict[str, inspect.Parameter]:
     for cls in _with_own_init(method):
         hints = typing.get_type_hints(cls.__init__, include_extras=True)
         parameters = inspect.signature(cls.__init__).parameters.values()
-        kinds = {parameter.kind for parameter in parameters}
+        kinds = set(map(attrgetter("kind"), parameters))
         for parameter in filter(_is_hyperparameter, parameters):
             hint = hints.get(parameter.name, Any)
             found.setdefault(parameter.name, parameter.replace(annotation=hint))
@@ -69,7 +72,7 @@ def check_arguments(
     """`given`, converted to the types of the signature.
 
     Raises:
-        PetuneError: an argument is unknown, missing or of the wrong type.
+        PetuneError: an argument is unknown, missing, or of the wrong type.
     """
     known = arguments(method)
     by_site = known if issubclass(method, Adapter) else {}
@@ -114,3 +117,19 @@ def _checked(method: str, key: str, value: Any, kind: Any) -> Any:
     except ValidationError as bad:
         why = f"{bad.errors()[0]['msg']} (wanted: {type_name(kind)})"
         raise PetuneError(f"method {method!r}: {key}={value!r}: {why}.") from None
+
+
+def check_finite(values: Mapping[str, Any], before: str) -> None:
+    """See that none of these values, or of those in mappings among them, is NaN or infinite.
+
+    Args:
+        before: what a message says before the value's name.
+
+    Raises:
+        PetuneError: one is; the message names it.
+    """
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            check_finite(value, f"{before}{name}.")
+        elif repr(value) in NOT_FINITE:
+            raise PetuneError(f"{before}{name}: {value} should be a finite number.")

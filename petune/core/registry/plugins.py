@@ -16,6 +16,7 @@ import pluggy
 
 from petune.core.registry import hookspecs
 from petune.errors import PetuneError, unknown
+from petune.files import at_home
 
 GROUP = "petune"
 
@@ -66,7 +67,7 @@ class Registry:
         Raises:
             PetuneError: the file is missing, does not import or implements no hook.
         """
-        path = Path(path)
+        path = at_home(path)
         if not path.is_file():
             raise PetuneError(f"--plugin {path}: no such file.")
         name = path.stem
