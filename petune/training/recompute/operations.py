@@ -61,7 +61,6 @@ the width of a head, a low-rank update's are over its rank; a frozen layer's are
 def kind_of(operation: Any) -> Kind:
     """What an operation is, whatever it is called with."""
     name, tags = plain_name(operation), operation.tags
-    pointwise = torch.Tag.pointwise in tags
     if operation.namespace != "aten":
         return Kind.CHANGING if is_writing(operation) else Kind.OTHER
     if is_view(operation):
@@ -72,9 +71,14 @@ def kind_of(operation: Any) -> Kind:
         return Kind.BLANK
     if name in PRODUCTS:
         return Kind.PRODUCT
-    cheap = pointwise or name in CHEAP
-    drawn = torch.Tag.nondeterministic_seeded in tags and name != "native_dropout"
-    return Kind.CHEAP if cheap and not drawn else Kind.OTHER
+    return Kind.CHEAP if _is_cheap(name, tags) else Kind.OTHER
+
+
+def _is_cheap(name: str, tags: Any) -> bool:
+    if name in CHEAP:
+        return True
+    drawn = torch.Tag.nondeterministic_seeded in tags
+    return torch.Tag.pointwise in tags and not drawn
 
 
 def _kind_of_change(name: str, tags: Any) -> Kind:

@@ -18,27 +18,50 @@ def kept_instead(source: Source) -> list[Kept] | None:
     """
     if not source.can_compute:
         return None
-    there: list[Kept] = []
-    new: list[tuple[Source, Tensor]] = []
-    cost = source.price
-    waiting, seen = list(source.inputs()), {source}
-    while waiting:
-        one = waiting.pop()
-        if one in seen:
-            continue
-        seen.add(one)
+    plan = Plan(source)
+    while plan.waiting:
+        if not plan.take(plan.waiting.pop()) or plan.costs_too_much():
+            return None
+    return plan.carried_out()
+
+
+class Plan:
+    """A way to compute a source's tensor again, from the source down to what is there.
+
+    Attributes:
+        waiting: the sources of which it is not yet clear how they are had.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.cost = source.price
+        self.waiting = list(source.inputs())
+        self.seen = {source}
+        self.there: list[Kept] = []
+        self.new: list[tuple[Source, Tensor]] = []
+
+    def take(self, one: Source) -> bool:
+        """Find out how a source's tensor is had; False if it can't be."""
+        if one in self.seen:
+            return True
+        self.seen.add(one)
         kept = one.kept()
-        tensor = one.available() if kept is None else None
         if kept is not None:
-            there.append(kept)
-        elif tensor is not None:
-            new.append((one, tensor))
-            cost += one.size
-        elif one.can_compute:
-            waiting += one.inputs()
-            cost += one.price
-        else:
-            return None
-        if cost >= source.size or len(seen) > LONGEST:
-            return None
-    return there + [one.keep(tensor) for one, tensor in new]
+            self.there.append(kept)
+            return True
+        tensor = one.available()
+        if tensor is not None:
+            self.new.append((one, tensor))
+            self.cost += one.size
+            return True
+        self.waiting += one.inputs()
+        self.cost += one.price
+        return one.can_compute
+
+    def costs_too_much(self) -> bool:
+        """Whether the tensor itself is cheaper to keep."""
+        return self.cost >= self.source.size or len(self.seen) > LONGEST
+
+    def carried_out(self) -> list[Kept]:
+        """All that is kept, what was not kept before included."""
+        return self.there + [one.keep(tensor) for one, tensor in self.new]
