@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from petune.core.attached.tuning import tunings
 from petune.core.method.batch import SKIP
+from petune.errors import UnsupportedError
 from petune.training.host import SEAMS
 from petune.training.logits import applies, is_routed, labelled_logits
 from petune.training.own_loss import own_loss
@@ -21,6 +22,7 @@ from petune.training.packing import check_packing, flatten, is_padded, packed
 from petune.training.recompute.forward import watched
 from petune.training.regions import compiled
 from petune.training.swap import forward_as
+from petune.training.tile import tiled
 from petune.training.unpadded import can_be_unpadded, unpadded
 
 
@@ -35,6 +37,7 @@ class Savings:
         packing: rows of a padded batch stand end to end; None where the model can.
         compile: "regions" compiles every block, which recomputes as it is told to by `memory_budget`.
         memory_budget: the share of what compiled blocks would keep that they may keep.
+        tile: MLPs work on so many tokens at a time and are computed again as a whole; for long sequences.
         offload: what is kept for backward waits in the CPU's memory; on CUDA alone, in place of `recompute`.
     """
 
@@ -43,6 +46,7 @@ class Savings:
     packing: bool | None = None
     compile: Literal["regions"] | None = None
     memory_budget: float | None = None
+    tile: int | None = None
     offload: bool = False
 
 
@@ -59,15 +63,20 @@ def lean(model: nn.Module, **savings: Any) -> Iterator[None]:
 
     Raises:
         TypeError: a saving has no such name.
+        UnsupportedError: it stands within `route`.
         PetuneError: one was asked for by name that this model can't have.
         MovedError: torch or transformers have moved something that petune leans on.
     """
     SEAMS.require()
     inner = _inner(model)
     given = Savings(**savings)
+    if is_routed(inner):
+        raise UnsupportedError("lean() within route(): enter lean() first.")
     with ExitStack() as stack:
         if given.compile:
             stack.enter_context(compiled(inner, given.memory_budget))
+        if given.tile:
+            stack.enter_context(tiled(inner, given.tile))
         forward = LeanForward(inner, given)
         stack.callback(forward.stop)
         stack.enter_context(forward_as(inner, forward.wrapped()))

@@ -66,6 +66,10 @@ class Training(Strict):
         default=None,
         description="rows end to end instead of padding; where the model can unless given",
     )
+    tile: Count | None = Field(
+        default=None,
+        description="MLPs work on so many tokens at a time, for long rows: 512",
+    )
     offload: bool = Field(
         default=False,
         description="what is kept for backward waits in the CPU's memory; CUDA only",
@@ -116,6 +120,10 @@ class Training(Strict):
         if self.memory_budget is not None and not self.compile:
             raise ValueError(
                 "training.memory_budget is the compiler's: add training.compile=regions"
+            )
+        if self.compile and self.tile:
+            raise ValueError(
+                "training.compile excludes tile: training.memory_budget does its work"
             )
         if self.compile and self.gradient_checkpointing:
             raise ValueError(

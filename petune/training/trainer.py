@@ -105,6 +105,7 @@ class AdapterTrainer(ResumesWithoutWeights, Trainer):
             "packing": t.packing if ours or t.packing else False,
             "compile": t.compile,
             "memory_budget": t.memory_budget,
+            "tile": t.tile,
             "offload": t.offload,
         }
 
