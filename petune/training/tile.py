@@ -66,12 +66,9 @@ class Tiles:
         self.inner = base_forward(mlp)
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        short = x.dim() != 3 or x[..., 0].numel() <= self.size
-        if short or args or kwargs or not torch.is_grad_enabled() or self._by_row():
+        if args or kwargs or not self._is_worth_it(x) or self._by_row():
             return self.inner(x, *args, **kwargs)
         trained = [p for p in self.mlp.parameters() if p.requires_grad]
-        if not x.requires_grad and not trained:
-            return self.inner(x)
 
         def sliced(run: Run, whole: Tensor) -> Tensor:
             flat = whole.flatten(0, 1)[None]  # (1, tokens, width)
@@ -80,6 +77,11 @@ class Tiles:
 
         # a slice runs again in backward as its own forward ran it
         return Remembering(sliced)(self.inner, x)
+
+    def _is_worth_it(self, x: Tensor) -> bool:
+        """Whether backward would keep something, of more tokens than a slice has."""
+        long = x.dim() == 3 and x[..., 0].numel() > self.size
+        return long and torch.is_grad_enabled()
 
     def _by_row(self) -> bool:
         """Whether an adapter inside needs to see rows as they are."""
@@ -135,7 +137,6 @@ def _plus(total: Tensor | None, more: Tensor | None) -> Tensor | None:
     return total.add_(more)
 
 
-@torch.no_grad()
 def _maps_each_token(mlp: Any) -> bool:
     """Whether a module gives a tensor, and the same for tokens together and apart, as a trial shows."""
     inside = [module for _, module in walk(mlp)]
@@ -147,14 +148,19 @@ def _maps_each_token(mlp: Any) -> bool:
     width, _ = features(first) or (0, 0)
     device = next(mlp.parameters()).device
     x = torch.linspace(-1, 1, 4 * width, device=device).sin().view(1, 4, width)
-    x = x.to(compute_dtype(first))
-    forward = base_forward(mlp)
     with evaluating(mlp):
         try:
-            whole = forward(x)
-            apart = torch.cat([forward(piece) for piece in torch.split(x, 2, 1)], 1)
+            return _is_same_apart(base_forward(mlp), x.to(compute_dtype(first)))
         except Exception:  # it takes something else, or more
             return False
-    return isinstance(whole, Tensor) and whole.shape == x.shape and torch.allclose(
-        whole, apart, rtol=1e-2, atol=1e-3 * float(whole.abs().max())
-    )  # fmt: skip
+
+
+@torch.no_grad()
+def _is_same_apart(forward: Run, x: Tensor) -> bool:
+    """Whether a map gives the same for the tokens (1, 4, width) together and two by two."""
+    whole = forward(x)
+    if not isinstance(whole, Tensor) or whole.shape != x.shape:
+        return False
+    apart = torch.cat([forward(piece) for piece in torch.split(x, 2, 1)], 1)
+    largest = float(whole.abs().max())
+    return torch.allclose(whole, apart, rtol=1e-2, atol=1e-3 * largest)
