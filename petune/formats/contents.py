@@ -10,13 +10,13 @@ from torch import Tensor
 
 from petune.core.frozen.site import Site
 from petune.formats.base import Base
-from petune.formats.experts import by_parameter
 from petune.formats.names import (
     WHOLE_KEY,
     in_model,
     input_embedding,
     is_wrapped,
 )
+from petune.formats.parameters import by_parameter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

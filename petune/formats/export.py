@@ -13,7 +13,6 @@ from petune.errors import PetuneWarning, UnsupportedError
 from petune.formats.advice import instead
 from petune.formats.base import Base
 from petune.formats.choice import twins_of
-from petune.formats.experts import wrapped_names
 from petune.formats.layouts import LAYOUTS, Surroundings
 from petune.formats.names import (
     BASE_LAYER,
@@ -26,6 +25,7 @@ from petune.formats.names import (
     short_names,
 )
 from petune.formats.options import check_same, listed_roles, options_of, ranks_of
+from petune.formats.parameters import wrapped_names
 from petune.formats.shapes import block_options
 from petune.formats.tokens import check_reached, token_option
 from petune.formats.whole import WHOLES
