@@ -198,6 +198,8 @@ def test_tokens_without_another_method(target, tmp_path):
         ("mixtral", {"target_parameters": [GATE_UP, DOWN], "rank_pattern": {DOWN: 2}}),
         ("gpt-oss", {"target_parameters": [GATE_UP, DOWN], "use_rslora": True}),
         ("llama", {"target_parameters": ["v_proj.weight"]}),
+        # to PEFT also the experts and the routers, which are parameters
+        ("mixtral", {"target_modules": "all-linear", "use_rslora": True}),
     ],
 )
 def test_parameters_of_experts(family, options, tmp_path):
@@ -369,7 +371,7 @@ def test_a_head_trained_along_comes_back(tmp_path):
         (
             "gpt-oss",
             lambda: _lora("gpt-oss", target_parameters=[f"{GATE_UP}_bias"]),
-            "target_parameters lists .*gate_up_proj_bias, which is no parameter of",
+            "target_parameters lists .*gate_up_proj_bias, which is neither a weight",
         ),
         (
             "bart",
@@ -427,6 +429,27 @@ def test_dropouts_of_peft_that_training_goes_on_without_are_said(tmp_path):
     peft.get_peft_model(tiny_model("llama"), config).save_pretrained(tmp_path)
     with pytest.warns(PetuneWarning, match=r"without PEFT's rank_dropout=0\.2"):
         petune.load(tiny_model("llama"), tmp_path)
+
+
+def test_a_router_that_peft_adapts_trains_in_a_copy_which_is_said(tmp_path):
+    config = _lora("mixtral", target_parameters=["mlp.gate.weight"])
+    peft.get_peft_model(_model("mixtral"), config).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    shake(tensors.values())
+    save_file(tensors, tmp_path / WEIGHTS)
+    model = _model("mixtral")
+    with pytest.warns(
+        PetuneWarning, match=r"0\.mlp\.gate\.weight and 1 more trains in a"
+    ):
+        petune.load(model, tmp_path)
+    routers = [key for key in tensors if "mlp.gate" in key]
+    for wrong in ({}, dict.fromkeys(routers, torch.ones(3, 5))):
+        left = {key: t for key, t in tensors.items() if key not in routers}
+        save_file(left | {k: t.clone() for k, t in wrong.items()}, tmp_path / WEIGHTS)
+        model = _model("mixtral")
+        with pytest.raises(petune.PetuneError, match="does not fit this model"):
+            petune.load(model, tmp_path)
+        assert petune.tunings(model) == {}
 
 
 def test_experts_have_no_dropout_in_peft(tmp_path):
