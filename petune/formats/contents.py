@@ -15,6 +15,7 @@ from petune.formats.names import (
     in_model,
     input_embedding,
     is_wrapped,
+    outermost,
 )
 from petune.formats.parameters import by_parameter
 
@@ -221,15 +222,5 @@ def _modules(keys: Iterable[str], ends: tuple[str, ...], base: Base) -> list[str
     """The modules with names of such ends that hold parameters of the base among these. PEFT's configuration lists the
     ends of the names of heads that there might be, of which the model need not have all.
     """
-    found = {_shortest_path(key, ends) for key in keys if key in base.parameters}
+    found = {outermost(key, ends) for key in keys if key in base.parameters}
     return sorted(found - {""})
-
-
-def _shortest_path(key: str, ends: tuple[str, ...]) -> str:
-    """The outermost module in a tensor's name whose own name ends so; empty where none does."""
-    words = key.split(".")
-    for count in range(1, len(words)):
-        path = ".".join(words[:count])
-        if path.endswith(ends):
-            return path
-    return ""
