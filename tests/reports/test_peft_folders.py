@@ -34,7 +34,7 @@ BUILT = {
     "gpt-oss": ("GptOss", EXPERTS),
 }
 """Families that have no tiny model: the start of their classes' names, and what their configurations say besides."""
-TASKS = {"bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
+TASKS = {"bert": "SEQ_CLS", "roberta": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
 
 
 def _model(family):
@@ -311,6 +311,39 @@ def test_methods_of_peft_alone(kind, options, tmp_path):
     assert tuning.method == f"peft:{kind.lower()}"
 
 
+@pytest.mark.parametrize(
+    ("family", "target", "options"),
+    [
+        ("gpt2", "wpe", {}),
+        ("bert", "position_embeddings", {"alpha_pattern": {"position_embeddings": 9}}),
+        ("t5", "relative_attention_bias", {}),
+        ("bert", "classifier", {"bias": "all"}),
+        ("roberta", "classifier.out_proj", {"use_rslora": True}),
+    ],
+)
+def test_lora_where_petune_has_no_hook_point_comes_as_a_copy(
+    family, target, options, tmp_path
+):
+    layer = {"gpt2": "c_attn", "t5": "q"}.get(family, "query")
+    config = peft.LoraConfig(r=3, target_modules=[layer, target], **options)
+    _both_ways(family, config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("where", "train"), [("q", ["classifier.out_proj"]), ("q other", []), ("other", [])]
+)
+def test_parts_of_a_head(where, train, tmp_path):
+    """PEFT saves a classifier's head whole, whatever it adapts inside."""
+    ours, again = tiny_model("roberta"), tiny_model("roberta")
+    tuning = petune.attach(ours, "lora", where=where, train=train)
+    shake(tuning.parameters())
+    expected = _logits(ours, "roberta")
+    tuning.save(tmp_path, format="peft")
+    close(_loaded_by_peft("roberta", tmp_path), expected)
+    petune.load(again, tmp_path)
+    close(_logits(again, "roberta"), expected)
+
+
 def test_a_head_trained_along_comes_back(tmp_path):
     ours, again = tiny_model("bert"), tiny_model("bert")
     tuning = petune.attach(ours, "lora", train=["classifier"])
@@ -377,11 +410,6 @@ def test_a_head_trained_along_comes_back(tmp_path):
             "bart",
             lambda: peft.TrainableTokensConfig(token_indices=TOKENS),
             "at model.shared, which no forward of this model calls",
-        ),
-        (
-            "bert",
-            lambda: peft.LoraConfig(target_modules=["query", "classifier"]),
-            "adapts classifier, a head, which petune trains whole alone",
         ),
         (
             "llama",
