@@ -22,12 +22,12 @@ from petune.formats.names import (
     TASK_HEADS,
     WHOLE_KEY,
     input_embedding,
-    outermost,
     short_names,
 )
 from petune.formats.options import check_same, listed_roles, options_of, ranks_of
 from petune.formats.parameters import wrapped_names
 from petune.formats.shapes import block_options
+from petune.formats.tasks import modules_to_save, task_of
 from petune.formats.tokens import check_reached, token_option
 from petune.formats.whole import WHOLES
 
@@ -43,15 +43,6 @@ if TYPE_CHECKING:
 
 Described = tuple[dict[str, Tensor], dict[str, Any]]
 """(tensors by PEFT's names, what its configuration says)."""
-TASKS = {
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-}
-"""How the name of a model's class ends -> PEFT's name of the task."""
 
 
 def export(tuning: Tuning) -> Described:
@@ -98,7 +89,7 @@ def describe(tuning: Tuning, part: Part, twin: PeftTwin) -> Described:
     check_same(links, twin, config)
     _say_cautions(twin, config)
     config |= ranks_of(links, plain, twin, config) | block_options(links, twin)
-    config["modules_to_save"] = _modules_to_save(tuning, config["task_type"])
+    config["modules_to_save"] = modules_to_save(tuning, config["task_type"])
     tensors = _head_tensors(tuning, twin)
     if twin.whole:
         sites = [link.site for link in links]
@@ -209,7 +200,7 @@ def _general_options(tuning: Tuning, twin: PeftTwin) -> dict[str, Any]:
     """What PEFT's configuration says besides the arguments of the method."""
     options = {
         "peft_type": twin.kind,
-        "task_type": _task_of(tuning),
+        "task_type": task_of(tuning, twin),
         "inference_mode": True,
         "base_model_name_or_path": getattr(tuning.model.config, "name_or_path", None),
     }
@@ -218,17 +209,6 @@ def _general_options(tuning: Tuning, twin: PeftTwin) -> dict[str, Any]:
         | {key: allowed[0] for key, allowed in twin.neutral.items()}
         | {**twin.training}
     )
-
-
-def _task_of(tuning: Tuning) -> str | None:
-    """PEFT's name of the model's task; None where a layer inside its head is adapted, since PEFT trains it whole."""
-    model = tuning.model
-    cls = getattr(type(model), "petune_base", type(model)).__name__
-    task = next((task for end, task in TASKS.items() if cls.endswith(end)), None)
-    ends = TASK_HEADS.get(task or "", ())
-    adapted = [link.site.name for link in adapter_links(tuning)]
-    is_inside = ends and any(outermost(name, ends) for name in adapted)
-    return None if is_inside else task
 
 
 def _head_tensors(tuning: Tuning, twin: PeftTwin) -> dict[str, Tensor]:
@@ -242,13 +222,6 @@ def _head_tensors(tuning: Tuning, twin: PeftTwin) -> dict[str, Tensor]:
         if link.site.kind == "module"
         for key, tensor in link.adapter.state_dict().items()
     }
-
-
-def _modules_to_save(tuning: Tuning, task: str | None) -> list[str] | None:
-    """The modules that were trained whole, but for those inside a head that PEFT saves for this task anyway."""
-    ends = TASK_HEADS.get(task or "", ())
-    around = {head: outermost(f"{head}.weight", ends) for head in tuning.heads}
-    return [h for h in tuning.heads if not ends or around[h] in ("", h)] or None
 
 
 def _untrained_heads(
