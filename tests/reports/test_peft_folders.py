@@ -1,5 +1,6 @@
 """PEFT's folders that hold more than a method's own tensors, both ways, beside PEFT's own logits."""
 
+import copy
 import json
 
 import peft
@@ -342,6 +343,22 @@ def test_parts_of_a_head(where, train, tmp_path):
     close(_loaded_by_peft("roberta", tmp_path), expected)
     petune.load(again, tmp_path)
     close(_logits(again, "roberta"), expected)
+
+
+def test_tokens_of_a_model_that_classifies_them(tmp_path):
+    config = transformers.LlamaConfig(**SIZE)
+    torch.manual_seed(0)
+    model = transformers.LlamaForTokenClassification(config).eval()
+    fresh = copy.deepcopy(model)
+    tuning = petune.attach(model, "trainable-tokens", ids=TOKENS, train=[])
+    shake(tuning.parameters())
+    tuning.save(tmp_path, format="peft")
+    theirs = peft.PeftModel.from_pretrained(fresh, tmp_path).eval()
+    close(_logits(theirs, "llama"), _logits(model, "llama"))
+    tuning.detach()
+    tuning = petune.attach(model, "trainable-tokens", ids=TOKENS, train=["score"])
+    with pytest.raises(petune.UnsupportedError, match="keeps no head beside"):
+        tuning.save(tmp_path / "head", format="peft")
 
 
 def test_a_head_trained_along_comes_back(tmp_path):
