@@ -46,6 +46,7 @@ def load(model: PreTrainedModel, folder: Path, name: str) -> Tuning:
 def _loaded(model: PreTrainedModel, folder: Path, name: str) -> Tuning:
     config, saved = read_folder(folder)
     twins = twins_for(config, folder)
+    config = {**next(iter(twins.values())).defaults, **config}
     for twin in twins.values():
         check_submodules(model, twin, config.get("num_transformer_submodules"))
         _say_dropouts(config, twin, folder)

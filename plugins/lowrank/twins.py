@@ -42,6 +42,7 @@ LORA = petune.PeftTwin(
         "alora_invocation_tokens": (None,),
         **VARIANTS,
     },
+    defaults={"lora_alpha": 8},
     starts={"pissa": "exact-pissa", "olora": "olora"},
     ranked="A",
     layouts={"A": "ranks", "B": "ranks last"},
@@ -87,6 +88,7 @@ ADALORA = petune.PeftTwin(
         "trainable_token_indices": (None,),
     },
     layouts={"e": "column"},
+    defaults={"lora_alpha": 8},
     cut={"Q": 0, "e": 0, "P": 1},
     unsaid=("warmup", "cooldown", "betas"),
     training={"total_step": 1},
@@ -107,6 +109,7 @@ LOHA = petune.PeftTwin(
         "B2": "hada_w2_a",
         "A2": "hada_w2_b",
     },
+    defaults={"alpha": 8},
     ranked="A1",
 )
 LOKR = petune.PeftTwin(
@@ -125,5 +128,6 @@ LOKR = petune.PeftTwin(
         "A": "lokr_w2_b",
         "BA": "lokr_w2",
     },
+    defaults={"alpha": 8, "decompose_factor": -1},
     ranked="A",
 )

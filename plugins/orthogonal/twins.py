@@ -18,6 +18,7 @@ OFT = petune.PeftTwin(
         # of 1 and 3 terms PEFT makes something else
         "num_cayley_neumann_terms": (2, *range(4, 33)),
     },
+    defaults={"use_cayley_neumann": True},
     blocks={"free": "r"},
     reasons={
         "num_cayley_neumann_terms": "PEFT makes of 3 terms what 4 are, so that 4 says the same, and of 1 the base "

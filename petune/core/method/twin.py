@@ -42,6 +42,7 @@ class PeftTwin:
         blocks: our tensor of square blocks -> PEFT's option for their number, which may stand in place of that for
             their size, our `block`. Both, and our `factors`, are read off the tensor's shape.
         tables: our argument with which a head has rows of its own, where PEFT may hold some beside the embedding's.
+        defaults: PEFT's option -> what it stands for in a folder that leaves it out, where that is not our default.
         starts: a value of PEFT's `init_lora_weights` -> of our `init`, where PEFT takes the start out of the base's
             weights again when it loads: our tensors `A0` and `B0`.
         cautions: PEFT's option -> a value and what is said where it is written, since PEFT does not read it everywhere.
@@ -66,6 +67,7 @@ class PeftTwin:
     reasons: Mapping[str, str] = field(default_factory=dict)
     stacked: str = ""
     tables: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     starts: Mapping[str, str] = field(default_factory=dict)
     cautions: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     blocks: Mapping[str, str] = field(default_factory=dict)
