@@ -35,6 +35,7 @@ BUILT = {
     "gpt-oss": ("GptOss", EXPERTS),
 }
 """Families that have no tiny model: the start of their classes' names, and what their configurations say besides."""
+ALWAYS = ("peft_type", "task_type", "target_modules")
 TASKS = {"bert": "SEQ_CLS", "roberta": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
 
 
@@ -247,6 +248,29 @@ def test_what_sites_may_differ_in(kind, options, tmp_path):
     make = getattr(peft, f"{kind}Config")
     config = make(target_modules=["q_proj", "down_proj"], **options)
     _both_ways("llama", config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "kept"),
+    [
+        ("Lora", ("r",)),
+        ("LoHa", ("r",)),
+        ("LoKr", ("r",)),
+        ("OFT", ("oft_block_size",)),
+    ],
+)
+def test_what_a_configuration_leaves_out_is_pefts_default(kind, kept, tmp_path):
+    make = getattr(peft, f"{kind}Config")
+    options = dict.fromkeys(kept, 4)
+    config = make(target_modules=["q_proj"], task_type="CAUSAL_LM", **options)
+    expected = _saved_by_peft("llama", config, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    short = {key: json.loads(file.read_text())[key] for key in (*kept, *ALWAYS)}
+    file.write_text(json.dumps(short))
+    close(_loaded_by_peft("llama", tmp_path), expected)
+    ours = tiny_model("llama")
+    petune.load(ours, tmp_path)
+    close(_logits(ours, "llama"), expected)
 
 
 def test_coft_trains_within_its_bound():
