@@ -24,7 +24,8 @@ above. Their arguments are the fields of PEFT's configuration (`petune methods -
 take the place of `target_modules` and `modules_to_save`). What acts on the whole model (prompts), asks for more than a
 layer's input, mixes the rows of a batch (Lily) or wants an nn.Linear and nothing else (GLoRA) is refused with the
 reason. `peft:adalora` trains without its rank schedule, which PEFT leaves to the training loop. PEFT's folders save and
-load, but for methods whose layers share tensors. Not traced by `torch.compile(fullgraph=True)`: frod, shira, waveft.
+load, but for frod and unilora, whose layers read tensors that none of them holds. Not traced by
+`torch.compile(fullgraph=True)`: frod, shira, waveft.
 
 [How near petune's own are to PEFT's](parity.md), with the number of lines of both.
 """

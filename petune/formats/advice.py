@@ -7,6 +7,9 @@ from typing import Any
 
 from petune.core.attached.parts import Part
 
+MERGE_THERE = "merge it in PEFT (merge_and_unload) and load that model"
+"""What is possible where a folder of PEFT's can't be loaded."""
+
 
 def instead(parts: Iterable[Part]) -> str:
     """What is possible: petune's own format always, a merge where all the methods have a merged form."""

@@ -5,13 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from petune.core.frozen.modules import inside, walk
+
 
 class Base:
     """The base model's own parameters, by name; those that are tied under each of their names."""
 
     def __init__(self, model: nn.Module) -> None:
-        named = model.named_parameters(remove_duplicate=False)
-        self.parameters: dict[str, Tensor] = dict(named)
+        self.parameters: dict[str, Tensor] = {
+            inside(name, key): parameter
+            for name, module in walk(model)
+            for key, parameter in module.named_parameters(recurse=False)
+        }
 
     def has(self, key: str, tensor: Tensor) -> bool:
         """Whether a tensor only repeats the base's: PEFT adds these where a head or an embedding is adapted."""

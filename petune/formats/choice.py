@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from petune.core.method.twin import PeftTwin
 from petune.core.registry.methods import methods
 from petune.errors import UnsupportedError, listed
-from petune.formats.advice import instead
+from petune.formats.advice import MERGE_THERE, instead
 from petune.formats.names import CONFIG
 
 if TYPE_CHECKING:
@@ -97,10 +97,8 @@ def _main_twin(
         option = _foreign_option(config, twin, beside)
         if option is None:
             return name, twin
-        why = twin.reasons.get(option)
-        refusals.append(
-            f"{option}={config[option]!r}" + (f": {why}" if why else "") + "."
-        )
+        why = twin.reasons.get(option, f"it computes something else; {MERGE_THERE}")
+        refusals.append(f"{option}={config[option]!r}: {why}.")
     said = f"{folder / CONFIG}: no method here is PEFT's {kind}"
     if refusals:
         raise UnsupportedError(f"{said} with {refusals[0]}")

@@ -15,7 +15,9 @@ from petune.formats.names import (
     in_model,
     input_embedding,
     is_wrapped,
+    outermost,
 )
+from petune.formats.parameters import by_parameter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,6 +86,7 @@ def sort_contents(
         config: PEFT's configuration.
     """
     base, listed = Base(model), config.get("modules_to_save") or ()
+    saved = by_parameter(saved, model, sites, config)
     named = {in_model(key): t for key, t in saved.items() if not is_wrapped(key)}
     heads = _modules(named, tuple(listed), base)
     kept = tuple(f"{head}." for head in heads)
@@ -151,9 +154,10 @@ def _owners(
 def _beside(
     keys: Iterable[str], twin: PeftTwin, sites: Sites, table: Mapping[str, str]
 ) -> Owners:
-    """Of a method that PEFT has as an option of others, at the sites that petune has."""
+    """Of a method that PEFT has as an option of others, at the sites that petune has; a head trains whole."""
     found = _owners_by_ending(keys, [*(twin.tensors or {}).items()], table)
-    return {key: owner for key, owner in found.items() if owner[0] in sites}
+    adapted = {name for name, site in sites.items() if site.kind != "module"}
+    return {key: owner for key, owner in found.items() if owner[0] in adapted}
 
 
 def _owners_by_ending(
@@ -178,14 +182,32 @@ def _owners_by_ending(
 
 
 def _owners_by_site(keys: Iterable[str], sites: Sites) -> Owners:
-    """Of a method whose tensors have PEFT's own names: whatever lies below a linear layer belongs to it."""
+    """Of a method whose tensors have PEFT's own names: whatever lies below a linear layer belongs to it. What belongs
+    to the model as a whole, PEFT may save at each layer too; here the first layer that is adapted has it.
+    """
+    tops = {name.partition(".")[0] for name in sites}
+    listed = list(keys)
+    common = [key for key in listed if key.partition(".")[0] not in tops]
     linear = [name for name, site in sites.items() if site.kind == "linear"]
     found = {}
-    for key in keys:
-        for name in linear:
-            if key.startswith(f"{name}."):
-                found[key] = name, key.removeprefix(f"{name}.")
+    for name in linear:
+        for key in _below(name, listed):
+            inside = key.removeprefix(f"{name}.")
+            found[key] = name, _slashed(inside, common)
+    if found:
+        first, _ = next(iter(found.values()))
+        found |= {key: (first, _slashed(key, common)) for key in common}
     return found
+
+
+def _below(module: str, keys: Iterable[str]) -> list[str]:
+    """The tensors that lie below a module."""
+    return [key for key in keys if key.startswith(f"{module}.")]
+
+
+def _slashed(name: str, common: Sequence[str]) -> str:
+    """A tensor's name in petune, where those that belong to the model as a whole begin with `/`."""
+    return f"/{name}" if name in common else name
 
 
 def _embedding_site(model: PreTrainedModel, sites: Sites) -> dict[str, str]:
@@ -200,15 +222,5 @@ def _modules(keys: Iterable[str], ends: tuple[str, ...], base: Base) -> list[str
     """The modules with names of such ends that hold parameters of the base among these. PEFT's configuration lists the
     ends of the names of heads that there might be, of which the model need not have all.
     """
-    found = {_shortest_path(key, ends) for key in keys if key in base.parameters}
+    found = {outermost(key, ends) for key in keys if key in base.parameters}
     return sorted(found - {""})
-
-
-def _shortest_path(key: str, ends: tuple[str, ...]) -> str:
-    """The outermost module in a tensor's name whose own name ends so; empty where none does."""
-    words = key.split(".")
-    for count in range(1, len(words)):
-        path = ".".join(words[:count])
-        if path.endswith(ends):
-            return path
-    return ""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from petune.core.frozen.modules import walk
-from petune.errors import UnsupportedError
+from petune.errors import PetuneWarning, UnsupportedError
 from petune.formats.advice import instead
 from petune.formats.base import Base
 from petune.formats.choice import twins_of
@@ -23,6 +25,10 @@ from petune.formats.names import (
     short_names,
 )
 from petune.formats.options import check_same, listed_roles, options_of, ranks_of
+from petune.formats.parameters import wrapped_names
+from petune.formats.shapes import block_options
+from petune.formats.tasks import modules_to_save, task_of
+from petune.formats.tokens import check_reached, token_option
 from petune.formats.whole import WHOLES
 
 if TYPE_CHECKING:
@@ -31,20 +37,12 @@ if TYPE_CHECKING:
     from petune.core.attached.parts import Part
     from petune.core.attached.tuning import Tuning
     from petune.core.forward.link import Link
+    from petune.core.frozen.site import Site
     from petune.core.method.twin import PeftTwin
     from petune.formats.layouts import TensorsBySite
 
 Described = tuple[dict[str, Tensor], dict[str, Any]]
 """(tensors by PEFT's names, what its configuration says)."""
-TASKS = {
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-}
-"""How the name of a model's class ends -> PEFT's name of the task."""
 
 
 def export(tuning: Tuning) -> Described:
@@ -80,12 +78,18 @@ def describe(tuning: Tuning, part: Part, twin: PeftTwin) -> Described:
     fused projection PEFT would not read it: the slices go under the names of their sites, the weight is left out.
     """
     links = _own_links(tuning, part)
-    _check_layers(links, part)
-    plain = {link.site.name: dict(link.adapter.plain()) for link in links}
+    _check_layers(links, part, twin)
+    if twin.tables:
+        check_reached(tuning.model, [link.site for link in links])
+    plain = {
+        link.site.name: {**link.adapter.plain(), **link.adapter.drawn()}
+        for link in links
+    }
     config = _general_options(tuning, twin) | options_of(part, twin)
     check_same(links, twin, config)
-    config |= ranks_of(links, plain, twin, config)
-    config["modules_to_save"] = list(tuning.heads) or None
+    _say_cautions(twin, config)
+    config |= ranks_of(links, plain, twin, config) | block_options(links, twin)
+    config["modules_to_save"] = modules_to_save(tuning, config["task_type"])
     tensors = _head_tensors(tuning, twin)
     if twin.whole:
         sites = [link.site for link in links]
@@ -93,14 +97,28 @@ def describe(tuning: Tuning, part: Part, twin: PeftTwin) -> Described:
     else:
         listed = _listed(part, twin, links)
         found = _site_tensors(tuning.model, links, plain, twin, listed)
-        tensors |= {
-            f"{PREFIX}{module}.{theirs}": t for (module, theirs), t in found.items()
-        }
+        tensors |= {_key(*names): t for names, t in found.items()}
         config |= dict.fromkeys(twin.roles, short_names(tuning.model, listed))
-        config["target_modules"] = short_names(
-            tuning.model, {module for module, _ in found}
-        )
+        stacked = _stacked(links)
+        modules = {module for module, theirs in found if theirs[0] != "/"}
+        modules -= {*wrapped_names(stacked).values()}
+        config["target_modules"] = short_names(tuning.model, modules)
+        config |= _parameters(stacked, twin, config)
     return _on_cpu(tensors), config
+
+
+def _say_cautions(twin: PeftTwin, config: Mapping[str, Any]) -> None:
+    """One line for each option of whose value PEFT makes something else in some places."""
+    for option, (value, what) in twin.cautions.items():
+        if config[option] == value:
+            warnings.warn(f"{option}={value}: {what}.", PetuneWarning, stacklevel=6)
+
+
+def _key(module: str, theirs: str) -> str:
+    """The name of a tensor in a folder, by its module's and by its own inside; `/` is the model as a whole."""
+    if theirs.startswith("/"):
+        return OUTER + theirs.removeprefix("/")
+    return f"{PREFIX}{module}.{theirs}"
 
 
 def _listed(part: Part, twin: PeftTwin, links: list[Link]) -> set[str]:
@@ -122,17 +140,37 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
 
 
-def _check_layers(links: list[Link], part: Part) -> None:
+def _check_layers(links: list[Link], part: Part, twin: PeftTwin) -> None:
     """See that every site is a layer, to which PEFT's names belong.
 
     Raises:
-        UnsupportedError: one is a parameter that holds the weights of all experts.
+        UnsupportedError: one is a parameter that holds the weights of all experts, which PEFT's method can't adapt.
     """
-    for link in links:
-        if link.site.kind == "experts":
+    for site in _stacked(links):
+        if not twin.stacked:
             raise UnsupportedError(
-                f"{link.site.name}: PEFT's format has no layer for stacked experts; {instead([part])}."
+                f"{site.name}: PEFT's format has no layer for stacked experts; {instead([part])}."
             )
+
+
+def _stacked(links: Iterable[Link]) -> list[Site]:
+    """The sites that are stacked experts."""
+    return [link.site for link in links if link.site.kind == "experts"]
+
+
+def _parameters(
+    stacked: Iterable[Site], twin: PeftTwin, config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The option that lists the parameters of stacked experts, with which PEFT takes no dropout."""
+    names = [site.name for site in stacked]
+    if not names:
+        return {}
+    if config.get("lora_dropout"):
+        what = f"PEFT's {twin.stacked} goes without the dropout of {config['lora_dropout']}"
+        warnings.warn(
+            f"{what}, which further training had.", PetuneWarning, stacklevel=6
+        )
+    return {twin.stacked: names, "lora_dropout": 0.0}
 
 
 def _beside(tuning: Tuning, part: Part, twin: PeftTwin, adapted: set[str]) -> Described:
@@ -142,6 +180,8 @@ def _beside(tuning: Tuning, part: Part, twin: PeftTwin, adapted: set[str]) -> De
         adapted: the modules that the other one acts on, around which PEFT puts a layer of its own.
     """
     links = [link for link in adapter_links(tuning) if link.method == part.name]
+    if twin.tables:
+        check_reached(tuning.model, [link.site for link in links])
     plain = {link.site.name: dict(link.adapter.plain()) for link in links}
     found = _site_tensors(tuning.model, links, plain, twin, set())
     tensors = {}
@@ -149,15 +189,18 @@ def _beside(tuning: Tuning, part: Part, twin: PeftTwin, adapted: set[str]) -> De
         around = BASE_LAYER if module in adapted else "."
         inside = BESIDE.get(twin.beside, around)
         tensors[f"{PREFIX}{module}{inside}{theirs}"] = tensor
-    said = options_of(part, twin)
-    return tensors, {twin.beside: next(iter(said.values()), "all")}
+    options_of(part, twin, beside=True)  # which refuses what has no place there
+    if not twin.tables:
+        return tensors, {twin.beside: "all"}
+    modules = [module for module, _ in found]
+    return tensors, {twin.beside: token_option(tuning.model, links, modules)}
 
 
 def _general_options(tuning: Tuning, twin: PeftTwin) -> dict[str, Any]:
     """What PEFT's configuration says besides the arguments of the method."""
     options = {
         "peft_type": twin.kind,
-        "task_type": _task_of(tuning.model),
+        "task_type": task_of(tuning, twin),
         "inference_mode": True,
         "base_model_name_or_path": getattr(tuning.model.config, "name_or_path", None),
     }
@@ -166,11 +209,6 @@ def _general_options(tuning: Tuning, twin: PeftTwin) -> dict[str, Any]:
         | {key: allowed[0] for key, allowed in twin.neutral.items()}
         | {**twin.training}
     )
-
-
-def _task_of(model: PreTrainedModel) -> str | None:
-    cls = getattr(type(model), "petune_base", type(model)).__name__
-    return next((task for end, task in TASKS.items() if cls.endswith(end)), None)
 
 
 def _head_tensors(tuning: Tuning, twin: PeftTwin) -> dict[str, Tensor]:
@@ -211,10 +249,11 @@ def _site_tensors(
 ) -> dict[tuple[str, str], Tensor]:
     """The method's tensors by (module, PEFT's name inside it). One that several sites share comes once."""
     found, seen = {}, set()
+    layers = wrapped_names(_stacked(links))
     for link in links:
         site, own = link.site, plain[link.site.name]
         around = Surroundings(site, site.name in listed, own)
-        module = input_embedding(model) if site.kind == "embedding" else site.name
+        module = layers.get(site.name) or _module_of(model, site, twin)
         for name, tensor in own.items():
             if id(tensor) not in seen:
                 seen.add(id(tensor))
@@ -223,6 +262,14 @@ def _site_tensors(
                     tensor, twin.layouts.get(name), around
                 )
     return found
+
+
+def _module_of(model: PreTrainedModel, site: Site, twin: PeftTwin) -> str:
+    """The module whose layer of PEFT's holds the site's tensors: what PEFT's option trains of an embedding, it keeps
+    at the input embedding, of which a model may have several modules.
+    """
+    one_for_all = site.kind == "embedding" and not twin.embedding
+    return input_embedding(model) if one_for_all else site.name
 
 
 def _laid_out(ours: Tensor, layout: str | None, around: Surroundings) -> Tensor:

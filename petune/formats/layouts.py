@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import isqrt
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from petune.core.frozen.modules import base_class
 from petune.errors import UnsupportedError
+from petune.formats.shapes import side_of
 
 if TYPE_CHECKING:
     from petune.core.frozen.site import Site
@@ -70,8 +70,7 @@ def _write_skew(ours: Tensor, around: Surroundings) -> Tensor:
 
     Shapes: (…, b (b - 1) / 2) -> (…, b, b).
     """
-    entries = ours.shape[-1]
-    block = (1 + isqrt(1 + 8 * entries)) // 2
+    block = side_of(ours.shape[-1])
     row, column = torch.triu_indices(block, block, 1)
     upper = ours.new_zeros(*ours.shape[:-1], block, block)
     upper[..., row, column] = ours
@@ -144,6 +143,26 @@ def _base_bias(around: Surroundings) -> Tensor:
     return bias.detach().float().cpu()
 
 
+def _write_ranks(ours: Tensor, around: Surroundings) -> Tensor:
+    """(experts, rank, in) -> (experts · rank, in)."""
+    return ours.flatten(0, 1) if around.site.experts else ours
+
+
+def _read_ranks(theirs: Tensor, around: Surroundings) -> Tensor:
+    experts, into = around.site.experts, theirs.shape[-1]
+    return theirs.reshape(experts, -1, into) if experts else theirs
+
+
+def _write_ranks_last(ours: Tensor, around: Surroundings) -> Tensor:
+    """(experts, out, rank) -> (out, rank · experts)."""
+    return ours.permute(1, 2, 0).flatten(1) if around.site.experts else ours
+
+
+def _read_ranks_last(theirs: Tensor, around: Surroundings) -> Tensor:
+    experts, out = around.site.experts, len(theirs)
+    return theirs.reshape(out, -1, experts).permute(2, 0, 1) if experts else theirs
+
+
 LAYOUTS = {
     "column": TwoWay(_write_column, _read_column),
     "row or column": TwoWay(_write_vector, _read_vector),
@@ -151,6 +170,9 @@ LAYOUTS = {
     "gain": TwoWay(_write_gain, _read_gain),
     "shift": TwoWay(_write_shift, _read_shift),
     "bias": TwoWay(_write_bias, _read_bias),
+    "ranks": TwoWay(_write_ranks, _read_ranks),
+    "ranks last": TwoWay(_write_ranks_last, _read_ranks_last),
 }
 """`gain`, `shift` and `bias`: ours are relative to the base's weight and bias (`scale`, and what is added), PEFT's
-absolute; with `bias` nothing scales the base's."""
+absolute; with `bias` nothing scales the base's. `ranks` and `ranks last`: PEFT keeps those of all experts in one
+matrix."""

@@ -48,6 +48,18 @@ def is_wrapped(key: str) -> bool:
     return any(map(key.count, WRAPPED))
 
 
+def outermost(key: str, ends: tuple[str, ...]) -> str:
+    """The outermost module in the name of a tensor, or of a module inside it, whose own name ends so; "" where none
+    does.
+    """
+    words = key.split(".")
+    for count in range(1, len(words)):
+        path = ".".join(words[:count])
+        if path.endswith(ends):
+            return path
+    return ""
+
+
 def input_embedding(model: PreTrainedModel) -> str:
     """The name of the table that PEFT takes as the input embedding."""
     table = model.get_input_embeddings()

@@ -20,9 +20,8 @@ if TYPE_CHECKING:
     from petune.core.method.twin import PeftTwin
     from petune.formats.layouts import TensorsBySite
 
-RANK, ALPHA = "r", "lora_alpha"
-PATTERNS = {RANK: "rank_pattern", ALPHA: "alpha_pattern"}
-"""PEFT's option -> the option that lists the exceptions from it, by module."""
+PATTERNS = {"rank": "rank_pattern", "alpha": "alpha_pattern"}
+"""Our argument -> PEFT's option that lists the exceptions from it, by module."""
 
 
 def part_of(tuning: Tuning, method: str) -> Part:
@@ -30,16 +29,21 @@ def part_of(tuning: Tuning, method: str) -> Part:
     return next(part for part in tuning.parts if part.name == method)
 
 
-def options_of(part: Part, twin: PeftTwin) -> dict[str, Any]:
+def options_of(part: Part, twin: PeftTwin, beside: bool = False) -> dict[str, Any]:
     """A method's arguments under PEFT's names.
+
+    Args:
+        beside: it is an option of another method's, which may list tokens for each table.
 
     Raises:
         UnsupportedError: PEFT has no such argument, or not with this value.
     """
     defaults = {key: p.default for key, p in arguments(part.cls).items()}
     said = _names_with_a_place(twin)
+    if beside:
+        said |= {f"{ours}_pattern" for ours in twin.arguments.values() if twin.tables}
     for key, value in part.arguments.items():
-        if key not in said and value != defaults[key]:
+        if key not in said and value != defaults.get(key):
             raise UnsupportedError(
                 f"{part.name!r} with {key}={value!r} has no place in PEFT's format; "
                 f"{instead([part])}."
@@ -57,9 +61,11 @@ def options_of(part: Part, twin: PeftTwin) -> dict[str, Any]:
 
 def _names_with_a_place(twin: PeftTwin) -> set[str]:
     """The arguments of ours that PEFT's format keeps, or that need not be kept."""
-    found = {*twin.arguments.values(), *twin.roles.values(), *twin.unsaid}
+    found = {*twin.arguments.values(), *twin.roles.values(), *twin.unsaid, twin.tables}
     if twin.ranked:
-        found |= {f"{twin.arguments[option]}_pattern" for option in PATTERNS}
+        found |= {*PATTERNS.values()}
+    if twin.blocks:
+        found.add("block_pattern")
     return found
 
 
@@ -96,14 +102,19 @@ def ranks_of(
     if not twin.ranked:
         return {}
     root = math.sqrt if config.get("use_rslora") else float
+    adapters: dict[str, Any] = {link.site.name: link.adapter for link in links}
     ranks: dict[str, float] = {
-        name: len(own[twin.ranked]) for name, own in plain.items()
+        name: own[twin.ranked].shape[-2] if twin.ranked in own else adapters[name].rank
+        for name, own in plain.items()
     }
-    scales: dict[str, Any] = {link.site.name: link.adapter.scale for link in links}
     alphas = {
-        name: _as_written(scales[name] * root(rank)) for name, rank in ranks.items()
+        name: _as_written(adapters[name].scale * root(rank))
+        for name, rank in ranks.items()
     }
-    return _with_exceptions(RANK, ranks) | _with_exceptions(ALPHA, alphas)
+    option = {ours: theirs for theirs, ours in twin.arguments.items()}
+    return _with_exceptions(option["rank"], "rank", ranks) | _with_exceptions(
+        option["alpha"], "alpha", alphas
+    )
 
 
 def _as_written(alpha: float) -> float:
@@ -111,11 +122,13 @@ def _as_written(alpha: float) -> float:
     return int(rounded) if rounded.is_integer() else rounded
 
 
-def _with_exceptions(option: str, values: Mapping[str, float]) -> dict[str, Any]:
+def _with_exceptions(
+    option: str, ours: str, values: Mapping[str, float]
+) -> dict[str, Any]:
     """The most frequent value as the option itself, all others by module."""
     most = Counter(values.values()).most_common(1)[0][0]
     others = {name: value for name, value in values.items() if value != most}
-    return {option: most, PATTERNS[option]: others}
+    return {option: most, PATTERNS[ours]: others}
 
 
 def listed_roles(part: Part, twin: PeftTwin) -> set[str]:
@@ -139,8 +152,6 @@ def arguments_from(
         sites: the model's, by name.
         adapted: the names of the sites that the folder has tensors for.
     """
-    if twin.beside in config and twin.arguments:
-        config = config | dict.fromkeys(twin.arguments, _tokens(config[twin.beside]))
     given = {}
     for theirs, ours in twin.arguments.items():
         if config.get(theirs) is not None:
@@ -149,7 +160,12 @@ def arguments_from(
         listing = config.get(theirs) or ()
         roles = {sites[name].role for name in adapted if is_listed(name, listing)}
         given[ours] = " ".join(sorted(roles))
-    return given | _patterns_from(config, twin, adapted)
+    begun = twin.starts.get(config.get("init_lora_weights", ""))
+    return (
+        given
+        | _patterns_from(config, twin, adapted)
+        | ({"init": begun} if begun else {})
+    )
 
 
 def _patterns_from(
@@ -159,24 +175,6 @@ def _patterns_from(
     if not twin.ranked:
         return {}
     return {
-        f"{twin.arguments[option]}_pattern": exceptions_by_module(
-            config.get(pattern), adapted
-        )
-        for option, pattern in PATTERNS.items()
+        pattern: exceptions_by_module(config.get(pattern), adapted)
+        for pattern in PATTERNS.values()
     }
-
-
-def _tokens(option: Any) -> Any:
-    """The ids of PEFT's option, which may be listed for each table.
-
-    Raises:
-        UnsupportedError: the tables have other ids.
-    """
-    if not isinstance(option, dict):
-        return option
-    first, *others = option.values()
-    if any(ids != first for ids in others):
-        raise UnsupportedError(
-            f"trainable_token_indices={option}: petune trains the same tokens in all tables."
-        )
-    return first

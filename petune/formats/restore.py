@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from petune.errors import UnsupportedError
+from petune.formats.advice import MERGE_THERE
 from petune.formats.base import same
 from petune.formats.export import adapter_links
 from petune.formats.layouts import LAYOUTS, Surroundings
@@ -20,6 +21,7 @@ from petune.formats.whole import WHOLES
 if TYPE_CHECKING:
     from petune.core.attached.tuning import Tuning
     from petune.core.forward.link import Link
+    from petune.core.frozen.site import Site
     from petune.core.method.twin import PeftTwin
     from petune.formats.contents import Contents, Piece
 
@@ -37,11 +39,12 @@ def restore(tuning: Tuning, contents: Contents, folder: Path) -> dict[str, Tenso
         if piece.twin.whole:
             sites = [link.site for link in links]
             one = contents.tensors[WHOLE_KEY]
-            found |= WHOLES[piece.twin.whole].read(tuning.model, one, sites)
+            length = part_of(tuning, piece.method).arguments["length"]
+            found |= WHOLES[piece.twin.whole].read(tuning.model, one, sites, length)
             continue
         own = _site_tensors(tuning, links, contents, piece)
         _fill_cut_ranks(links, own, piece.twin)
-        found |= own
+        found |= own | _starts(links, piece.twin)
     return found
 
 
@@ -58,7 +61,7 @@ def _whole_modules(
         tensor = contents.tensors[key]
         if not key.startswith(copied):
             raise UnsupportedError(
-                f"{folder}: it holds {key}, which neither {tuning.method!r} has nor this model."
+                f"{folder}: it holds {key}, which neither {tuning.method!r} has nor this model; {MERGE_THERE}."
             )
         module, _, parameter = key.rpartition(".")
         name = f"{module}.module.{parameter}"
@@ -89,11 +92,27 @@ def _site_tensors(
     """A method's tensors by the keys of `Tuning.state`."""
     keys = _state_keys(tuning, links)
     found = {}
+    drawn = {link.site.name: link.adapter.drawn() for link in links}
     for site, tensors in _by_site(tuning, links, contents, piece).items():
         for ours, tensor in tensors.items():
+            if ours in drawn.get(site, ()):
+                _check_as_drawn(f"{site}.{ours}", tensor, drawn[site][ours])
+                continue
             name = f"{site}.{ours}"
             found[keys.get(name, name)] = tensor
     return found
+
+
+def _check_as_drawn(name: str, theirs: Tensor, ours: Tensor) -> None:
+    """See that a folder holds what the arguments determine here.
+
+    Raises:
+        UnsupportedError: it does not.
+    """
+    if not same(theirs, ours):
+        raise UnsupportedError(
+            f"{name} is not what PEFT draws for these options here; save it in PEFT by this version of torch."
+        )
 
 
 def _by_site(
@@ -135,6 +154,30 @@ def _state_keys(tuning: Tuning, links: list[Link]) -> dict[str, str]:
         for name, tensor in link.adapter.plain().items()
         if id(tensor) in key_of
     }
+
+
+def _starts(links: list[Link], twin: PeftTwin) -> dict[str, Tensor]:
+    """What the adapters start at, of those that take it out of the base's weights, by the keys of `Tuning.state`.
+
+    Raises:
+        UnsupportedError: PEFT changes another module's weight with it.
+    """
+    found = {}
+    for link in links if twin.starts else ():
+        for name, tensor in link.adapter.state_dict().items():
+            if name in ("A0", "B0"):
+                _check_own_weight(link.site)
+                found[f"{link.label}.{name}"] = tensor
+    return found
+
+
+def _check_own_weight(site: Site) -> None:
+    """See that PEFT takes a start out of no other weight than this layer's."""
+    if site.tied or site.kind != "linear":
+        raise UnsupportedError(
+            f"init_lora_weights: at {site.name}, whose weight is another module's too or a table, PEFT takes the start "
+            f"out of what is not adapted, or not at all; {MERGE_THERE}."
+        )
 
 
 def _fill_cut_ranks(

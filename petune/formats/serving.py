@@ -36,7 +36,9 @@ def export(tuning: Tuning) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         UnsupportedError: the tuning is more than a low-rank update.
     """
-    tensors, config = describe(tuning, tuning.parts[0], twin_of(tuning))
+    twin = twin_of(tuning)
+    _check_layers(tuning)
+    tensors, config = describe(tuning, tuning.parts[0], twin)
     whole = _joined(_scaled(tuning, _by_site(tuning, tensors), config))
     rank = max(len(factors.a) for factors in whole.values())
     out = {}
@@ -58,6 +60,20 @@ def export(tuning: Tuning) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "lora_dropout": 0.0,
         "target_modules": short_names(tuning.model, set(whole)),
     }
+
+
+def _check_layers(tuning: Tuning) -> None:
+    """See that the tuning acts at layers alone.
+
+    Raises:
+        UnsupportedError: it acts at stacked experts too.
+    """
+    for link in tuning.links:
+        if link.site.kind == "experts":
+            raise UnsupportedError(
+                f"{link.site.name}: serving engines read low-rank updates of layers alone, not of stacked experts; "
+                f"{instead(tuning.parts)}."
+            )
 
 
 def _by_site(tuning: Tuning, tensors: Mapping[str, Tensor]) -> dict[str, Factors]:

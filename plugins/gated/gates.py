@@ -33,7 +33,7 @@ class Gated(petune.Adapter):
 class GatedLoRA(Gated, LoRA):  # type: ignore[misc]
     """W x + g * s B A x, g = sigmoid(w x + b)   (Mao et al. 2021, arXiv:2110.07577)."""
 
-    mergeable = False
+    also, mergeable = "", False
 
 
 class GatedPfeiffer(Gated, Pfeiffer):  # type: ignore[misc]

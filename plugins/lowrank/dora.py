@@ -6,6 +6,7 @@ from torch import Tensor, nn
 import petune
 
 from .lora import LoRA
+from .start import matrix
 from .twins import DORA
 
 
@@ -22,10 +23,11 @@ class DoRA(LoRA):
 
     def __init__(self, site: petune.Site, **lora: Any) -> None:
         super().__init__(site, **lora)
-        norm = site.weight().norm(dim=1)
+        norm = matrix(site).norm(dim=1)
+        bias = site.bias() if self.gain is None else torch.zeros_like(norm)
         self.m = nn.Parameter(norm.clone())
         self.register_buffer("base_norm", norm, persistent=False)
-        self.register_buffer("bias", site.bias(), persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
 
     # no form for stacked experts, which LoRA has
     def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:  # type: ignore[override]
@@ -38,9 +40,16 @@ class DoRA(LoRA):
         """The norms of the rows of W + s B A, (out,)."""
         a, b = self.factors()
         with torch.autocast(a.device.type, enabled=False):
-            wa = (inner(a.to(dtype)) - self.bias).to(b.dtype).T  # (out, rank)
+            wa = self.through(inner, a, dtype).to(b.dtype).T  # (out, rank)
             cross = 2 * self.scale * wa + self.scale**2 * b @ (a @ a.T)
             return (self.base_norm**2 + (cross * b).sum(1)).clamp(min=1e-12).sqrt()
+
+    def through(self, inner: petune.Inner, a: Tensor, dtype: torch.dtype) -> Tensor:
+        """A W^T, (rank, out); of an embedding W^T is the table."""
+        if self.gain is None:
+            return inner(a.to(dtype)) - self.bias
+        rows = inner(torch.arange(a.shape[1], device=a.device))
+        return a @ rows.to(a.dtype) / self.gain
 
     def plain(self) -> dict[str, Tensor]:
         return {**super().plain(), "m": self.m}

@@ -2,6 +2,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import petune
@@ -14,13 +15,14 @@ class LoRA(petune.Adapter):
     """y = W x + (alpha / rank) B A x   (Hu et al. 2021, arXiv:2106.09685).
 
     A is Kaiming-uniform (`gaussian`: normal) and B zero; `orthogonal` starts both with B A = 0; `pissa`
-    (arXiv:2404.02948) and `olora` (arXiv:2406.01775) start at parts of W and subtract the product B_0 A_0 that they
-    start with. So training starts at the base. `rslora` scales by alpha / sqrt(rank) (arXiv:2312.03732). Dropout acts
-    on the input of A. B learns `lr_ratio` times as fast as A (LoRA+, arXiv:2402.12354). Each of stacked experts has
-    an A and a B of its own.
+    (arXiv:2404.02948; `exact-pissa` without random numbers) and `olora` (arXiv:2406.01775) start at parts of W and
+    subtract the product B_0 A_0 that they start with. So training starts at the base. `rslora` scales by
+    alpha / sqrt(rank) (arXiv:2312.03732). Dropout acts on the input of A. B learns `lr_ratio` times as fast as A
+    (LoRA+, arXiv:2402.12354). With `bias` the update is B A x + b. Each of stacked experts has an A and a B of its
+    own. At an embedding x is a row of the identity.
     """
 
-    where, mergeable, peft = petune.ALL_LINEAR, True, LORA
+    where, also, mergeable, peft = petune.ALL_LINEAR, "embed", True, LORA
     A0: Tensor | None
     B0: Tensor | None
 
@@ -34,25 +36,37 @@ class LoRA(petune.Adapter):
         rslora: bool = False,
         init: Start = "default",
         lr_ratio: float = 1.0,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         self.scale, self.dropout = alpha / (rank**0.5 if rslora else rank), dropout
+        self.gain = site.gain() if site.kind == "embedding" else None
         self.lr_ratio = lr_ratio
         a, b = start(init, site, rank, self.scale)
         self.A, self.B = nn.Parameter(a), nn.Parameter(b)
-        subtracted = init in ("pissa", "olora")
+        subtracted = init.endswith(("pissa", "olora"))
         self.register_buffer("A0", a.clone() if subtracted else None)
         self.register_buffer("B0", b.clone() if subtracted else None)
+        if bias and site.experts:
+            raise petune.UnsupportedError(
+                f"lora: bias=True has no form for stacked experts such as {site.name}."
+            )
+        self.b = nn.Parameter(torch.zeros(site.out_features)) if bias else None
 
     def forward(
         self, inner: petune.Inner, x: Tensor, *, experts: Sequence[int] = ()
     ) -> Tensor:
         a, b = self.factors()
         dropout = self.dropout if self.training else 0.0
+        y = inner(x)
+        if self.b is not None:
+            y = y + (self.scale * self.b).to(y.dtype)
+        if self.gain is not None:
+            return y + self.gain * self.scale * F.embedding(x, a.T) @ b.T
         if not experts:
-            return petune.lowrank_update(inner(x), x, a, b, self.scale, dropout=dropout)
+            return petune.lowrank_update(y, x, a, b, self.scale, dropout=dropout)
         update = partial(petune.lowrank_update, scale=self.scale, dropout=dropout)
-        rows = (torch.split(t, list(experts)) for t in (inner(x), x))
+        rows = (torch.split(t, list(experts)) for t in (y, x))
         return torch.cat(list(map(update, *rows, a, b)))
 
     @petune.derived
@@ -66,7 +80,7 @@ class LoRA(petune.Adapter):
 
     def plain(self) -> dict[str, Tensor]:
         a, b = self.factors()
-        return {"A": a, "B": b}
+        return {"A": a, "B": b} | ({} if self.b is None else {"b": self.b})
 
     def learning_rates(self) -> dict[str, float]:
         return {"B": self.lr_ratio}

@@ -20,8 +20,10 @@ LORA = petune.PeftTwin(
         "lora_alpha": "alpha",
         "lora_dropout": "dropout",
         "use_rslora": "rslora",
+        "lora_bias": "bias",
     },
-    tensors={"A": "lora_A.weight", "B": "lora_B.weight"},
+    tensors={"A": "lora_A.weight", "B": "lora_B.weight", "b": "lora_B.bias"},
+    embedding={"A": "lora_embedding_A", "B": "lora_embedding_B"},
     neutral={
         "use_dora": (False,),
         "bias": ("none",),
@@ -31,25 +33,43 @@ LORA = petune.PeftTwin(
             "gaussian",
             "orthogonal",
             "eva",
+            "mica",
+            "pissa",
+            "olora",
         ),  # others change the base's weights
-        "lora_bias": (False,),
         "layer_replication": (None,),
-        "target_parameters": (None, []),
         "trainable_token_indices": (None,),
         "alora_invocation_tokens": (None,),
         **VARIANTS,
     },
+    defaults={"lora_alpha": 8},
+    starts={"pissa": "exact-pissa", "olora": "olora"},
     ranked="A",
+    layouts={"A": "ranks", "B": "ranks last"},
+    stacked="target_parameters",
     unsaid=("init", "lr_ratio"),
     reasons={
+        "layer_replication": "PEFT tunes another model, of copies of the base's layers; merge it there "
+        "(merge_and_unload) and load that model",
+        "alora_invocation_tokens": "it acts behind its invocation tokens alone, and no method here does; run it in "
+        "PEFT",
         "init_lora_weights": "this start changes the base's weights, which the folder does not keep; in PEFT "
         "save_pretrained(…, path_initial_model_for_weight_conversion=…) writes a LoRA of the plain base",
     },
 )
 DORA = replace(
     LORA,
+    arguments={k: v for k, v in LORA.arguments.items() if v != "bias"},
     tensors={"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"},
-    neutral={**LORA.neutral, "use_dora": (True,)},
+    embedding={**LORA.embedding, "m": "lora_magnitude_vector"},
+    neutral={
+        **LORA.neutral,
+        "use_dora": (True,),
+        "lora_bias": (False,),
+        "target_parameters": (None, []),
+    },
+    layouts={},
+    stacked="",
 )
 ADALORA = petune.PeftTwin(
     "ADALORA",
@@ -68,6 +88,7 @@ ADALORA = petune.PeftTwin(
         "trainable_token_indices": (None,),
     },
     layouts={"e": "column"},
+    defaults={"lora_alpha": 8},
     cut={"Q": 0, "e": 0, "P": 1},
     unsaid=("warmup", "cooldown", "betas"),
     training={"total_step": 1},
@@ -88,15 +109,25 @@ LOHA = petune.PeftTwin(
         "B2": "hada_w2_a",
         "A2": "hada_w2_b",
     },
-    neutral={"rank_pattern": ({}, None), "alpha_pattern": ({}, None)},
+    defaults={"alpha": 8},
+    ranked="A1",
 )
 LOKR = petune.PeftTwin(
     "LOKR",
-    arguments={"r": "rank", "alpha": "alpha", "decompose_factor": "factor"},
-    tensors={"C": "lokr_w1", "B": "lokr_w2_a", "A": "lokr_w2_b", "BA": "lokr_w2"},
-    neutral={
-        "decompose_both": (False,),
-        "rank_pattern": ({}, None),
-        "alpha_pattern": ({}, None),
+    arguments={
+        "r": "rank",
+        "alpha": "alpha",
+        "decompose_factor": "factor",
+        "decompose_both": "both",
     },
+    tensors={
+        "C": "lokr_w1",
+        "C1": "lokr_w1_a",
+        "C2": "lokr_w1_b",
+        "B": "lokr_w2_a",
+        "A": "lokr_w2_b",
+        "BA": "lokr_w2",
+    },
+    defaults={"alpha": 8, "decompose_factor": -1},
+    ranked="A",
 )

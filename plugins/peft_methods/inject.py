@@ -6,7 +6,7 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,10 +23,24 @@ def tuner(kind: str) -> Any:
     return peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING.get(peft.PeftType(kind))
 
 
-def inject(
-    kind: str, sites: list[petune.Site], options: dict[str, Any]
-) -> tuple[dict[str, nn.Module], dict[str, nn.Parameter]]:
-    """(PEFT's layers by site, the parameters that they share without owning them).
+class Injected(NamedTuple):
+    """What PEFT has made.
+
+    Attributes:
+        layers: its layers by site.
+        shared: the parameters that they share without owning them, by names that a ParameterDict takes.
+        names: what PEFT calls the tensors that belong to the model as a whole, by their identities.
+        complete: the layers and what they share hold all of these, so that a folder of PEFT's can be made of them.
+    """
+
+    layers: dict[str, nn.Module]
+    shared: dict[str, nn.Parameter]
+    names: dict[int, str]
+    complete: bool
+
+
+def inject(kind: str, sites: list[petune.Site], options: dict[str, Any]) -> Injected:
+    """Have PEFT put its layers around the sites.
 
     Raises:
         PetuneError: PEFT refuses the options.
@@ -58,7 +72,24 @@ def inject(
     _try(name, layers[first], stubs[first])
     for stub in stubs.values():
         stub.last = None
-    return layers, _shared_parameters(made, layers)
+    return _injected(made, layers)
+
+
+def _injected(made: nn.Module, layers: dict[str, nn.Module]) -> Injected:
+    """The layers, and what the model that holds them has besides."""
+    own = made.state_dict(keep_vars=True)
+    names = {id(t): plain_name(name) for name, t in own.items() if name[:6] != "model."}
+    shared = _shared_parameters(made, layers)
+    held = set(map(id, shared.values()))
+    for layer in layers.values():
+        held.update(map(id, layer.state_dict(keep_vars=True).values()))
+    complete = held >= names.keys() and not held <= names.keys()
+    return Injected(layers, shared, names, complete)
+
+
+def plain_name(name: str) -> str:
+    """The name of a tensor in PEFT's folders, which leave out that of the adapter."""
+    return name.replace(".default", "")
 
 
 def _layer_tuner(name: str, kind: str) -> Any:
@@ -153,8 +184,7 @@ def sample(kind: str) -> tuple[Any, Stub] | None:
         site = petune.Site("layer", "linear", "q", 0, width, width, layer)
         site.peers.append(site)
         with torch.random.fork_rng(), _quiet(), suppress(petune.UnsupportedError):
-            layers, _ = inject(kind, [site], {})
-            wrapped: Any = layers["layer"]
+            wrapped: Any = inject(kind, [site], {}).layers["layer"]
             return wrapped, wrapped.base_layer
     return None
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import petune
 
-from .inject import inject, sample, tuner
+from .inject import inject, plain_name, sample
 from .stub import close, is_affine
 
 # options of PEFT's that `where` and `train` take the place of
@@ -30,8 +30,20 @@ WHERE_AND_TRAIN |= {
     "modules_to_save",
     "bias",
     "fan_in_fan_out",
+    "runtime_config",
     "trainable_token_indices",
 }
+
+KEPT_IN_PART: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "VBLORA": (
+        {"save_only_topk_weights": (False,)},
+        {
+            "save_only_topk_weights": "such a folder lacks the logits that training goes on from; in PEFT set it to "
+            "False and save anew",
+        },
+    )
+}
+"""PEFT's type -> its options with which a folder does not hold all of the method, and why."""
 
 
 class Lazy:
@@ -65,19 +77,41 @@ class PeftMethod(petune.Adapter):
     def build(self, site: petune.Site, options: dict[str, Any]) -> None:
         """Have PEFT put its layers around all sites at once, as some share tensors, and take this site's."""
         super().__init__()
-        layers, shared = site.shared(
-            "layers", lambda: inject(self.kind, site.peers, options)
-        )
-        self.layer = layers[site.name]
-        self.shared = nn.ParameterDict(shared if site is site.peers[0] else {})
+        made = site.shared("layers", lambda: inject(self.kind, site.peers, options))
+        self.layer = made.layers[site.name]
+        self.shared = nn.ParameterDict(made.shared if site is site.peers[0] else {})
+        self.complete = made.complete
+        self.names = {
+            name: "/" + made.names[id(tensor)]
+            for name, tensor in self._tensors().items()
+            if id(tensor) in made.names
+        }
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The layer's own tensors, then those that the layers share without owning them."""
+        own = self.layer.state_dict(keep_vars=True)
+        return own | self.shared.state_dict(prefix="shared.", keep_vars=True)
 
     def plain(self) -> dict[str, Tensor]:
-        if tuner(self.kind).uses_shared_state:
+        if not self.complete:
             raise petune.UnsupportedError(
-                f"peft:{self.kind.lower()} shares tensors between layers; save in petune's own format."
+                f"peft:{self.kind.lower()} shares tensors between layers that no layer holds, which PEFT alone reads "
+                "from its folders and petune from its own: save in petune's own format."
             )
-        tensors = self.layer.state_dict(keep_vars=True)
-        return {key.replace(".default", ""): t for key, t in tensors.items()}
+        return {
+            self.names.get(name, plain_name(name)): tensor
+            for name, tensor in self._tensors().items()
+        }
+
+    def drawn(self) -> dict[str, Tensor]:
+        """What PEFT keeps in a dict of the layer, such as SHiRA's indices."""
+        found = {}
+        for name in self.layer.other_param_names:
+            kept = getattr(self.layer, name, None)
+            tensor = kept.get("default") if isinstance(kept, dict) else None
+            if isinstance(tensor, Tensor):
+                found[name] = tensor
+        return found
 
     def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
         stub = self.layer.base_layer
@@ -118,7 +152,10 @@ def method(kind: str) -> type[PeftMethod]:
         (PeftMethod,),
         {"kind": kind, "__doc__": about, "__module__": __name__, **lazy},
     )
-    made.peft = petune.PeftTwin(kind, arguments=Options(made), tensors=None)
+    neutral, reasons = KEPT_IN_PART.get(kind, ({}, {}))
+    made.peft = petune.PeftTwin(
+        kind, Options(made), tensors=None, neutral=neutral, reasons=reasons
+    )
     cls: type[PeftMethod] = made
     return cls
 

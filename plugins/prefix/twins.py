@@ -10,6 +10,10 @@ PREFIX_TUNING = petune.PeftTwin(
         "prefix_projection": (False, True),
         "num_transformer_submodules": (1, None),
     },
+    reasons={
+        "num_transformer_submodules": "in an encoder-decoder PEFT's prefix takes the decoder's first positions, which "
+        "its learned positions or relative biases see; tune it anew here",
+    },
     whole="prefix",
     unsaid=("hidden",),
 )

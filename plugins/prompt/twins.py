@@ -6,9 +6,7 @@ PROMPT_TUNING = petune.PeftTwin(
     "PROMPT_TUNING",
     arguments={"num_virtual_tokens": "length"},
     tensors={"rows": "prompt_embeddings"},
-    neutral={
-        "num_transformer_submodules": (1, None)
-    },  # with 2 a decoder gets a prompt too
+    neutral={"num_transformer_submodules": (1, None, 2)},
     whole="prompt",
     also=("P_TUNING",),
     unsaid=("init",),

@@ -69,7 +69,7 @@ def test_a_part_of_a_fused_projection_is_that_part():
         ({"method": "lora", "where": "q@x"}, "layers are written"),
         (
             {"method": "lora", "where": "attention"},
-            "acts on block and linear sites",
+            "acts on block and embedding and linear sites",
         ),
         ({"method": "lora", "name": "a.b"}, "letters, digits"),
         ({"method": "lora", "train": ["clasifier"]}, "unknown module to train"),

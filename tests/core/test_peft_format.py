@@ -304,8 +304,8 @@ def test_targets_are_short_names_where_they_can_be(tmp_path):
             "llama",
             "boft",
             None,
-            {"block": 6},
-            "q_proj has block=8, not 6, and PEFT has one for all",
+            {"block": 8, "block_pattern": {"q": 4}},
+            "q_proj has block=4, not 8, and PEFT has one for all",
         ),
         (
             "llama",
@@ -331,10 +331,11 @@ def test_what_peft_can_not_hold_is_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("method", "change", "message"),
     [
+        ("lora", {"lora_bias": True}, r"it has no '.*_proj\.b'"),
         (
             "lora",
-            {"lora_bias": True},
-            "no method here is PEFT's LORA with lora_bias=True",
+            {"alora_invocation_tokens": [5]},
+            "no method here is PEFT's LORA with alora_invocation_tokens=",
         ),
         ("lora", {"peft_type": "NOVEL"}, "no method here is PEFT's NOVEL"),
         (
@@ -342,10 +343,11 @@ def test_what_peft_can_not_hold_is_refused_before_anything_is_written(
             {"peft_type": "HRA"},
             "lora_A.weight', which this model has no place for|it has no '.*hra_u",
         ),
-        ("lora", {"init_lora_weights": "pissa"}, "with init_lora_weights='pissa'"),
+        ("lora", {"init_lora_weights": "corda"}, "with init_lora_weights='corda'"),
         ("lora", {"r": 5}, "does not fit this model"),
-        ("lokr", {"decompose_both": True}, "with decompose_both=True"),
-        ("oft", {"block_share": True}, "with block_share=True"),
+        ("lokr", {"decompose_factor": 4}, "does not fit this model"),
+        ("oft", {"block_share": True}, "does not fit this model"),
+        ("oft", {"num_cayley_neumann_terms": 3}, "PEFT makes of 3 terms what 4 are"),
         (
             "vera",
             {"projection_prng_key": 4},
@@ -389,18 +391,6 @@ def test_a_tensor_of_another_shape_is_no_crash(method, shape, tmp_path):
     with pytest.raises(petune.PetuneError, match="does not fit this model"):
         petune.load(model, tmp_path)
     assert petune.tunings(model) == {}
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_a_lora_of_the_embedding_is_refused_by_its_name(tmp_path):
-    config = peft.LoraConfig(
-        target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM"
-    )
-    peft.get_peft_model(tiny_model("llama"), config).save_pretrained(tmp_path)
-    with pytest.raises(
-        petune.UnsupportedError, match="lora_embedding_A, which neither 'lora' has nor"
-    ):
-        petune.load(tiny_model("llama"), tmp_path)
 
 
 def test_a_gain_that_is_not_the_weight_is_refused(tmp_path):

@@ -38,6 +38,7 @@ def test_two_files_and_nothing_else(saved):
         "rslora": False,
         "init": "default",
         "lr_ratio": 1.0,
+        "bias": False,
     }
     assert config["plugins"] == {"lora": f"lowrank {petune.__version__}"}
     assert config["version"] == petune.__version__

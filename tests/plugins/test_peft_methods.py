@@ -219,7 +219,7 @@ def test_the_folders_of_peft(family, tmp_path):
 
 
 def test_what_layers_share_has_no_folder_of_peft(tmp_path):
-    tuning = petune.attach(tiny_model("llama"), "peft:vblora", **OPTIONS["vblora"])
+    tuning = petune.attach(tiny_model("llama"), "peft:frod", **OPTIONS.get("frod", {}))
     with pytest.raises(petune.UnsupportedError, match="shares tensors between layers"):
         tuning.save(tmp_path / "out", format="peft")
     assert not (tmp_path / "out").exists()

@@ -205,7 +205,8 @@ def _picked(part: Part, cls: type[Adapter], sites: list[Site]) -> list[Site]:
 
 def _accepted_kinds(cls: type[Adapter]) -> set[str]:
     """The kinds of site that a method acts on: a map of hidden states stands around a layer as around a block."""
-    accepted = {KIND_OF[role] for role in cls.where.split() if role in KIND_OF}
+    roles = f"{cls.where} {cls.also}".split()
+    accepted = {KIND_OF[role] for role in roles if role in KIND_OF}
     hidden = {"linear", "block"}
     if takes_experts(cls):
         accepted.add("experts")

@@ -16,8 +16,9 @@ from petune.core.attached.quantized import replace_module, requantized
 from petune.core.attached.stacked import ExpertsTarget
 from petune.core.attached.target import TRIED, Map, Target, alike
 from petune.core.forward.link import Acting, Link
-from petune.core.frozen.modules import base_forward, features, is_norm
+from petune.core.frozen.modules import base_forward, features, is_norm, walk
 from petune.core.frozen.norms import probe_norm, swapped, write_norm
+from petune.core.frozen.tables import input_table
 from petune.core.frozen.weights import (
     compute_dtype,
     is_dense,
@@ -121,7 +122,9 @@ class NormTarget(Target):
 
 
 class EmbeddingTarget(Target):
-    """A table of embeddings, of which every row is read off."""
+    """A table of embeddings, of which every row is read off. A head that is tied to it and is not adapted by the same
+    tensors keeps the old table.
+    """
 
     def check(self) -> None:
         super().check()
@@ -132,10 +135,36 @@ class EmbeddingTarget(Target):
             raise UnmergeableError(
                 f"{self.tuning.method!r} can't be merged here: {self.name} changes its rows."
             )
+        self.apart = not all(map(self._follows, self._others()))
+        strangers = [m for m in self._others() if features(m) is None]
+        if self.apart and strangers:
+            raise UnmergeableError(
+                f"{self.tuning.method!r} can't be merged here: the table of {self.name} is another embedding's too."
+            )
+
+    def _others(self) -> list[nn.Module]:
+        """The modules that read the same table, but for the model's own, of which T5's stacks have copies."""
+        own = {self.module, input_table(self.model)}
+        table = self.module.weight
+        return [
+            module
+            for _, module in walk(self.model)
+            if getattr(module, "weight", None) is table and module not in own
+        ]
+
+    def _follows(self, other: nn.Module) -> bool:
+        """Whether the tuning adapts another module by the same tensors."""
+        own = _tensors(self.links)
+        links = [link for link in self.tuning.links if link.site.module is other]
+        return bool(links) and _tensors(links) == own
 
     def write(self, merged: Merged) -> None:
         ids = torch.arange(self.module.num_embeddings, device=self.module.weight.device)
-        self.module.weight.copy_(self.adapted(base_forward(self.module))(ids))
+        rows = self.adapted(base_forward(self.module))(ids)
+        if self.apart:
+            self.module.weight = nn.Parameter(rows, requires_grad=False)
+        else:
+            self.module.weight.copy_(rows)
 
 
 class CopyTarget(Target):
@@ -183,6 +212,11 @@ def _kind(links: Sequence[Link], quantize: bool) -> type[Target]:
     if features(module) is not None:
         return LinearTarget
     return NormTarget if is_norm(module) else EmbeddingTarget
+
+
+def _tensors(links: Sequence[Link]) -> set[int]:
+    """The identities of the tensors that adapt a module."""
+    return {id(p) for link in links for p in link.adapter.parameters()}
 
 
 def _copy_of(links: Sequence[Link]) -> nn.Module:

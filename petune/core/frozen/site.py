@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from petune.core.frozen.tables import input_table
+from petune.core.frozen.tables import input_table, row_gain
 from petune.core.frozen.weights import bias_of, stacked, stored
 
 ALL_LINEAR = "q k v o gate up down"
@@ -108,6 +108,10 @@ class Site:
         else:
             bias = bias_of(self.module)
         return bias if self.part is None else bias[..., self.part]
+
+    def gain(self) -> float:
+        """What an embedding multiplies the rows of its table by (Gemma: the root of the width)."""
+        return row_gain(self.module)
 
     def shared(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """One object for all sites of a tuning: made by the first that asks for `key`."""

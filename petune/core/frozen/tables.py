@@ -6,7 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from petune.core.frozen.modules import base_class
+from petune.core.frozen.modules import base_class, base_forward
+
+LOOKED_AT = 1000
+"""How many rows of a table are looked at for one that is not zero."""
 
 
 def input_table(model: nn.Module) -> nn.Embedding | None:
@@ -36,6 +39,15 @@ def tables(model: Any) -> list[nn.Module]:
         return module.weight.shape == shape or module.num_embeddings == second
 
     return list(filter(reads_ids, model.modules()))
+
+
+def row_gain(table: Any) -> float:
+    """What an embedding multiplies its rows by, read off its longest row."""
+    rows = table.weight.detach()[:LOOKED_AT].float()
+    longest = rows.norm(dim=1).argmax()
+    stored = float(rows[longest].norm())
+    given = base_forward(table)(longest[None]).detach().float()
+    return float(given.norm()) / stored if stored else 1.0
 
 
 def is_causal(model: nn.Module) -> bool:

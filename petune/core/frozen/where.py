@@ -20,7 +20,7 @@ WHY = {
     "embedding": "it has no single table of input embeddings",
 }
 """Why a model has no site of a kind."""
-NAMED = ("linear", "block", "experts")
+NAMED = ("linear", "block", "experts", "embedding")
 """The kinds of site that are picked by their names too."""
 
 

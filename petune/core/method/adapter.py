@@ -33,7 +33,7 @@ class Adapter(nn.Module):
       key/value heads; mask is None or broadcastable to (batch, heads, queries, keys). The result is
       (batch, length, heads, head_dim). Keys that `forward` puts on the left of k are visible to every query:
       `inner` extends the mask and the position bias itself.
-    * embedding: `forward(inner, ids)`, ids (batch, length)
+    * embedding: `forward(inner, ids)`, ids (batch, length), the result (batch, length, features)
     * prompt: `forward()`, the result (length, hidden); the class has an attribute `length`
 
     `inner` is the frozen computation and whatever is stacked inside it. Call it once with the input, as it is or
@@ -51,6 +51,8 @@ class Adapter(nn.Module):
 
     where: ClassVar[str] = ""
     """Roles at which the method acts if the user names none, separated by spaces."""
+    also: ClassVar[str] = ""
+    """Roles at which it acts too, where the user names them."""
     mergeable: ClassVar[bool] = False
     """The adapted layer is an affine map of its input (a norm: scaled and shifted), so it can be folded in."""
     peft: ClassVar[PeftTwin | None] = None
@@ -61,6 +63,10 @@ class Adapter(nn.Module):
     def plain(self) -> Mapping[str, Tensor]:
         """The tensors that say what the adapter computes, without what only helps to train it: what is exported."""
         return self.state_dict(keep_vars=True)
+
+    def drawn(self) -> Mapping[str, Tensor]:
+        """Tensors that the arguments determine and PEFT saves along: written with the others, compared when read."""
+        return {}
 
     @classmethod
     def settle(cls, sites: Sequence[Site], arguments: dict[str, Any]) -> dict[str, Any]:

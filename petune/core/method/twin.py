@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Layout = Literal["column", "row or column", "skew", "gain", "shift", "bias"]
+Layout = Literal[
+    "column", "row or column", "skew", "gain", "shift", "bias", "ranks", "ranks last"
+]
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,8 @@ class PeftTwin:
         kind: `peft_type`; "" for what PEFT only has as an option of other methods.
         arguments: PEFT's key of the configuration -> ours.
         tensors: our tensor (of `Adapter.plain`) -> PEFT's, after the module's name. Without any the method saves in
-            PEFT's format and is not loaded from it; None: they have PEFT's names.
+            PEFT's format and is not loaded from it; None: they have PEFT's names, with `/` before those of tensors that
+            belong to the model as a whole.
         neutral: PEFT's options that must be missing or have one of these values, the first of which is written where
             no argument of ours says which: another value makes another method of it.
         same: our arguments that sites may have to change, as an attribute, and that PEFT has one of for all.
@@ -35,6 +38,14 @@ class PeftTwin:
         beside: PEFT's option of other methods by which they do this besides their own: the biases, some tokens. Such
             a folder is a tuning of several methods here. Those that have the option list it in `neutral`.
         reasons: PEFT's option -> why a folder with another value than those in `neutral` is refused, and what to do.
+        stacked: PEFT's option that lists parameters of stacked experts on which the method acts too; "" without one.
+        blocks: our tensor of square blocks -> PEFT's option for their number, which may stand in place of that for
+            their size, our `block`. Both, and our `factors`, are read off the tensor's shape.
+        tables: our argument with which a head has rows of its own, where PEFT may hold some beside the embedding's.
+        defaults: PEFT's option -> what it stands for in a folder that leaves it out, where that is not our default.
+        starts: a value of PEFT's `init_lora_weights` -> of our `init`, where PEFT takes the start out of the base's
+            weights again when it loads: our tensors `A0` and `B0`.
+        cautions: PEFT's option -> a value and what is said where it is written, since PEFT does not read it everywhere.
         training: PEFT's options that it insists on and that only matter to training: written so, and not read.
     """
 
@@ -54,6 +65,12 @@ class PeftTwin:
     embedding: Mapping[str, str] = field(default_factory=dict)
     beside: str = ""
     reasons: Mapping[str, str] = field(default_factory=dict)
+    stacked: str = ""
+    tables: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    starts: Mapping[str, str] = field(default_factory=dict)
+    cautions: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
+    blocks: Mapping[str, str] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def name_of(self, tensor: str, kind: str) -> str:
