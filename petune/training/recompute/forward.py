@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -74,24 +75,25 @@ class Again:
 @contextmanager
 def _as_computed() -> Iterator[None]:
     """Without autocast, whose casts were noted as operations of their own."""
-    enabled = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
     with ExitStack() as stack:
-        for device in enabled:
+        for device in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
             stack.enter_context(torch.autocast(device, enabled=False))
         yield
 
 
-@torch.no_grad()
 def unpack(packed: Any) -> Any:
     """A tensor that `Watch.pack` has packed."""
+    if isinstance(packed, Kept):
+        return packed.value()
     if not isinstance(packed, Again):
         return packed
-    with _as_computed():
+    with torch.no_grad(), _as_computed():
         return packed.value()
 
 
 Args = tuple[Any, ...]
 Options = dict[str, Any]
+Note = Callable[["Watch", Any, Args, Options], Any]
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -111,7 +113,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         options = kwargs or {}
         # without gradients nothing is kept
-        note = NOTES.get(kind_of(operation)) if torch.is_grad_enabled() else None
+        note = note_of(operation) if torch.is_grad_enabled() else None
         if note is None or types:
             return operation(*args, **options)
         return note(self, operation, args, options)
@@ -194,6 +196,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def pack(self, tensor: Tensor) -> Any:
         """What is kept in place of a tensor that backward needs."""
+        if type(tensor) is nn.Parameter:
+            return Kept(tensor)
         if type(tensor) not in PLAIN:
             return tensor
         view = self.source(tensor)
@@ -211,7 +215,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 NOTHING: tuple[Any, None] = (lambda: None, None)
 
-NOTES = {
+NOTES: dict[Kind, Note] = {
     Kind.CHEAP: Watch.cheap,
     Kind.PRODUCT: Watch.product,
     Kind.BLANK: Watch.blank,
@@ -220,6 +224,12 @@ NOTES = {
     Kind.CHANGING: Watch.changing,
 }
 """What is done at an operation; nothing at a view, and at one of which nothing is known."""
+
+
+@cache
+def note_of(operation: Any) -> Note | None:
+    """What is done at an operation."""
+    return NOTES.get(kind_of(operation))
 
 
 def is_dense(tensor: Tensor) -> bool:
