@@ -13,7 +13,7 @@ import torch
 from petune.training.setup import quietly
 from petune_bench.environment import machine, versions
 from petune_bench.options import Parser
-from petune_bench.performance import decoding, measure, serving
+from petune_bench.performance import decoding, kinds, measure, serving
 from petune_bench.performance.contenders import rows
 from petune_bench.performance.race import apart, ratios, sgemm_rate
 
@@ -34,6 +34,29 @@ for a parameter of the blocks and token, and for one of the head and labelled to
 {floor:.2f} s at this machine's own {rate:.0f} GFLOP/s. *Loss* is the largest relative difference from PEFT's over all
 steps.
 """
+ENCODER = """## An encoder
+
+MiniLM learns to tell sentences of movie reviews apart, as in the quickstart: nf4, LoRA at its defaults, {steps} batches
+of 32 sentences in a random order, of which four tenths are padding. *petune* is a plain loop within `petune.lean`.
+*First two* are the seconds of the first two steps, in which blocks are compiled.
+"""
+SEQ2SEQ = """## An encoder-decoder
+
+A T5 of 60 million random parameters in fp32 with LoRA of rank 16: {steps} batches of 8 sources of 32 to 128 tokens and
+targets of 8 to 48.
+"""
+LOOPS = """## In everybody's own loop
+
+SmolLM2-135M with LoRA of rank 16, {steps} batches as in the first table: a loop in plain torch and transformers' own
+Trainer, without `petune.lean` and within it, beside PEFT in Trainer.
+"""
+LONG = """## Long rows
+
+One row of SmolLM2-135M with LoRA of rank 16 in fp32, its second half labelled: megabytes at the peak above the base,
+with the share of PEFT's, and megabytes kept for backward. What attention computes grows with the square of the length,
+what is kept with the length alone.
+"""
+SHARES = ["", "step, s", "time", "first two, s", "memory", "kept"]
 KEPT = """## Memory
 
 One step of 2 × 128 tokens, the last 16 of each labelled: KB a token kept for backward and MB at the peak above the
@@ -46,13 +69,14 @@ Keys of a recipe's `training`, none of which changes the result beyond rounding 
 | key | what it does |
 | --- | --- |
 | `labelled_logits` (on) | the head is applied where there is a label, 128 rows at a time |
-| `recompute` (on) | frozen norms, activations and gated MLPs keep what goes into them and compute again in backward |
+| `recompute` (on) | what costs next to nothing (norms, activations, gates, dropout, …) is computed again in backward |
 | `group_by_length` (on) | rows of like length share a batch |
 | `packing` (on where the model can) | rows end to end: no padding but in the attention, which sees them as rows |
 | `compile: regions` | every block by `torch.compile`, which keeps what is costly and computes the rest again |
 | `memory_budget` | functorch's `activation_memory_budget` for compiled blocks, from 1 (all that it would keep) to 0 |
 | `gradient_checkpointing` | `true`: blocks keep their input alone; `3`: every third block |
 | `optimizer` | any of Trainer's: `adamw_8bit`, and on CUDA the paged ones |
+| `tile` | MLPs work on so many tokens at a time and keep their input alone; for long rows |
 | `offload` | on CUDA: what is kept for backward waits in the CPU's memory |
 | `liger` | on CUDA: the Liger kernels for norms, rotations and gated MLPs, where `liger-kernel` is installed |
 
@@ -174,6 +198,27 @@ def first(given: argparse.Namespace) -> Iterator[str]:
     yield from rows_of(heads, measure.other_precisions(given.short))
 
 
+def encode(given: argparse.Namespace) -> Iterator[str]:
+    yield ENCODER.format(steps=kinds.STEPS)
+    yield from rows_of(SHARES, kinds.encoder())
+
+
+def translate(given: argparse.Namespace) -> Iterator[str]:
+    yield SEQ2SEQ.format(steps=kinds.STEPS)
+    yield from rows_of(SHARES, kinds.seq2seq())
+
+
+def loop(given: argparse.Namespace) -> Iterator[str]:
+    yield LOOPS.format(steps=kinds.STEPS)
+    heads = ["", "step, s", "time", "kept in bf16", "memory in fp32"]
+    yield from rows_of(heads, kinds.loops())
+
+
+def lengthen(given: argparse.Namespace) -> Iterator[str]:
+    yield LONG
+    yield from rows_of(kinds.heads_of_long(), kinds.long())
+
+
 def kept(given: argparse.Namespace) -> Iterator[str]:
     yield KEPT
     task, _ = rows("nq-sample", 1, 128)
@@ -234,6 +279,10 @@ def decode(given: argparse.Namespace) -> Iterator[str]:
 
 PARTS = {
     "step": first,
+    "encoder": encode,
+    "seq2seq": translate,
+    "lean": loop,
+    "long": lengthen,
     "memory": kept,
     "settings": settings,
     "serving": serve,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 import petune
+from petune.training.host_model import checkpoint_blocks
 from petune.training.memory import measure_step, resident_bytes
 from petune.training.recipe import parse
 from petune.training.setup import make_splits, make_task
@@ -98,7 +99,7 @@ class Loop:
         self.optimizer: Any = (
             self.trainer.create_optimizer()
             if self.trainer
-            else torch.optim.AdamW(self.trainable, lr=RATE)
+            else torch.optim.AdamW(self.trainable, lr=RATE, fused=True)
         )
         self.stack = ExitStack()
         if lean is not None:
@@ -150,22 +151,32 @@ def _trainer(model: Any) -> Trainer:
 
 
 def ours(
-    name: str, work: Work, lean: Mapping[str, Any] | None, *, trainer: bool = False
+    name: str,
+    work: Work,
+    lean: Mapping[str, Any] | None,
+    *,
+    trainer: bool = False,
+    checkpointing: bool = False,
 ) -> Loop:
-    """Petune's method on a copy of the base."""
+    """Petune's method on a copy of the base.
+
+    Args:
+        checkpointing: whether its blocks are computed again in backward.
+    """
     model = shared_copy(work.base())
     torch.manual_seed(0)
-    tuning = petune.attach(model, work.method, **work.options)
+    petune.attach(model, work.method, **work.options)
     _train_along(model, work.fresh)
-    del tuning
+    if checkpointing:
+        checkpoint_blocks(model)
     return Loop(name, model, work.base(), lean, trainer=trainer)
 
 
-def peft(name: str, work: Work, **settings: Any) -> Loop:
+def peft(name: str, work: Work, *, checkpointing: bool = False) -> Loop:
     """PEFT's form of the method on a copy of the base, in Trainer with its defaults.
 
     Args:
-        settings: `checkpointing=True` for a model that computes its blocks again in backward.
+        checkpointing: whether its blocks are computed again in backward.
     """
     import peft
 
@@ -175,16 +186,9 @@ def peft(name: str, work: Work, **settings: Any) -> Loop:
     config.task_type = work.task
     config.modules_to_save = list(work.fresh) or None
     adapted: Any = peft.get_peft_model(model, config)
-    if settings.get("checkpointing"):
-        checkpointed(adapted.base_model.model)
+    if checkpointing:
+        checkpoint_blocks(adapted.base_model.model)
     return Loop(name, adapted, work.base(), trainer=True)
-
-
-def checkpointed(model: Any) -> None:
-    """Let a model compute its blocks again in backward."""
-    from petune.training.host_model import checkpoint_blocks
-
-    checkpoint_blocks(model)
 
 
 def _train_along(model: Any, names: Sequence[str]) -> None:

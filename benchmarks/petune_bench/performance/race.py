@@ -6,10 +6,11 @@ import statistics
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
-from petune_bench.performance.contenders import Batch, Contender
+from petune_bench.performance.contenders import Batch
 
 WARM_UP = 2
 """Steps that are not timed: caches fill, compilers compile."""
@@ -34,7 +35,16 @@ class Times:
         return (high - low) / 2 / self.median
 
 
-def race(contenders: Sequence[Contender], batches: Iterable[Batch]) -> dict[str, Times]:
+class Steps(Protocol):
+    """Who can take part."""
+
+    name: str
+
+    def step(self, batch: Batch) -> tuple[float, float]:
+        """(seconds, loss) of one training step."""
+
+
+def race(contenders: Sequence[Steps], batches: Iterable[Batch]) -> dict[str, Times]:
     """Every contender on every batch, in turns. Losses count from the first step on, times after the warm-up."""
     times = {c.name: Times() for c in contenders}
     for i, batch in enumerate(batches):
