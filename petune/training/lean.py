@@ -142,7 +142,8 @@ class LeanForward:
         self.active = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.active or not torch.is_grad_enabled():
+        compiling = torch.compiler.is_compiling()  # the compiler chooses what it keeps
+        if not self.active or compiling or not torch.is_grad_enabled():
             return self.inner(*args, **kwargs)
         with self._keeping():
             if args or is_routed(self.model):
