@@ -128,8 +128,11 @@ def _stacks(
 
 def can_be_unpadded(model: Any) -> bool:
     """Whether a model's blocks compute the same without padding, as a trial shows. Adapters that act by position or on
-    attention see the batch as it is, so that their models are left alone.
+    attention see the batch as it is, so that their models are left alone, and so are experts who take so many tokens of
+    each row and no more.
     """
+    if getattr(model.config, "expert_capacity", None) is not None:
+        return False
     for tuning in tunings(model).values():
         kinds = {link.site.kind for link in tuning.links}
         if tuning.reads_batch or tuning.shares_notes or kinds & AMONG_TOKENS:
