@@ -24,6 +24,12 @@ from petune.training.memory import measure_step
 from petune.training.recompute import forward
 
 FAMILIES = ["llama", "gpt2", "bert", "t5"]
+SOME = [
+    "llama",
+    "bert",
+    *(pytest.param(f, marks=pytest.mark.slow) for f in ("gpt2", "t5")),
+]
+"""The same, where a loop takes long; the others run with the slow tests."""
 STEPS = 5
 
 
@@ -94,7 +100,10 @@ def adapted(family, **options):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("checkpointing", [None, {}, {"use_reentrant": True}])
+@pytest.mark.parametrize(
+    "checkpointing",
+    [None, {}, pytest.param({"use_reentrant": True}, marks=pytest.mark.slow)],
+)
 def test_a_plain_loop(family, checkpointing):
     def make():
         model = adapted(family).train()
@@ -119,7 +128,7 @@ def lora(family="llama"):
     return peft.get_peft_model(tiny_model(family), config)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME)
 def test_pefts_own_lora(family):
     plain, ours = compared(partial(lora, family), partial(plain_loop, family=family))
     batch = batches(family)[0]
@@ -177,14 +186,14 @@ def in_trainer(family, tmp_path, leanly, **settings):
     return trained(trainer), model, trainer
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME)
 @pytest.mark.parametrize(
     "settings",
     [
         {},
         {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
         {"gradient_checkpointing": True},
-        {"bf16": True},
+        pytest.param({"bf16": True}, marks=pytest.mark.slow),
     ],
     ids=["as it comes", "accumulation", "checkpointing", "bf16"],
 )
@@ -255,8 +264,13 @@ def dpo(model, folder):
 
 
 @pytest.mark.parametrize("make", [sft, dpo])
-@pytest.mark.parametrize("model", [partial(adapted, "llama"), lora])
-@pytest.mark.parametrize("how", ["trainer", "context"])
+@pytest.mark.parametrize(
+    ("model", "how"),
+    [
+        (partial(adapted, "llama"), "trainer"),
+        pytest.param(lora, "context", marks=pytest.mark.slow),
+    ],
+)
 def test_trl(make, model, how, tmp_path):
     plain = make(model(), tmp_path)
     ours = make(model(), tmp_path)
@@ -288,7 +302,7 @@ def test_trl_keeps_less(make, tmp_path):
         assert bytes_kept() < 0.9 * more
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME)
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("order", ["prepared first", "prepared within"])
 def test_accelerate(family, precision, order):
@@ -479,7 +493,7 @@ def test_routed_batches():
 
 
 @pytest.mark.parametrize("method", ["prompt-tuning", "prefix-tuning"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME)
 def test_virtual_tokens(family, method):
     def make():
         model = tiny_model(family)
@@ -490,7 +504,7 @@ def test_virtual_tokens(family, method):
     compared(make, partial(plain_loop, family=family))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME)
 def test_twice_and_nested(family):
     def nested(model, context):
         with context:
