@@ -14,16 +14,16 @@ from transformers import PreTrainedModel
 
 from petune.core.attached.tuning import tunings
 from petune.core.method.batch import SKIP
-from petune.errors import UnsupportedError
+from petune.errors import PetuneError, UnsupportedError
 from petune.training.host import SEAMS
 from petune.training.logits import applies, is_routed, labelled_logits
-from petune.training.own_loss import own_loss
+from petune.training.own_loss import DECODED, own_loss
 from petune.training.packing import check_packing, flatten, is_padded, packed
 from petune.training.recompute.forward import watched
 from petune.training.regions import compiled
-from petune.training.swap import forward_as
+from petune.training.swap import wearing
 from petune.training.tile import tiled
-from petune.training.unpadded import can_be_unpadded, unpadded
+from petune.training.unpadded import can_be_unpadded, reads_no_padding, unpadded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ def lean(model: nn.Module, **savings: Any) -> Iterator[None]:
             stack.enter_context(tiled(inner, given.tile))
         forward = LeanForward(inner, given)
         stack.callback(forward.stop)
-        stack.enter_context(forward_as(inner, forward.wrapped()))
+        stack.enter_context(wearing(inner, forward))
         yield
 
 
@@ -125,17 +125,10 @@ class LeanForward:
         self.own_loss = own_loss(model) if savings.labelled_logits else None
         self.packed_with: dict[tuple[str, ...], bool] = {}
         self.unpadded_with: dict[tuple[str, ...], bool] = {}
+        if savings.packing and applies(model) and not self.labels:
+            raise PetuneError("training.packing: it needs training.labelled_logits.")
         if not self.packs():  # trials are made before anything is trained
             self.unpads()
-
-    def wrapped(self) -> Callable[..., Any]:
-        """What takes the forward's place, with its signature, which trainers read."""
-
-        @wraps(self.inner)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return self(*args, **kwargs)
-
-        return forward
 
     def stop(self) -> None:
         """Be the plain forward from now on, for whoever has put something around this one."""
@@ -146,26 +139,33 @@ class LeanForward:
         if not self.active or compiling or not torch.is_grad_enabled():
             return self.inner(*args, **kwargs)
         with self._keeping():
-            if args or is_routed(self.model):
+            if args or not _is_plain(kwargs) or self._gives_more():
                 return self.inner(*args, **kwargs)
-            if _is_plain(kwargs) and (self.labels or self.own_loss is not None):
+            if self.labels or self.own_loss is not None:
                 return self._with_labels(kwargs)
             with self._without_padding(kwargs):
                 return self.inner(**kwargs)
 
     @contextmanager
     def _without_padding(self, call: Mapping[str, Any]) -> Iterator[None]:
-        """The blocks compute no padding, where the model can and nobody asks for what they find in between."""
-        asked = any(call.get(key) for key in INNER)
-        if asked or not self.unpads():
+        """The blocks compute no padding, where the model can and the loss reads none."""
+        mask, decoded = call.get("attention_mask"), self.own_loss is not None
+        if not self.unpads() or not reads_no_padding(mask, call["labels"], decoded):
             yield
             return
-        with unpadded(self.model, call.get("attention_mask"), self._decoded(call)):
+        with unpadded(self.model, mask, self._decoded(call)):
             yield
 
+    def _gives_more(self) -> bool:
+        """Whether somebody may read more of the model than its loss, or its rows go to tunings of their own."""
+        config = getattr(self.model, "config", None)
+        is_tuple = getattr(config, "return_dict", True) is False
+        asked = any(getattr(config, key, False) for key in INNER)
+        return is_tuple or asked or is_routed(self.model)
+
     def _decoded(self, call: Mapping[str, Any]) -> Tensor | None:
-        """Where an encoder-decoder's decoder has tokens, if its labels alone are read and tell it."""
-        if self.own_loss is None or not _is_plain(call) or "decoder_input_ids" in call:
+        """Where an encoder-decoder's decoder has tokens, if its labels alone tell it."""
+        if self.own_loss is None or call.keys() & DECODED:
             return None
         labelled = call["labels"] != SKIP
         until_last = labelled.flip(1).cumsum(1).flip(1) > 0
@@ -228,8 +228,8 @@ class LeanForward:
         return self.packed_with[attached]
 
 
-INNER = ("output_hidden_states", "output_attentions")
-"""What a call may ask for of what blocks find."""
+INNER = ("output_hidden_states", "output_attentions", "output_router_logits")
+"""What a configuration may ask for of what blocks find."""
 
 ASIDE = frozenset({"num_items_in_batch", "use_cache", "return_dict"})
 """What a call with labels may say besides its batch."""

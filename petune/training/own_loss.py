@@ -14,6 +14,9 @@ from petune.core.method.batch import SKIP
 from petune.training.logits import LabelledDecoder
 from petune.training.swap import evaluating, forward_as
 
+DECODED = {"decoder_input_ids", "decoder_inputs_embeds"}
+"""What a call names that says itself what the decoder sees; else the labels tell."""
+
 
 class OwnLoss(LabelledDecoder):
     """A model whose loss is the mean over its labelled tokens, computed inside its forward."""
@@ -26,7 +29,7 @@ class OwnLoss(LabelledDecoder):
         """What the model gives for a batch with labels, but its logits and its cache."""
         labels: Tensor = batch["labels"]
         call = {k: v for k, v in batch.items() if k not in ("labels", "use_cache")}
-        if "decoder_input_ids" not in call:
+        if not call.keys() & DECODED:
             call["decoder_input_ids"] = self._decoder_ids(labels)
         with forward_as(self.decoder, self.run):
             out = self.forward(**call, use_cache=False)

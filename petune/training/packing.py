@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -57,13 +57,28 @@ class _Current:
 
 
 def is_padded(batch: Mapping[str, Tensor]) -> bool:
-    """The batch has padding, labels, and nothing but tensors with an entry for each token."""
+    """The batch has padding at its rows' ends, without labels there, and nothing but tensors with an entry for each
+    token.
+    """
     mask = batch.get("attention_mask")
     if mask is None or "labels" not in batch or "position_ids" in batch:
         return False
     if any(tensor.shape != mask.shape for tensor in batch.values()):
         return False
-    return not bool(mask.all())
+    if bool(mask.all()) or not ends_in_padding(mask):
+        return False
+    return not has_labels_in_padding(batch["labels"], mask)
+
+
+def ends_in_padding(mask: Tensor) -> bool:
+    """Whether all padding stands behind the tokens of its row, so that a token's place is its column."""
+    real = mask.bool()
+    return not bool((real[:, 1:] > real[:, :-1]).any())
+
+
+def has_labels_in_padding(labels: Tensor, mask: Tensor) -> bool:
+    """Whether a loss counts padding, which it does where somebody takes the ids as labels as they are."""
+    return bool((labels[mask == 0] != SKIP).any())
 
 
 def flatten(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Rows]:
@@ -89,7 +104,12 @@ def packed(rows: Rows, model: nn.Module | None = None) -> Iterator[None]:
     take_back = wrap_interface("packing", lambda base: partial(_attend, base))
     before, _Current.rows = _Current.rows, rows
     try:
-        with nullcontext() if model is None else _remembered(rows, model):
+        again = (
+            nullcontext()
+            if model is None
+            else remembered(model, lambda _: packed(rows))
+        )
+        with again:
             yield
     finally:
         take_back()
@@ -97,11 +117,19 @@ def packed(rows: Rows, model: nn.Module | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def _remembered(rows: Rows, model: nn.Module) -> Iterator[None]:
-    """Within the context what blocks are checkpointed with lets them run among these rows again."""
+def remembered(
+    model: nn.Module, within: Callable[[nn.Module], AbstractContextManager[None]]
+) -> Iterator[None]:
+    """Within the context backward runs checkpointed blocks again within something.
+
+    Args:
+        within: gives the context of a block.
+    """
     functions = list(checkpointed(model))
     for module, checkpoint in functions:
-        checkpoint_with(module, partial(_checkpoint, checkpoint, rows))
+        checkpoint_with(
+            module, partial(_checkpoint, checkpoint, partial(within, module))
+        )
     try:
         yield
     finally:
@@ -110,13 +138,16 @@ def _remembered(rows: Rows, model: nn.Module) -> Iterator[None]:
 
 
 def _checkpoint(
-    checkpoint: Callable[..., Any], rows: Rows, run: Callable[..., Any], *inputs: Any
+    checkpoint: Callable[..., Any],
+    within: Callable[[], AbstractContextManager[None]],
+    run: Callable[..., Any],
+    *inputs: Any,
 ) -> Any:
-    def among_rows(*given: Any) -> Any:
-        with packed(rows):
+    def again(*given: Any) -> Any:
+        with within():
             return run(*given)
 
-    return checkpoint(among_rows, *inputs)
+    return checkpoint(again, *inputs)
 
 
 def refusal(model: Any) -> str:

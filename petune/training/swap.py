@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import update_wrapper
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -23,6 +26,43 @@ def forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]
         del module.forward
         if before is not None:
             module.forward = before
+
+
+@contextmanager
+def wearing(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within the context `forward` runs in place of the module's forward, for as long as a user's loop takes.
+
+    It has the signature of the module's own, which trainers read; a copy of the module computes what the module did
+    before; and what others have put around it meanwhile, as accelerate does, stays.
+    """
+    inner, before = module.forward, vars(module).get("forward")
+
+    def called(me: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        run = forward if me is module else _rebound(inner, me)
+        return run(*args, **kwargs)
+
+    update_wrapper(called, inner)
+    called.__name__ = "forward"  # by which a module is pickled
+    vars(called)["__signature__"] = _with_self(inspect.signature(inner))
+    worn = module.forward = MethodType(called, module)
+    try:
+        yield
+    finally:
+        if vars(module).get("forward") is worn:
+            del module.forward
+            if before is not None:
+                module.forward = before
+
+
+def _rebound(method: Callable[..., Any], me: nn.Module) -> Callable[..., Any]:
+    """A module's method as another module's, whatever it is if it is no method."""
+    function = getattr(method, "__func__", None)
+    return method if function is None else MethodType(function, me)
+
+
+def _with_self(signature: inspect.Signature) -> inspect.Signature:
+    me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    return signature.replace(parameters=[me, *signature.parameters.values()])
 
 
 @contextmanager

@@ -6,8 +6,8 @@ often can: only their attention needs to see rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from petune.core.attached.tuning import tunings
 from petune.core.frozen.blocks import blocks
 from petune.core.host.attention import Attention, wrap_interface
-from petune.training.packing import Rows, asks_for_attention, pick, place
+from petune.training.packing import (
+    Rows,
+    asks_for_attention,
+    ends_in_padding,
+    has_labels_in_padding,
+    pick,
+    place,
+    remembered,
+)
 from petune.training.swap import evaluating, forward_as
 
 WORTH = 0.9
@@ -43,20 +51,65 @@ def unpadded(
         mask: (batch, length), 1 where there is a token; None where all are.
         decoder_mask: (batch, length) of an encoder-decoder's decoder; None where its blocks are left as they are.
     """
-    with ExitStack() as stack:
-        moved = 0
-        for blocks_of, of_them in _stacks(model, mask, decoder_mask):
-            if of_them.dim() != 2 or float(of_them.float().mean()) > WORTH:
-                continue
-            rows = Rows.of(of_them)
-            for block in blocks_of:
-                forward = partial(_run, block.forward, rows)
-                stack.enter_context(forward_as(block, forward))
-                moved += 1
-        if moved:
-            wrap = wrap_interface("unpadded", lambda base: partial(_attend, base))
-            stack.callback(wrap)
+    rows_of: dict[nn.Module, Rows] = {}
+    for blocks_of, of_them in _stacks(model, mask, decoder_mask):
+        if of_them.dim() == 2 and float(of_them.float().mean()) <= WORTH:
+            rows_of |= dict.fromkeys(blocks_of, Rows.of(of_them))
+    if not rows_of:
         yield
+        return
+
+    def within(module: nn.Module) -> AbstractContextManager[None]:
+        rows = rows_of.get(module)
+        return nullcontext() if rows is None else _again(module, rows)
+
+    with _moved(rows_of), remembered(model, within):
+        yield
+
+
+@contextmanager
+def _moved(rows_of: Mapping[nn.Module, Rows]) -> Iterator[None]:
+    """Within the context blocks compute the tokens of their rows."""
+    with ExitStack() as stack:
+        for block, rows in rows_of.items():
+            forward = partial(_run, block.forward, rows)
+            stack.enter_context(forward_as(block, forward))
+        wrap = wrap_interface("unpadded", lambda base: partial(_attend, base))
+        stack.callback(wrap)
+        yield
+
+
+@contextmanager
+def _again(block: nn.Module, rows: Rows) -> Iterator[None]:
+    """Within the context a checkpointed block runs again, be it given the padded batch or its tokens alone."""
+    if _Current.rows is rows:  # it runs for the first time
+        yield
+        return
+    before, _Current.rows = _Current.rows, rows
+    try:
+        with _moved({block: rows}):
+            yield
+    finally:
+        _Current.rows = before
+
+
+def reads_no_padding(mask: Tensor | None, labels: Tensor, decoded: bool) -> bool:
+    """Whether a loss stays what it is when padding holds something else.
+
+    Args:
+        mask: (batch, length), 1 where there is a token.
+        labels: one for each token, (batch, length), or some for each row.
+        decoded: the labels are for an encoder-decoder's tokens, to which the padding of the encoder is masked.
+    """
+    if mask is None or mask.dim() != 2:
+        return decoded
+    if not ends_in_padding(mask):
+        return False
+    if decoded:
+        return True
+    if labels.shape == mask.shape:
+        return not has_labels_in_padding(labels, mask)
+    return bool(mask[:, 0].all())
 
 
 def _stacks(
@@ -75,8 +128,11 @@ def _stacks(
 
 def can_be_unpadded(model: Any) -> bool:
     """Whether a model's blocks compute the same without padding, as a trial shows. Adapters that act by position or on
-    attention see the batch as it is, so that their models are left alone.
+    attention see the batch as it is, so that their models are left alone, and so are experts who take so many tokens of
+    each row and no more.
     """
+    if getattr(model.config, "expert_capacity", None) is not None:
+        return False
     for tuning in tunings(model).values():
         kinds = {link.site.kind for link in tuning.links}
         if tuning.reads_batch or tuning.shares_notes or kinds & AMONG_TOKENS:
@@ -179,7 +235,7 @@ def _is_same(model: Any) -> bool:
         except Exception:  # whatever a stranger's model says: it is left as it is
             return False
     real = mask if decoder_mask is None else decoder_mask
-    if padded.shape[:2] == real.shape:
+    if padded.dim() == 3 and padded.shape[:2] == real.shape:
         padded, found = padded[real.bool()], found[real.bool()]
     rounding = torch.finfo(padded.dtype).eps ** 0.5
     return float((found - padded).abs().max()) <= rounding * float(padded.abs().max())

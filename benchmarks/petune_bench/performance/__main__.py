@@ -64,7 +64,8 @@ base, with the share of PEFT's in brackets.
 """
 SETTINGS = """## Settings
 
-Keys of a recipe's `training`, none of which changes the result beyond rounding (8-bit optimizers round their states):
+Keys of a recipe's `training`, none of which changes the result beyond rounding (8-bit optimizers round their states).
+[`petune.lean`](lean.md) gives the first ones to any other loop.
 
 | key | what it does |
 | --- | --- |
