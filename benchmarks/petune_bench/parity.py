@@ -40,7 +40,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "trainable-tokens": {"ids": [81, 10, 59, 20]},
     "vera": {"rank": 16},
 }
-FLAT = {"column", "row or column"}  # layouts that are the same when flattened
+FLAT = {"column", "row or column", "ranks", "ranks last"}  # layouts that are the same when flattened
 HEAD = """# Parity with PEFT
 
 Each adapter below was made by PEFT {version}, moved off its start, saved in PEFT's format and loaded by petune, on
@@ -166,7 +166,7 @@ def _gradients_apart(
     twin: PeftTwin, tuning: petune.Tuning, theirs: nn.Module
 ) -> float | None:
     """The largest difference of the gradients; None where PEFT keeps a tensor in another layout than petune."""
-    if twin.whole or not {*twin.layouts.values()} <= FLAT:
+    if twin.whole:
         return None
     pairs = _gradients(twin, tuning, theirs)
     return max((_apart(one, other) for one, other in pairs), default=None)
@@ -185,6 +185,8 @@ def _gradients(
     found = []
     for link in tuning.links:
         for name, p in link.adapter.named_parameters():
+            if twin.layouts.get(name, "column") not in FLAT:
+                continue
             other = named.get(f"{PREFIX}{link.site.name}.{names.get(name)}")
             if p.grad is not None and other is not None:
                 found.append((p.grad.flatten(), other.flatten()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
@@ -36,6 +37,7 @@ def measure_step(
         MovedError: torch reports memory in another way than petune knows.
     """
     SEAMS.require()
+    gc.collect()  # what earlier steps have left would be given back within this one
     with _harmless(optimizer):
         resident = _Storages()
         resident.add(_tensors(model))
