@@ -496,6 +496,8 @@ def test_experts_that_take_so_many_tokens_of_a_row():
         num_heads=4,
         num_experts=2,
         expert_capacity=8,
+        num_sparse_encoder_layers=2,
+        num_sparse_decoder_layers=2,
         dropout_rate=0.0,
         router_jitter_noise=0.0,
         decoder_start_token_id=0,
