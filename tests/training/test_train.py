@@ -231,7 +231,7 @@ def test_padded_batches_stand_end_to_end_unless_told_otherwise(
         shapes.append(tuple(flat["input_ids"].shape))
         return flat, rows
 
-    monkeypatch.setattr("petune.training.trainer.flatten", flatten)
+    monkeypatch.setattr("petune.training.lean.flatten", flatten)
     train(generation, quiet=True)
     assert shapes
     assert all(rows == 1 for rows, _ in shapes)
