@@ -239,5 +239,7 @@ def _is_plain(call: Mapping[str, Any]) -> bool:
     """Whether a call says no more than a batch of tokens with their labels, so that nobody reads its logits."""
     if call.get("labels") is None or call.get("return_dict") is False:
         return False
+    if "shift_labels" in call:  # the loss reads them in place of the labels
+        return False
     rest = (value for key, value in call.items() if key not in ASIDE)
     return all(isinstance(value, Tensor) for value in rest)

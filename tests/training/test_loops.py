@@ -64,7 +64,7 @@ def kept(model, batch):
 
 
 def batches(family):
-    return [tiny_batch(family, rows=4, length=16, padding=p) for p in (6, 3, 9, 0, 1)]
+    return [tiny_batch(family, rows=4, length=16, padding=p) for p in (9, 3, 6, 0, 1)]
 
 
 def compared(make, run):
@@ -427,7 +427,7 @@ def test_padding_that_a_loss_reads(family, fault):
         model = transformers.BertForMaskedLM(config).train()
     else:
         model = adapted(family).train()
-    batch = tiny_batch("llama", rows=4, length=16, padding=6)
+    batch = tiny_batch("llama", rows=4, length=16, padding=9)
     mask = batch["attention_mask"]
     if fault == "left":
         mask[0] = mask[0].flip(0)
@@ -447,6 +447,67 @@ def test_padding_that_a_loss_reads(family, fault):
     found = gradients(model)
     torch.testing.assert_close(loss, model(**batch).loss)
     same(found, wanted)
+
+
+def test_labels_that_are_shifted_already():
+    model = adapted("llama").train()
+    batch = batches("llama")[0]
+    batch["shift_labels"] = batch["labels"].roll(-3, 1)
+    wanted = model(**batch).loss
+    with petune.lean(model):
+        torch.testing.assert_close(model(**batch).loss, wanted)
+
+
+def test_a_module_of_ones_own():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layers = nn.Linear(64, 64), nn.GELU(), nn.LayerNorm(64), nn.Dropout(0.1)
+            self.layers = nn.Sequential(*layers, nn.Linear(64, 2))
+
+        def forward(self, x, labels):
+            return nn.functional.cross_entropy(self.layers(x), labels)
+
+    torch.manual_seed(0)
+    model, x, labels = Own(), torch.randn(64, 64), torch.arange(64) % 2
+
+    def step():
+        torch.manual_seed(1)
+        model.zero_grad()
+        loss = model(x, labels=labels)
+        loss.backward()
+        return loss, gradients(model)
+
+    loss, wanted = step()
+    with petune.lean(model):
+        ours, found = step()
+    assert torch.equal(ours, loss)
+    same(found, wanted, rtol=0)
+
+
+def test_experts_that_take_so_many_tokens_of_a_row():
+    """End to end the rows' tokens would count as those of one row, of which some are passed over."""
+    config = transformers.SwitchTransformersConfig(
+        vocab_size=128,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        num_experts=2,
+        expert_capacity=8,
+        num_sparse_encoder_layers=2,
+        num_sparse_decoder_layers=2,
+        dropout_rate=0.0,
+        router_jitter_noise=0.0,
+        decoder_start_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = transformers.SwitchTransformersForConditionalGeneration(config).train()
+    batch = tiny_batch("t5", rows=4, length=16, padding=9)
+    wanted = model(**batch).loss
+    with petune.lean(model):
+        torch.testing.assert_close(model(**batch).loss, wanted)
 
 
 @pytest.mark.parametrize("fault", [None, "left"])
