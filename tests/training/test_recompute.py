@@ -1,5 +1,7 @@
 """What the recomputing forward gives, beside plain autograd: programs drawn at random, and each way to trip it up."""
 
+import gc
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -8,7 +10,8 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from petune.training.recompute.forward import watched
+from petune.training.recompute.forward import Again, Watch, watched
+from petune.training.recompute.sources import Kept, Source
 
 # Operations on tensors of (4, 6); the last of them read or write in place.
 PURE = {
@@ -198,3 +201,248 @@ def test_each_operation(name, autocast):
 )
 def test_programs(program, autocast):
     same(program, autocast)
+
+
+class Doubled(torch.autograd.Function):
+    """Keeps its input and its result."""
+
+    @staticmethod
+    def forward(ctx, x):
+        out = x.exp()
+        ctx.save_for_backward(x, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, out = ctx.saved_tensors
+        return grad * out + 0 * x
+
+
+def block(x, weight):
+    """A gated MLP behind a norm, and a sum."""
+    h = F.layer_norm(x, (6,))
+    gate, up = (h @ weight).chunk(2, -1)
+    return x + (F.silu(gate) * up) @ weight.T[:6]
+
+
+def inputs():
+    torch.manual_seed(0)
+    x = torch.randn(4, 6, requires_grad=True)
+    weight = torch.nn.Parameter(torch.randn(6, 12) * 0.3)
+    return x, weight
+
+
+def computed(lean, function):
+    """The gradients of what a function makes of inputs."""
+    given = inputs()
+    with watched(0) if lean else nullcontext():
+        out = function(*given)
+    out.square().sum().backward()
+    return [one.grad for one in given]
+
+
+def equal(function):
+    for one, other in zip(*(computed(lean, function) for lean in (0, 1)), strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+
+
+def test_own_functions():
+    equal(lambda x, w: Doubled.apply(block(Doubled.apply(x * 0.1), w)) * x)
+
+
+def test_the_result_of_an_own_function_is_changed_in_place():
+    def changed(x, w):
+        y = Doubled.apply(x)
+        z = y * x  # keeps y as it is here
+        y.add_(1)
+        return block(z, w) * y
+
+    # plain autograd refuses; the gradient is that of the same program without a change in place
+    given = inputs()
+    with watched(0):
+        ours = changed(*given)
+    y = Doubled.apply(given[0])
+    plain = block(y * given[0], given[1]) * (y + 1)
+    grads = [torch.autograd.grad(r.square().sum(), given) for r in (ours, plain)]
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_hooks_change_gradients_as_ever():
+    def hooked(x, w):
+        y = block(x, w)
+        y.register_hook(lambda grad: grad * 2)
+        z = F.gelu(y)
+        z.grad_fn.register_hook(lambda into, out: None)
+        return block(z, w)
+
+    equal(hooked)
+
+
+def test_a_leaf_is_kept_for_several():
+    equal(lambda x, w: x * x + (x * x.detach()).sin() + x.exp() * x[:, :1].expand(4, 6))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_inside(reentrant):
+    again = torch.utils.checkpoint.checkpoint
+    equal(lambda x, w: block(again(block, x, w, use_reentrant=reentrant), w))
+
+
+def test_backward_twice():
+    given = inputs()
+    with watched(0):
+        out = block(block(*given), given[1]).square().sum()
+    first = torch.autograd.grad(out, given, retain_graph=True)
+    second = torch.autograd.grad(out, given)
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(out, given)
+
+
+def test_part_of_backward_after_part():
+    """What one part remembers is no other than what the next needs."""
+    found = []
+    for lean in (False, True):
+        x, w = inputs()
+        with watched(0) if lean else nullcontext():
+            y = F.gelu(x @ w)
+            parts = y.sin().sum(), (y * y).sum(), F.softmax(y, -1).square().sum()
+        grads = [torch.autograd.grad(p, [x, w], retain_graph=True) for p in parts]
+        found.append([g for part in grads for g in part])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_second_derivatives():
+    """Those of torch's operations; an activation's is its own operation's."""
+
+    def smooth(x):
+        h = F.layer_norm(x, (6,)).tanh()
+        return F.gelu(h * x) * h.softmax(-1)
+
+    found = []
+    for lean in (False, True):
+        x, _ = inputs()
+        with watched(0) if lean else nullcontext():
+            out = smooth(x).sum()
+        (grad,) = torch.autograd.grad(out, x, create_graph=True)
+        found.append(torch.autograd.grad(grad.square().sum(), x)[0])
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_a_leaf_changed_after_the_forward_is_refused():
+    """As autograd does; not if nothing that backward reads has changed."""
+    x, w = inputs()
+    with watched(0):
+        out = block(x, w).sum()
+    with torch.no_grad():
+        w.add_(1)
+    with pytest.raises(RuntimeError, match=r"shape \(6, 12\).*changed in place"):
+        out.backward()
+
+
+def test_a_result_changed_after_the_forward():
+    """What is computed again is as it was, so that nothing has to be refused."""
+    found = []
+    for change in (False, True):
+        x, _ = inputs()
+        with watched(0):
+            y = x.exp() + 1
+            out = (y.sin() * 2).sum()
+        if change:
+            y.detach().zero_()
+        found.append(torch.autograd.grad(out, x)[0])
+    assert torch.equal(*found)
+
+
+def test_a_kept_result_changed_after_the_forward_is_refused():
+    x, _ = inputs()
+    with watched(0):
+        y = x.cumsum(0)  # which is not computed again
+        out = (y * y).sum()
+    y.detach().zero_()
+    with pytest.raises(RuntimeError, match="changed in place"):
+        out.backward()
+
+
+def alive():
+    gc.collect()
+    kinds = (Source, Kept, Again, Watch)
+    return sum(issubclass(type(one), kinds) for one in gc.get_objects())
+
+
+def forward_only(x, w):
+    with watched(0):
+        return block(block(x, w), w).sum()
+
+
+def with_backward(x, w):
+    forward_only(x, w).backward()
+    x.grad = w.grad = None
+
+
+def interrupted(x, w):
+    def fails():
+        with watched(0):
+            return block(x, w).sin().sum() / (1 // 0)
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
+
+
+def interrupted_backward(x, w):
+    with watched(0):
+        y = block(x, w)
+        y.register_hook(lambda grad: 1 // 0)
+        out = block(y, w).sum()
+    with pytest.raises(ZeroDivisionError):
+        out.backward()
+    x.grad = w.grad = None
+
+
+@pytest.mark.parametrize(
+    "step", [forward_only, with_backward, interrupted, interrupted_backward]
+)
+def test_nothing_is_left_after_many_steps(step):
+    x, w = inputs()
+    step(x, w)
+    before = alive()
+    out = forward_only(x, w)
+    assert alive() > before
+    del out
+    for _ in range(200):
+        step(x, w)
+    assert alive() <= before
+
+
+def test_a_result_that_is_discarded_takes_everything_along():
+    """At once, and not when the garbage collector comes round."""
+    x, w = inputs()
+    kept = []
+    with watched(0):
+        y = block(x, w)
+        kept.append(weakref.ref(y))
+        out = block(y, w).sum()
+    gc.collect()
+    gc.disable()
+    try:
+        del y, out
+        assert kept[0]() is None
+    finally:
+        gc.enable()
+
+
+def test_random_numbers_go_on_as_they_would():
+    """After backward too, which draws the same masks once more."""
+    found = []
+    for lean in (False, True):
+        x, w = inputs()
+        torch.manual_seed(3)
+        with watched(0) if lean else nullcontext():
+            out = F.dropout(block(F.dropout(x, 0.5), w), 0.1).sum()
+        out.backward()
+        found.append((x.grad, torch.rand(3)))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
