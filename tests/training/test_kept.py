@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from contextlib import nullcontext
 from functools import cache
 
 import pytest
@@ -132,3 +133,22 @@ def test_dora_keeps_no_second_output():
     """
     rows = 2 * (WIDTH + KEYS + KEYS + WIDTH + 2 * INNER + WIDTH)
     assert ours("llama", "dora") - ours("llama", "lora") == STREAM + rows * 4
+
+
+@pytest.mark.parametrize(
+    "method", sorted(name for name in petune.methods() if ":" not in name)
+)
+def test_gradients_are_the_same_to_the_last_bit(method):
+    batch, found = batch_of("llama"), []
+    for within in (nullcontext, lambda model: lean(model, labelled_logits=False)):
+        model = tiny_model("llama", "bf16", layers=2).train()
+        torch.manual_seed(0)
+        options = OPTIONS.get(method, {})
+        shake(petune.attach(model, method, **options).parameters())
+        with within(model):
+            model(**batch).loss.backward()
+        found.append({n: p.grad for n, p in model.named_parameters()})
+    for name, grad in found[0].items():
+        other = found[1][name]
+        assert (grad is None) == (other is None)
+        assert grad is None or torch.equal(grad, other), name
