@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from petune.core.method.batch import Batch
     from petune.core.method.derived import derived
     from petune.core.method.twin import PeftTwin
-    from petune.core.ops import lowrank_update, recompute
+    from petune.core.ops import bottleneck_update, lowrank_update, recompute
     from petune.core.registry.methods import methods
     from petune.core.registry.quantizer import Quantizer
     from petune.core.registry.sites import find_sites as sites
@@ -55,6 +55,7 @@ __all__ = [
     "UnsupportedError",
     "attach",
     "attend",
+    "bottleneck_update",
     "derived",
     "discover",
     "from_pretrained",
@@ -87,7 +88,7 @@ _HOMES = {
     "petune.core.method.batch": ("Batch",),
     "petune.core.method.derived": ("derived",),
     "petune.core.method.twin": ("PeftTwin",),
-    "petune.core.ops": ("lowrank_update", "recompute"),
+    "petune.core.ops": ("bottleneck_update", "lowrank_update", "recompute"),
     "petune.core.registry.methods": ("methods",),
     "petune.core.registry.quantizer": ("Quantizer",),
     "petune.loading.fetch": ("Package", "Source"),

@@ -40,7 +40,12 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "trainable-tokens": {"ids": [81, 10, 59, 20]},
     "vera": {"rank": 16},
 }
-FLAT = {"column", "row or column", "ranks", "ranks last"}  # layouts that are the same when flattened
+FLAT = {
+    "column",
+    "row or column",
+    "ranks",
+    "ranks last",
+}  # layouts that are the same when flattened
 HEAD = """# Parity with PEFT
 
 Each adapter below was made by PEFT {version}, moved off its start, saved in PEFT's format and loaded by petune, on

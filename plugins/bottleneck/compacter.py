@@ -8,7 +8,7 @@ import petune
 
 
 class PHM(nn.Module):
-    """x W + b with W = sum_i A_i kron (s_i t_i), the rules A_i (n, n, n) shared."""
+    """x Wᵀ + b with Wᵀ = sum_i A_i kron (s_i t_i), the rules A_i (n, n, n) shared."""
 
     def __init__(self, rules: nn.Parameter, into: int, out: int) -> None:
         super().__init__()
@@ -18,11 +18,13 @@ class PHM(nn.Module):
         self.t = nn.Parameter(torch.randn(n, out // n))
         self.bias = nn.Parameter(torch.zeros(out))
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def weight(self) -> Tensor:
+        """W, (out, in)."""
         weight = torch.einsum(
             "nab,ni,no->boai", self.rules, self.s, self.t
         )  # (n, out / n, n, in / n)
-        return F.linear(x, weight.reshape(len(self.bias), -1), self.bias)
+        return weight.reshape(len(self.bias), -1)
 
 
 class Compacter(petune.Adapter):
@@ -52,4 +54,4 @@ class Compacter(petune.Adapter):
 
     def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
         h = inner(x)
-        return h + self.up(F.gelu(self.down(h)))
+        return petune.bottleneck_update(h, h, self.down, F.gelu, self.up)

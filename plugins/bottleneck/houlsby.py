@@ -21,4 +21,4 @@ class Houlsby(petune.Adapter):
 
     def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
         h = inner(x)
-        return h + self.up(F.gelu(self.down(h)))
+        return petune.bottleneck_update(h, h, self.down, F.gelu, self.up)

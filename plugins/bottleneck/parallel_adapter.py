@@ -21,4 +21,6 @@ class ParallelAdapter(Houlsby):
         self.scale = scale
 
     def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:
-        return inner(x) + self.scale * self.up(F.relu(self.down(x)))
+        return petune.bottleneck_update(
+            inner(x), x, self.down, F.relu, self.up, self.scale
+        )

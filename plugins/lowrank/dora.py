@@ -32,8 +32,9 @@ class DoRA(LoRA):
     # no form for stacked experts, which LoRA has
     def forward(self, inner: petune.Inner, x: Tensor) -> Tensor:  # type: ignore[override]
         y = super().forward(inner, x)  # (W + s B A) x + b
-        gain = self.m / self.norm(inner, x.dtype)
-        return torch.addcmul(y, (gain - 1).to(y.dtype), y - self.bias.to(y.dtype))
+        more = (self.m / self.norm(inner, x.dtype) - 1).to(y.dtype)
+        out = torch.addcmul(y, more, y)  # keeps y, and no y - b beside it
+        return torch.addcmul(out, more, self.bias.to(y.dtype), value=-1)
 
     @torch.no_grad()
     def norm(self, inner: petune.Inner, dtype: torch.dtype) -> Tensor:

@@ -45,7 +45,9 @@ class BOFT(petune.Adapter):
         for i in reversed(range(len(rotations))):
             x = self.turned(x, rotations[i], 2**i)
         y = inner(x)
-        return torch.addcmul(y, (self.scale - 1).to(y.dtype), y - self.bias.to(y.dtype))
+        more = (self.scale - 1).to(y.dtype)
+        out = torch.addcmul(y, more, y)  # keeps y, and no y - b beside it
+        return torch.addcmul(out, more, self.bias.to(y.dtype), value=-1)
 
     def turned(self, x: Tensor, rotation: Tensor, apart: int) -> Tensor:
         """R_i x, whose blocks join half-blocks that lie `apart` half-blocks from each other."""

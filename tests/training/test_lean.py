@@ -149,3 +149,21 @@ def test_what_lies_below_the_adapters_has_no_graph(
         whole = step(every, everywhere, tiny_batch("llama", rows=4, length=32))[2]
         part = step(model, tuning, tiny_batch("llama", rows=4, length=32))[2]
         assert part < share * whole
+
+
+def test_numbers_that_are_read_as_complex_ones():
+    """As the rotations of Llama 4 and DeepSeek are."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 2, requires_grad=True)
+    turn = torch.polar(torch.ones(64), torch.arange(64.0))
+
+    def loss():
+        pairs = torch.view_as_complex(x.sigmoid() * 2) * turn
+        turned = torch.view_as_real(pairs.conj() * pairs.exp()).square()
+        return (turned * turned.sin()).sum()
+
+    (wanted,) = torch.autograd.grad(loss(), x)
+    with forward.watched(0):
+        ours = loss()
+    (found,) = torch.autograd.grad(ours, x)
+    assert torch.equal(found, wanted)

@@ -180,7 +180,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if source is not None and source.version == version_of(tensor):
             return source
         base = base_of(tensor)
-        if base is not None:
+        if base is not None and _has_the_elements_of(base, tensor):
             return View(tensor, self.source(base))
         return self.note(tensor, Found(tensor))
 
@@ -235,6 +235,11 @@ def note_of(operation: Any) -> Note | None:
 def is_dense(tensor: Tensor) -> bool:
     """Whether a tensor's elements fill its memory, in any order."""
     return tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def _has_the_elements_of(base: Tensor, view: Tensor) -> bool:
+    """Whether a view's elements are its base's as they are: not their real parts, nor conjugated or negated."""
+    return view.dtype is base.dtype and not view.is_conj() and not view.is_neg()
 
 
 def _device_of(args: Args) -> torch.device:

@@ -18,27 +18,38 @@ def kept_instead(source: Source) -> list[Kept] | None:
     """
     if not source.can_compute:
         return None
-    plan = Plan(source)
-    while plan.waiting:
-        if not plan.take(plan.waiting.pop()) or plan.costs_too_much():
-            return None
-    return plan.carried_out()
+    for nearest in (False, True):
+        plan = Plan(source, nearest)
+        if plan.succeeds():
+            return plan.carried_out()
+    return None
 
 
 class Plan:
     """A way to compute a source's tensor again, from the source down to what is there.
 
+    Args:
+        nearest: whether it begins at the nearest tensors that are there, which may be many or large, or goes down to
+            those that can't be computed, which may have gone.
+
     Attributes:
         waiting: the sources of which it is not yet clear how they are had.
     """
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
+    def __init__(self, source: Source, nearest: bool) -> None:
+        self.source, self.nearest = source, nearest
         self.cost = source.price
         self.waiting = list(source.inputs())
         self.seen = {source}
         self.there: list[Kept] = []
         self.new: list[tuple[Source, Tensor]] = []
+
+    def succeeds(self) -> bool:
+        """Find out how all of them are had; False if they can't be, or cost too much."""
+        while self.waiting:
+            if not self.take(self.waiting.pop()) or self.costs_too_much():
+                return False
+        return True
 
     def take(self, one: Source) -> bool:
         """Find out how a source's tensor is had; False if it can't be."""
@@ -49,7 +60,7 @@ class Plan:
         if kept is not None:
             self.there.append(kept)
             return True
-        tensor = one.available()
+        tensor = one.available() if self.nearest or not one.can_compute else None
         if tensor is not None:
             self.new.append((one, tensor))
             self.cost += one.size

@@ -122,10 +122,7 @@ class Found(Source):
         self.tensor = weakref.ref(tensor)
 
     def available(self) -> Tensor | None:
-        tensor = self.tensor()
-        if tensor is None or version_of(tensor) != self.version:
-            return None
-        return tensor
+        return _unchanged(self.tensor(), self.version)
 
 
 class Blank(Source):
@@ -179,7 +176,7 @@ class Computed(Source):
         index: which of several results it is.
     """
 
-    __slots__ = ("args", "index", "kwargs", "operation", "state")
+    __slots__ = ("args", "index", "kwargs", "operation", "state", "tensor")
 
     def __init__(
         self,
@@ -193,6 +190,10 @@ class Computed(Source):
         super().__init__(tensor.nbytes, version_of(tensor))
         self.operation, self.args, self.kwargs = operation, args, kwargs
         self.state, self.index = state, index
+        self.tensor = weakref.ref(tensor)
+
+    def available(self) -> Tensor | None:
+        return _unchanged(self.tensor(), self.version)
 
     @property
     def price(self) -> int:
@@ -244,6 +245,13 @@ class View(Source):
 
     def compute(self) -> Tensor:
         return self.base.value().as_strided(self.shape, self.stride, self.offset)
+
+
+def _unchanged(tensor: Tensor | None, version: int) -> Tensor | None:
+    """A tensor that is there and was not changed since, else None."""
+    if tensor is None or version_of(tensor) != version:
+        return None
+    return tensor
 
 
 def _value(arg: Any) -> Any:

@@ -1,15 +1,15 @@
-"""Operations that methods share, written so that they keep no more for backward than they must."""
+"""The update of low rank, which keeps its input alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from petune.core.ops.casts import as_they_are
 
 
 class _LowRankUpdate(torch.autograd.Function):
@@ -95,14 +95,9 @@ def lowrank_update(
         return torch.add(y, F.linear(low, b), alpha=scale)
     # drawn by the generator that checkpointing restores
     seed = torch.randint(2**62, ()) if dropout else None
-    with _as_they_are(y.device.type, autocast):
+    with as_they_are(y.device.type, autocast):
         out: Tensor = _LowRankUpdate.apply(y, x, a, b, scale, dropout, seed)  # type: ignore[no-untyped-call]
     return out
-
-
-def _as_they_are(device: str, autocast: bool) -> AbstractContextManager[object]:
-    """Without autocast, which would cast more than is cast here by hand."""
-    return torch.autocast(device, enabled=False) if autocast else nullcontext()
 
 
 def _drop(x: Tensor, p: float, seed: Tensor | None, *, again: bool = False) -> Tensor:
@@ -138,54 +133,3 @@ def _dropped(x: Tensor, p: float, seed: Tensor, again: bool) -> Tensor:
 @_dropped.register_fake
 def _(x: Tensor, p: float, seed: Tensor, again: bool) -> Tensor:
     return x.new_empty(x.shape)
-
-
-class _Recompute(torch.autograd.Function):
-    """f(*inputs), which keeps the inputs alone and computes f again in backward."""
-
-    @staticmethod
-    def forward(ctx: Any, f: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(*inputs)
-        device = inputs[0].device.type
-        ctx.f, ctx.autocast = (
-            f,
-            (
-                device,
-                torch.get_autocast_dtype(device),
-                torch.is_autocast_enabled(device),
-            ),
-        )
-        return f(*inputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[1:]
-        inputs = [
-            t.detach().requires_grad_(w)
-            for t, w in zip(ctx.saved_tensors, wanted, strict=True)
-        ]
-        device, dtype, enabled = ctx.autocast
-        with torch.enable_grad(), torch.autocast(device, dtype, enabled):
-            out = ctx.f(*inputs)
-        found = iter(
-            torch.autograd.grad(
-                out, [t for t in inputs if t.requires_grad], grad, allow_unused=True
-            )
-        )
-        return None, *(next(found) if w else None for w in wanted)
-
-
-def recompute(f: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """f(*inputs), of which nothing but the inputs is kept for backward: f runs again there.
-
-    For what is cheap to compute and large to keep. f has to be deterministic; what it reads besides its inputs gets
-    no gradient.
-
-    Raises:
-        RuntimeError: a second derivative is asked for.
-    """
-    if torch.compiler.is_compiling():  # the compiler chooses what it keeps
-        return f(*inputs)
-    out: Tensor = _Recompute.apply(f, *inputs)  # type: ignore[no-untyped-call]
-    return out
