@@ -13,7 +13,7 @@ import torch
 from petune.training.setup import quietly
 from petune_bench.environment import machine, versions
 from petune_bench.options import Parser
-from petune_bench.performance import decoding, kinds, measure, serving
+from petune_bench.performance import decoding, kinds, measure, methods, serving
 from petune_bench.performance.contenders import rows
 from petune_bench.performance.race import apart, ratios, sgemm_rate
 
@@ -285,6 +285,7 @@ PARTS = {
     "lean": loop,
     "long": lengthen,
     "memory": kept,
+    "methods": lambda given: methods.section(),
     "settings": settings,
     "serving": serve,
     "decode": decode,
