@@ -66,7 +66,9 @@ def bitfit(family, precision):
     return ours(family, "bitfit", precision=precision)
 
 
-@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize(
+    "family", ["llama", pytest.param("bert", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("method", IN_PEFT)
 def test_no_more_than_peft(family, method):
     options = OPTIONS.get(method, {})

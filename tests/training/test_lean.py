@@ -40,7 +40,15 @@ def adapted(family, method="lora", precision="fp32", **options):
 
 @pytest.mark.parametrize("family", ["llama", "qwen", "gpt2", "bert", "t5"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("method", ["lora", "ln-tuning", "houlsby", "ia3"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "lora",
+        "houlsby",
+        pytest.param("ln-tuning", marks=pytest.mark.slow),
+        pytest.param("ia3", marks=pytest.mark.slow),
+    ],
+)
 def test_recomputed_values_are_the_same_to_the_last_bit(
     family, precision, method, monkeypatch
 ):

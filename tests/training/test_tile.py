@@ -25,7 +25,9 @@ def step(model, tuning, batch):
     [("lora", {}), ("houlsby", {}), ("ia3", {}), ("dora", {"where": "up down"}),
      ("lora", {"where": "q"})],
 )  # fmt: skip
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_equal_to_the_whole_sequence(family, method, options, checkpointing):
     model = tiny_model(family).train()
     for module in model.modules():
