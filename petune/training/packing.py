@@ -240,12 +240,12 @@ def _attend(
     if rows is None or mask is None:
         # one row alone, or flash attention, which reads the positions
         return base(module, query, key, value, mask, **options)
-    padded = (_padded(tensor, rows) for tensor in (query, key, value))
+    padded = (by_row(tensor, rows) for tensor in (query, key, value))
     out, _ = base(module, *padded, _mask_of(mask[0, 0], rows), **options)
     return pick(out.flatten(0, 1), rows.place)[None], None
 
 
-def _padded(x: Tensor, rows: Rows) -> Tensor:
+def by_row(x: Tensor, rows: Rows) -> Tensor:
     """(1, heads, tokens, head_dim) -> (batch, heads, length, head_dim)."""
     by_token = x[0].transpose(0, 1)  # (tokens, heads, head_dim)
     placed = place(by_token, rows)

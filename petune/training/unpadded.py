@@ -20,6 +20,7 @@ from petune.core.host.attention import Attention, wrap_interface
 from petune.training.packing import (
     Rows,
     asks_for_attention,
+    by_row,
     ends_in_padding,
     has_labels_in_padding,
     pick,
@@ -186,21 +187,14 @@ def _attend(
     if rows is None or len(query) != 1 or query.shape[2] != tokens:
         return base(module, query, key, value, mask, **options)
     among_itself = key.shape[2] == tokens and len(key) == 1
-    query = _by_row(query, rows)
+    query = by_row(query, rows)
     if among_itself:  # else they are the encoder's, padded
-        key, value = _by_row(key, rows), _by_row(value, rows)
+        key, value = by_row(key, rows), by_row(value, rows)
     bias = options.get("position_bias")
     if bias is not None:
         options["position_bias"] = _bias_by_row(bias, rows, among_itself)
     out, _ = base(module, query, key, value, mask, **options)
     return pick(out.flatten(0, 1), rows.place)[None], None
-
-
-def _by_row(x: Tensor, rows: Rows) -> Tensor:
-    """(1, heads, tokens, head_dim) -> (batch, heads, length, head_dim)."""
-    by_token = x[0].transpose(0, 1)  # (tokens, heads, head_dim)
-    placed = place(by_token, rows).view(*rows.real.shape, *by_token.shape[1:])
-    return placed.transpose(1, 2)
 
 
 def _bias_by_row(bias: Tensor, rows: Rows, among_itself: bool) -> Tensor:
